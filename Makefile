@@ -1,0 +1,28 @@
+# Every target works on a fresh clone: it makes .venv and installs what it needs.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: demo test check bench test-gpu clean
+
+.venv/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[demo,test,dev]'
+	touch $@
+
+demo: .venv/.installed
+	$(BIN)/python -m tensorbridge demo
+
+test: .venv/.installed
+	$(BIN)/python -m pytest -q
+
+check: .venv/.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+# On a machine with a CUDA device: straight from the tree, with whatever torch, CuPy and pytest python3 has.
+test-gpu:
+	TENSORBRIDGE_REQUIRE_GPU=1 PYTHONPATH=. $(PYTHON) -m pytest -q -m gpu
+
+clean:
+	rm -rf .venv build dist *.egg-info

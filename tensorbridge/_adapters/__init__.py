@@ -1,0 +1,72 @@
+"""One module a framework: what it can hold, how its arrays are described, how steps on them are performed.
+
+An adapter is a module with
+
+    open(x, want)           -> (handle, traits)   read the facts; a foreign array is imported here, once
+    describe(handle, traits) -> ArrayInfo         the same facts, for a person
+    performer(step, before, want) -> function          handle -> the array that the step promised
+
+Nothing is imported until its array shows up: a caller can hold a tensor only if torch is in `sys.modules`.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from importlib import import_module
+from typing import Any, Protocol
+
+import numpy as np
+
+from tensorbridge._array import ArrayInfo, Traits
+from tensorbridge._plan import Op, Step, Want
+
+
+class Adapter(Protocol):
+    def open(self, x: Any, want: Want) -> tuple[Any, Traits]: ...
+
+    def describe(self, handle: Any, traits: Traits) -> ArrayInfo: ...
+
+    def performer(self, step: Step, before: Traits, want: Want) -> Callable[..., Any]: ...
+
+
+_SCALARS = (bool, int, float, complex, np.generic)
+_of_type: dict[type, Adapter] = {}
+
+
+def adapter_of(cls: type) -> Adapter:
+    """The adapter for arrays of type `cls`: one dict lookup, after the first."""
+    found = _of_type.get(cls)
+    if found is None:
+        found = _of_type[cls] = named(_name_of(cls))
+    return found
+
+
+def _name_of(cls: type) -> str:
+    if issubclass(cls, np.ndarray):
+        return "numpy"
+    for name, attribute in (("torch", "Tensor"), ("cupy", "ndarray")):
+        array_type = getattr(sys.modules.get(name), attribute, None)
+        if array_type is not None and issubclass(cls, array_type):
+            return name
+    if issubclass(cls, (list, tuple)) or (issubclass(cls, _SCALARS) and not issubclass(cls, (str, bytes))):
+        return "python"
+    return "protocols"
+
+
+def named(name: str) -> Adapter:
+    return import_module(f"tensorbridge._adapters._{name}")
+
+
+def performer(step: Step, before: Traits, want: Want) -> Callable[..., Any]:
+    """The function that performs `step` on an array of kind `before`.
+
+    The more particular side performs: NumPy knows only itself, torch knows NumPy, CuPy knows both by their addresses.
+    """
+    giver, receiver = before.framework.removesuffix(" list"), step.after.framework
+    if step.op == Op.WRAP:
+        return named("python").performer(step, before, want)
+    if step.op == Op.IMPORT or giver not in ("numpy", "torch", "cupy"):
+        return named("protocols").performer(step, before, want)
+    owner = receiver if receiver != "numpy" else giver
+    return named(owner).performer(step, before, want)

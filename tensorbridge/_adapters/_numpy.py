@@ -1,0 +1,202 @@
+"""NumPy: holds any strides, byte order and read-only memory; knows bfloat16 and float8 through ml_dtypes; host only."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Any, Literal, TypeAlias, cast
+
+import numpy as np
+
+from tensorbridge import _dtypes
+from tensorbridge._array import CPU, ArrayInfo, Layout, Traits, layout, order_text, shape_text, size_class
+from tensorbridge._plan import Op, Step, Want
+from tensorbridge._refuse import Obstacle
+
+Array: TypeAlias = "np.ndarray[Any, Any]"
+PLAIN = Layout()
+
+
+def open(x: Array, want: Want) -> tuple[Array, Traits]:
+    return x, traits(x)
+
+
+def traits(a: Array) -> Traits:
+    dtype = a.dtype
+    name = _dtypes.of_numpy(dtype)
+    cls = type(a)
+    if not name or (cls is not np.ndarray and _is_masked(a)):
+        raise _obstacle(a)
+    flags = a.flags
+    lay = layout_of(a)
+    return Traits(
+        "numpy",
+        CPU,
+        name,
+        lay.order,
+        lay.spacing,
+        lay.overlap,
+        lay.loose,
+        flags.aligned,
+        flags.writeable,
+        False,
+        "",
+        None,
+        size_class(a.size * dtype.itemsize),
+        _origin(a, name, lay) if a.base is not None else "",
+    )
+
+
+def layout_of(a: Array) -> Layout:
+    strides = a.strides
+    if a.flags.c_contiguous and (a.ndim == 0 or (1 not in a.shape and a.size)):
+        return PLAIN
+    return layout(a.shape, strides, a.itemsize)
+
+
+def _origin(a: Array, name: str, lay: Layout) -> str:
+    """Who stands behind a view: "tensor" where torch can have the tensor itself back, "memmap"."""
+    base: Any = owner_of(a)
+    if isinstance(base, np.memmap) or type(base).__name__ == "mmap":
+        return "memmap"
+    torch = sys.modules.get("torch")
+    if torch is None or not isinstance(base, getattr(torch, "Tensor", ())):
+        return ""
+    base = cast(Any, base)
+    storage = base.untyped_storage()
+    first = a.__array_interface__["data"][0]
+    offset = first - storage.data_ptr()
+    whole = (
+        _dtypes.exists_in(name, "torch")
+        and a.itemsize == base.element_size()
+        and lay.spacing in ("dense", "strided")
+        and offset >= 0
+        and offset % a.itemsize == 0
+        and offset + _span(a) <= storage.nbytes()
+    )
+    return "tensor" if whole else ""
+
+
+def owner_of(a: Any) -> Any:
+    """The object at the end of the chain of views: an array with memory of its own, a memmap, a tensor ..."""
+    owner: Any = a
+    while type(owner) is np.ndarray and owner.base is not None:
+        owner = owner.base
+    return owner
+
+
+def _span(a: Array) -> int:
+    if not a.size:
+        return 0
+    last: int = sum((n - 1) * s for n, s in zip(a.shape, a.strides, strict=True))
+    return last + int(a.itemsize)
+
+
+def _is_masked(a: Array) -> bool:
+    ma = sys.modules.get("numpy.ma")
+    return ma is not None and isinstance(a, ma.MaskedArray)
+
+
+def _obstacle(a: Array) -> Obstacle:
+    what = f"numpy {a.dtype} {shape_text(a.shape)}"
+    if _is_masked(a):
+        return Obstacle("masked", f"masked {what}")
+    kinds = {"O": "object", "U": "string", "S": "string", "T": "string", "M": "datetime", "m": "datetime"}
+    kind = "structured" if a.dtype.names else kinds.get(a.dtype.kind, "void" if a.dtype.type is np.void else "")
+    return Obstacle(kind or "unknown dtype", what)
+
+
+def describe(a: Array, traits: Traits) -> ArrayInfo:
+    return ArrayInfo(
+        traits.framework,
+        CPU,
+        traits.dtype,
+        a.shape,
+        a.strides,
+        a.nbytes,
+        order_text(traits.order, traits.spacing),
+        traits.writable,
+        False,
+        None,
+        "",
+        traits.pinned,
+        None,
+        a.__array_interface__["data"][0],
+        traits.overlap,
+    )
+
+
+def performer(step: Step, before: Traits, want: Want) -> Callable[..., Any]:
+    op, after = step.op, step.after
+    order: Literal["C", "K"] = "C" if before.overlap else "K"
+    if op in (Op.CAST, Op.BYTESWAP):
+        dtype: Any = _dtypes.DTYPES[after.dtype].numpy
+        return lambda a: np.asarray(a).astype(dtype, order=order)
+    if op in (Op.COPY, Op.PACK):
+        return lambda a: np.array(a, order=order, copy=True, subok=False)
+    if op == Op.STACK:
+        dtype = _dtypes.DTYPES[after.dtype].numpy
+        return lambda parts: parts.stacked(np.stack, dtype)
+    rest: dict[str, Callable[..., Any]] = {
+        Op.SHARE: _base,
+        Op.RESTRIDE: _restrided,
+        Op.PROTECT: _protected,
+        Op.FILL: _filled,
+    }
+    return rest[op]
+
+
+def _base(a: Array) -> Array:
+    return a if type(a) is np.ndarray else a.view(np.ndarray)
+
+
+def _protected(a: Array) -> Array:
+    view = a.view(np.ndarray)
+    view.setflags(write=False)
+    return view
+
+
+def _restrided(a: Array) -> Array:
+    """The same elements with C strides on the axes whose stride means nothing."""
+    count, plain = 1, []
+    for length in reversed(a.shape):
+        plain.append(count * a.itemsize)
+        count *= max(length, 1)
+    plain.reverse()
+    empty = 0 in a.shape
+    strides = [p if empty or n == 1 else s for n, s, p in zip(a.shape, a.strides, plain, strict=True)]
+    return np.lib.stride_tricks.as_strided(a, a.shape, strides, writeable=a.flags.writeable)
+
+
+def _filled(a: Array, out: Array) -> Array:
+    np.copyto(out, a, casting="unsafe")
+    return out
+
+
+class Memory:
+    """Memory under NumPy's array interface: ``np.asarray`` makes an array over it that keeps `owner` alive."""
+
+    def __init__(
+        self,
+        address: int,
+        shape: tuple[int, ...],
+        strides: tuple[int, ...],
+        typestr: str,
+        readonly: bool,
+        owner: object,
+    ) -> None:
+        self.__array_interface__ = {
+            "version": 3,
+            "data": (address, readonly),
+            "shape": shape,
+            "strides": strides,
+            "typestr": typestr,
+        }
+        self.owner = owner
+
+
+def writable_view(a: Array) -> Array:
+    """The same memory without the read-only flag, for a framework that has none and a caller who will not write."""
+    carrier = np.dtype(_dtypes.DTYPES[_dtypes.of_numpy(a.dtype).lstrip(">")].carrier or a.dtype)
+    address = a.__array_interface__["data"][0]
+    return np.asarray(Memory(address, a.shape, a.strides, carrier.str, False, a)).view(a.dtype)

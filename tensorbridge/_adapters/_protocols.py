@@ -1,0 +1,343 @@
+"""Everybody else: whoever speaks DLPack, an array interface, the buffer protocol or ``__array__``, read through it.
+
+Host memory is read here, by address, into a NumPy view that keeps the producer alive: no framework sees a capsule
+before its dtype and strides have been read (torch aborts on a negative stride, NumPy refuses bfloat16). Memory that the
+producer does not offer for writing, or cannot say so (a DLPack without flags), arrives read-only.
+Layouts: https://dmlc.github.io/dlpack/latest/c_api.html; negotiation: ``__dlpack__`` of the array API, 2023.12.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from tensorbridge import _dtypes, _streams
+from tensorbridge._adapters import _numpy, named
+from tensorbridge._array import ArrayInfo, Device, Traits, layout, order_text, size_class
+from tensorbridge._errors import CopyRequiredError, DeviceError, ProducerError, UnsupportedArrayError
+from tensorbridge._plan import Op, Step, Want
+from tensorbridge._refuse import Obstacle
+
+HOST = (1, 3, 11)  # DLPack device types: CPU, CUDA host, ROCm host
+CUDA = (2, 13)  # CUDA, CUDA managed
+READ_ONLY, SUBBYTE_PADDED = 1, 4
+
+
+class _DLTensor(ctypes.Structure):
+    _fields_ = [
+        ("data", ctypes.c_void_p),
+        ("device_type", ctypes.c_int32),
+        ("device_id", ctypes.c_int32),
+        ("ndim", ctypes.c_int32),
+        ("code", ctypes.c_uint8),
+        ("bits", ctypes.c_uint8),
+        ("lanes", ctypes.c_uint16),
+        ("shape", ctypes.POINTER(ctypes.c_int64)),
+        ("strides", ctypes.POINTER(ctypes.c_int64)),
+        ("byte_offset", ctypes.c_uint64),
+    ]
+
+
+class _Versioned(ctypes.Structure):
+    _fields_ = [
+        ("major", ctypes.c_uint32),
+        ("minor", ctypes.c_uint32),
+        ("manager_ctx", ctypes.c_void_p),
+        ("deleter", ctypes.c_void_p),
+        ("flags", ctypes.c_uint64),
+        ("tensor", _DLTensor),
+    ]
+
+
+class Foreign(NamedTuple):
+    """Device memory of another library: what was read of it, and the object that still owns it."""
+
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]  # bytes
+    dtype: str
+    device: Device
+    address: int
+    readonly: bool
+    producer: Any
+    capsule: Any = None
+    stream: int | None = None  # CAI: the stream that the producer's work is on
+
+    def __dlpack__(self, **_: Any) -> Any:
+        return self.capsule
+
+    def __dlpack_device__(self) -> tuple[int, int]:
+        return 2, self.device.index
+
+
+def open(x: Any, want: Want) -> tuple[Any, Traits]:
+    cls = type(x)
+    if isinstance(x, (str, type, type(None))):
+        raise Obstacle("text" if isinstance(x, str) else "not an array", cls.__name__)
+    if hasattr(cls, "__dlpack__") and hasattr(cls, "__dlpack_device__"):
+        via, found = "dlpack", _by_dlpack(x, want)
+    elif hasattr(x, "__cuda_array_interface__"):
+        via, found = "cuda_array_interface", _by_cai(x)
+    elif hasattr(x, "__array_interface__"):
+        via, found = "array_interface", _array_interface(x)
+    elif (view := _buffer(x)) is not None:
+        via, found = "buffer", _asked(lambda: np.asarray(view), x, "its buffer")
+    elif hasattr(cls, "__array__"):
+        return _by_array(x, want)
+    else:
+        container = isinstance(x, (dict, set, frozenset)) or hasattr(cls, "__dataclass_fields__")
+        raise Obstacle("container" if container else "not an array", cls.__name__)
+    if isinstance(found, Foreign):
+        return found, _foreign_traits(found, via)
+    return found, _described(found, via, x)
+
+
+def _described(a: Any, via: str, x: Any) -> Traits:
+    try:
+        return _numpy.traits(a)._replace(framework=via)
+    except Obstacle as obstacle:
+        obstacle.what = f"{type(x).__name__}, {obstacle.what}"
+        raise
+
+
+def _asked(call: Callable[[], Any], x: Any, what: str) -> Any:
+    """What the producer answers; its refusal in our words, with its own as the cause."""
+    try:
+        return call()
+    except TypeError as error:
+        raise UnsupportedArrayError(f"{type(x).__name__} refuses to export {what}: {error}") from error
+    except CopyRequiredError:
+        raise
+    except BaseException as error:
+        if not isinstance(error, Exception):
+            raise
+        raise ProducerError(f"{type(x).__name__} failed to export {what}: {type(error).__name__}: {error}") from error
+
+
+def _malformed(x: Any, what: str) -> ProducerError:
+    return ProducerError(f"{type(x).__name__} is a malformed producer: {what}.")
+
+
+# -- DLPack
+
+
+def _by_dlpack(x: Any, want: Want) -> Any:
+    kind, index = _asked(lambda: _pair(x.__dlpack_device__()), x, "its DLPack device")
+    if kind in HOST:
+        capsule = _asked(lambda: _request(x), x, "DLPack")
+        return _host_array(x, capsule)
+    if kind not in CUDA:
+        raise DeviceError(
+            f"{type(x).__name__} lies on a device of DLPack type {kind}; only the host and CUDA are known here."
+        )
+    framework = want.framework if want.framework in ("torch", "cupy") else "torch"
+    number = _streams.current(framework, index)
+    capsule = _asked(lambda: _request(x, stream=number), x, "DLPack")
+    return _device_array(x, capsule)
+
+
+def _pair(device: Any) -> tuple[int, int]:
+    kind, index = device
+    return int(kind), int(index)
+
+
+def _request(x: Any, **stream: int) -> Any:
+    """A capsule, versioned if the producer can; an old producer is asked again with fewer keywords."""
+    attempts: list[dict[str, Any]] = [{"max_version": (1, 0), **stream}, dict(stream)]
+    last: TypeError | None = None
+    for keywords in attempts:
+        try:
+            return x.__dlpack__(**keywords)
+        except TypeError as error:  # a keyword that it does not know, or its own refusal: the last one tells
+            last = error
+    assert last is not None
+    raise last
+
+
+_name_of = ctypes.pythonapi.PyCapsule_GetName
+_name_of.restype, _name_of.argtypes = ctypes.c_char_p, [ctypes.py_object]
+_pointer_of = ctypes.pythonapi.PyCapsule_GetPointer
+_pointer_of.restype, _pointer_of.argtypes = ctypes.c_void_p, [ctypes.py_object, ctypes.c_char_p]
+
+
+def _read(x: Any, capsule: Any) -> tuple[_DLTensor, int | None]:
+    """The tensor struct in a capsule, and its flags (None: a capsule without flags)."""
+    if type(capsule).__name__ != "PyCapsule":
+        raise _malformed(x, f"__dlpack__ returned {type(capsule).__name__}, not a capsule")
+    name = _name_of(capsule)
+    if name not in (b"dltensor", b"dltensor_versioned"):
+        raise _malformed(x, f"its capsule is named {name!r}, so it was consumed before or is none of DLPack's")
+    pointer = _pointer_of(capsule, name)
+    if name == b"dltensor":
+        return _DLTensor.from_address(pointer), None
+    whole = _Versioned.from_address(pointer)
+    if whole.major != 1:
+        raise _malformed(x, f"it answers in DLPack {whole.major}.{whole.minor} where 1.x was asked for")
+    return whole.tensor, whole.flags
+
+
+def _facts(x: Any, tensor: _DLTensor, flags: int | None) -> tuple[str, tuple[int, ...], tuple[int, ...], int]:
+    """dtype name, shape, strides in bytes, address."""
+    if not 0 <= tensor.ndim <= 64:
+        raise _malformed(x, f"{tensor.ndim} dimensions")
+    name = _dtypes.of_dlpack(tensor.code, tensor.bits, tensor.lanes)
+    if not name:
+        kind = f"DLPack code {tensor.code}, {tensor.bits} bits, {tensor.lanes} lanes"
+        raise Obstacle("unknown dtype", f"{type(x).__name__} ({kind})")
+    shape = tuple(tensor.shape[i] for i in range(tensor.ndim))
+    if any(length < 0 for length in shape):
+        raise _malformed(x, f"shape {shape}")
+    itemsize = _dtypes.DTYPES[name].itemsize
+    if tensor.strides:
+        strides = tuple(tensor.strides[i] * itemsize for i in range(tensor.ndim))
+    else:
+        strides = _c_strides(shape, itemsize)
+    address = (tensor.data or 0) + tensor.byte_offset
+    if not tensor.data and 0 not in shape:
+        raise _malformed(x, "a null address")
+    return name, shape, strides, address
+
+
+def _c_strides(shape: tuple[int, ...], itemsize: int) -> tuple[int, ...]:
+    strides = [itemsize] * len(shape)
+    for axis in range(len(shape) - 2, -1, -1):
+        strides[axis] = strides[axis + 1] * max(shape[axis + 1], 1)
+    return tuple(strides)
+
+
+def _host_array(x: Any, capsule: Any) -> Any:
+    """A NumPy view of a host capsule. The capsule is never consumed: it frees itself with the view, its owner."""
+    tensor, flags = _read(x, capsule)
+    if tensor.device_type not in HOST:
+        raise _malformed(x, f"its capsule is on device type {tensor.device_type}, not on the host as it said")
+    name, shape, strides, address = _facts(x, tensor, flags)
+    readonly = flags is None or bool(flags & READ_ONLY)
+    row = _dtypes.DTYPES[name]
+    if row.numpy is None:
+        raise Obstacle("unknown dtype", f"{type(x).__name__} {name}")
+    if 0 in shape:
+        return np.empty(shape, row.numpy)
+    carrier = np.dtype(row.carrier) if row.carrier else row.numpy
+    memory = _numpy.Memory(address, shape, strides, carrier.str, readonly, (capsule, x))
+    return np.asarray(memory).view(row.numpy)
+
+
+def _device_array(x: Any, capsule: Any) -> Foreign:
+    tensor, flags = _read(x, capsule)
+    if tensor.device_type not in CUDA:
+        raise _malformed(x, f"its capsule is on device type {tensor.device_type}, not on CUDA as it said")
+    name, shape, strides, address = _facts(x, tensor, flags)
+    device = Device(f"cuda:{tensor.device_id}")
+    return Foreign(shape, strides, name, device, address, bool((flags or 0) & READ_ONLY), x, capsule)
+
+
+# -- Array interfaces
+
+
+def _array_interface(x: Any) -> Any:
+    interface = _asked(lambda: x.__array_interface__, x, "__array_interface__")
+    if isinstance(interface, dict) and interface.get("mask") is not None:
+        raise Obstacle("masked", type(x).__name__)
+    return _asked(lambda: np.asarray(_Interface(x, interface)), x, "__array_interface__")
+
+
+class _Interface:
+    """Only the array interface of an object, so that NumPy looks at nothing else of it, and the object itself."""
+
+    def __init__(self, owner: Any, interface: Any) -> None:
+        self.owner, self.__array_interface__ = owner, interface
+
+
+def _by_cai(x: Any) -> Foreign:
+    facts = _asked(lambda: dict(x.__cuda_array_interface__), x, "__cuda_array_interface__")
+    if facts.get("mask") is not None:
+        raise Obstacle("masked", type(x).__name__)
+    try:
+        shape = tuple(int(n) for n in facts["shape"])
+        dtype = np.dtype(facts["typestr"])
+        address, readonly = facts["data"]
+        strides = facts.get("strides") or _c_strides(shape, dtype.itemsize)
+    except (KeyError, TypeError, ValueError) as error:
+        raise _malformed(x, f"__cuda_array_interface__ lacks or garbles {error}") from error
+    if facts.get("stream") == 0:
+        raise _malformed(x, "stream 0 is not allowed in __cuda_array_interface__ (1 is the default stream)")
+    name = _dtypes.of_numpy(dtype)
+    if not name or name.startswith(">"):
+        raise Obstacle("unknown dtype", f"{type(x).__name__} {dtype}")
+    index = getattr(getattr(x, "device", None), "id", 0)
+    device = Device(f"cuda:{index if isinstance(index, int) else 0}")
+    return Foreign(shape, tuple(strides), name, device, int(address or 0), bool(readonly), x, None, facts.get("stream"))
+
+
+def _foreign_traits(x: Foreign, via: str) -> Traits:
+    itemsize = _dtypes.DTYPES[x.dtype].itemsize
+    lay = layout(x.shape, x.strides, itemsize)
+    count = 1
+    for length in x.shape:
+        count *= length
+    return Traits(
+        via,
+        x.device,
+        x.dtype,
+        lay.order,
+        lay.spacing,
+        lay.overlap,
+        lay.loose,
+        writable=not x.readonly,
+        size=size_class(count * itemsize),
+    )
+
+
+# -- Buffers and __array__
+
+
+def _buffer(x: Any) -> memoryview | None:
+    """A view that holds the export: the exporter cannot free or grow the memory under it."""
+    try:
+        return memoryview(x)
+    except TypeError:
+        return None
+
+
+def _by_array(x: Any, want: Want) -> tuple[Any, Traits]:
+    """Last, `__array__`, which may share or copy. With copy=False it has to promise."""
+
+    def export() -> Any:
+        if want.copy is not False:
+            return np.asarray(x)
+        try:
+            return x.__array__(copy=False)
+        except (TypeError, ValueError) as error:
+            raise CopyRequiredError(
+                f"{type(x).__name__} offers only __array__, and does not promise that no byte moves: {error}"
+            ) from error
+
+    a = _asked(export, x, "__array__")
+    if not isinstance(a, np.ndarray):
+        raise _malformed(x, f"__array__ returned {type(a).__name__}")
+    found = _described(a, "__array__", x)
+    return a, found._replace(origin=found.origin or "unknown")
+
+
+def describe(handle: Any, traits: Traits) -> ArrayInfo:
+    if isinstance(handle, np.ndarray):
+        return _numpy.describe(handle, traits)
+    itemsize, count = _dtypes.DTYPES[traits.dtype].itemsize, 1
+    for length in handle.shape:
+        count *= length
+    order = order_text(traits.order, traits.spacing)
+    return ArrayInfo(
+        traits.framework, traits.device, traits.dtype, handle.shape, handle.strides, count * itemsize, order,
+        traits.writable, False, None, "", None, handle.stream, handle.address, traits.overlap,
+    )  # fmt: skip
+
+
+def performer(step: Step, before: Traits, want: Want) -> Callable[..., Any]:
+    """IMPORT: host memory is a NumPy array already; device memory goes to the framework that reads it."""
+    assert step.op == Op.IMPORT
+    if step.after.framework == "numpy":
+        return lambda x: x if isinstance(x, np.ndarray) else open(x, want)[0]
+    reader: Any = named(step.after.framework)
+    return lambda x: reader.imported(x if isinstance(x, Foreign) else open(x, want)[0])

@@ -1,0 +1,164 @@
+"""Python: numbers are 0-d bool, int64, float64, complex128 arrays; lists of numbers or of equal arrays are stacked."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from tensorbridge import _dtypes
+from tensorbridge._adapters import _SCALARS, _numpy, adapter_of
+from tensorbridge._array import CPU, ArrayInfo, Traits, shape_text, size_class
+from tensorbridge._plan import Step, Want
+from tensorbridge._refuse import Obstacle
+
+_NUMBERS = {bool: "bool", int: "int64", float: "float64", complex: "complex128"}
+_INT64 = range(-(2**63), 2**63)
+
+
+class Parts(NamedTuple):
+    """A list to stack: `numbers` as it came, or the arrays in it and the shape of the lists around them."""
+
+    shape: tuple[int, ...]
+    outer: tuple[int, ...]
+    arrays: list[Any] | None
+    numbers: Sequence[Any]
+
+    def stacked(self, stack: Callable[..., Any], dtype: Any = None) -> Any:
+        if self.arrays is None:
+            return np.array(self.numbers, dtype=dtype)
+        whole = stack(self.arrays) if dtype is None else stack(self.arrays, dtype=dtype)
+        return whole.reshape(self.shape)
+
+
+def open(x: Any, want: Want) -> tuple[Any, Traits]:
+    if not isinstance(x, (list, tuple)):
+        return x, _scalar(x)
+    if hasattr(x, "_fields"):
+        raise Obstacle("container", f"namedtuple {type(x).__name__}")
+    outer = _outer_shape(x)
+    leaves = list(_leaves(x, len(outer)))
+    kinds = set(map(type, leaves))
+    if all(issubclass(kind, _SCALARS) and not issubclass(kind, (str, bytes)) for kind in kinds):
+        dtype = _number_dtype(leaves, kinds)
+        parts = Parts(outer, outer, None, x)
+        size = size_class(math.prod(outer) * _dtypes.DTYPES[dtype].itemsize)
+        return parts, Traits("numpy list", dtype=dtype, size=size)
+    return _arrays(outer, leaves, want)
+
+
+def _scalar(x: Any) -> Traits:
+    if isinstance(x, np.generic):
+        found = _numpy.traits(np.asarray(x))
+        return Traits("python scalar", dtype=found.dtype.lstrip(">"))
+    if type(x) is int and x not in _INT64:
+        raise Obstacle("big integer", f"Python int of {x.bit_length()} bits")
+    return Traits("python scalar", dtype=next(name for cls, name in _NUMBERS.items() if isinstance(x, cls)))
+
+
+def _outer_shape(x: Any) -> tuple[int, ...]:
+    """How lists nest in lists, which must be even: lengths are read, elements are not."""
+    shape: list[int] = []
+    level: list[Any] = [x]
+    while level and all(isinstance(part, (list, tuple)) for part in level):
+        lengths = {len(part) for part in level}
+        if len(lengths) > 1:
+            raise _ragged(x, (f"({n},)" for n in sorted(lengths)))
+        shape.append(lengths.pop())
+        level = [item for part in level for item in part]
+    if any(isinstance(part, (list, tuple)) for part in level):
+        raise Obstacle("ragged", f"list of {len(x)}", "some of its parts are lists and some are not")
+    return tuple(shape)
+
+
+def _leaves(x: Any, depth: int) -> Iterator[Any]:
+    if depth == 1:
+        yield from x
+    else:
+        for part in x:
+            yield from _leaves(part, depth - 1)
+
+
+def _number_dtype(leaves: list[Any], kinds: set[type]) -> str:
+    own = [_NUMBERS[kind] for kind in kinds if kind in _NUMBERS]
+    foreign = {np.asarray(x).dtype for x in leaves if type(x) not in _NUMBERS} if len(own) < len(kinds) else set()
+    if int in kinds and any(type(x) is int and x not in _INT64 for x in leaves):
+        raise Obstacle("big integer", f"list of {len(leaves)} numbers")
+    dtypes = [*map(np.dtype, own), *foreign]
+    name = _dtypes.of_numpy(np.result_type(*dtypes)) if dtypes else "float64"
+    if not name:
+        raise Obstacle("unknown dtype", f"list of {len(leaves)} values")
+    return name.lstrip(">")
+
+
+def _arrays(outer: tuple[int, ...], leaves: list[Any], want: Want) -> tuple[Parts, Traits]:
+    what = f"list of {len(leaves)}"
+    opened = []
+    for leaf in leaves:
+        adapter = adapter_of(type(leaf))
+        handle, found = adapter.open(leaf, want._replace(copy=None))
+        if found.framework == "python scalar":
+            raise Obstacle("mixed list", what, "it holds both numbers and arrays")
+        opened.append((handle, found, adapter.describe(handle, found)))
+    shapes = {info.shape for _, _, info in opened}
+    if len(shapes) > 1:
+        raise _ragged(leaves, map(shape_text, sorted(shapes)))
+    for name, values in (
+        ("frameworks", {"numpy" if t.framework not in ("torch", "cupy") else t.framework for _, t, _ in opened}),
+        ("devices", {t.device for _, t, _ in opened}),
+        ("dtypes", {t.dtype.lstrip(">") for _, t, _ in opened}),
+    ):
+        if len(values) > 1:
+            raise Obstacle("mixed list", what, f"its parts have different {name}: {', '.join(sorted(values))}")
+    first = opened[0][1]
+    if first.device != CPU and first.framework not in ("torch", "cupy"):
+        raise Obstacle("mixed list", what, "device arrays of other libraries are not stacked")
+    shape = outer + opened[0][2].shape
+    dtype = first.dtype.lstrip(">")
+    holder = first.framework if first.framework in ("torch", "cupy") else "numpy"
+    found = Traits(
+        f"{holder} list",
+        first.device,
+        dtype,
+        graph=any(t.graph for _, t, _ in opened),
+        size=size_class(math.prod(shape) * _dtypes.DTYPES[dtype].itemsize) if dtype in _dtypes.DTYPES else "small",
+    )
+    return Parts(shape, outer, [handle for handle, _, _ in opened], ()), found
+
+
+def _ragged(parts: Sequence[Any], shapes: Any) -> Obstacle:
+    named = list(shapes)
+    text = ", ".join(named[:4]) + (", ..." if len(named) > 4 else "")
+    return Obstacle("ragged", f"list of {len(parts)}", f"its parts have different shapes: {text}")
+
+
+def describe(handle: Any, traits: Traits) -> ArrayInfo:
+    shape = handle.shape if isinstance(handle, Parts) else ()
+    itemsize = _dtypes.DTYPES[traits.dtype].itemsize
+    strides = [itemsize] * len(shape)
+    for axis in range(len(shape) - 2, -1, -1):
+        strides[axis] = strides[axis + 1] * max(shape[axis + 1], 1)
+    nbytes = math.prod(shape) * itemsize
+    grad = traits.graph
+    return ArrayInfo(
+        traits.framework,
+        traits.device,
+        traits.dtype,
+        shape,
+        tuple(strides),
+        nbytes,
+        "C",
+        True,
+        grad,
+        None,
+        "",
+        None,
+        None,
+    )
+
+
+def performer(step: Step, before: Traits, want: Want) -> Callable[[Any], Any]:
+    dtype = _dtypes.DTYPES[before.dtype].numpy
+    return lambda x: np.array(x, dtype=dtype)

@@ -1,0 +1,298 @@
+"""torch: detaches, resolves lazy bits, moves between devices; holds no reversed, read-only or byte-swapped memory."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from tensorbridge import _dtypes, _streams
+from tensorbridge._adapters import _numpy
+from tensorbridge._array import CPU, ArrayInfo, Device, Layout, Traits, layout, order_text, shape_text, size_class
+from tensorbridge._plan import Op, Step, Want, torch_holds
+from tensorbridge._refuse import Obstacle
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+PLAIN = Layout()
+_functorch: Any = torch._C._functorch
+_devices: dict[torch.device, Device] = {}
+_DTYPE: dict[str, Any] = {
+    name: getattr(torch, row.torch) for name, row in _dtypes.DTYPES.items() if row.torch and hasattr(torch, row.torch)
+}
+_NAME: dict[torch.dtype, str] = {dtype: name for name, dtype in _DTYPE.items()}
+_CARRIER: dict[str, Any] = {
+    name: getattr(torch, _dtypes.DTYPES[name].carrier) for name in _DTYPE if _dtypes.DTYPES[name].carrier
+}
+
+
+def open(t: Tensor, want: Want) -> tuple[Tensor, Traits]:
+    return t, traits(t, ask_pinned=_crosses_bus(t, want))
+
+
+def _crosses_bus(t: Tensor, want: Want) -> bool:
+    target = CPU if want.framework == "numpy" else want.device
+    return want.pin_memory or (target is not None and t.is_cpu != (target == CPU))
+
+
+def traits(t: Tensor, *, ask_pinned: bool = False) -> Traits:
+    refuse(t)
+    name = _NAME[t.dtype]
+    device = device_of(t)
+    itemsize = t.element_size()
+    count = t.numel()
+    if t.is_contiguous() and not (t.dim() and 1 in t.shape) and count:
+        lay = PLAIN
+    else:
+        lay = layout(t.shape, [s * itemsize for s in t.stride()], itemsize)
+    lazy = "zero" if t._is_zerotensor() else " ".join(["conj"] * t.is_conj() + ["neg"] * t.is_neg())
+    boundary = itemsize // 2 if t.is_complex() else itemsize
+    return Traits(
+        "torch",
+        device,
+        name,
+        lay.order,
+        lay.spacing,
+        lay.overlap,
+        False,
+        not count or t.data_ptr() % boundary == 0,
+        True,
+        t.requires_grad,
+        lazy,
+        (t.is_pinned() if device == CPU else False) if ask_pinned else None,
+        size_class(count * itemsize),
+    )
+
+
+def device_of(t: Tensor) -> Device:
+    device = t.device
+    found = _devices.get(device)
+    if found is None:
+        found = _devices[device] = CPU if device.type == "cpu" else Device(str(device))
+    return found
+
+
+def refuse(t: Tensor) -> None:
+    """Raise the Obstacle that stands in this tensor's way, if any."""
+    name = ""
+    if _functorch.is_functorch_wrapped_tensor(t):
+        name = "functional" if _functorch.is_functionaltensor(t) else "functorch"
+    elif type(t) not in (torch.Tensor, torch.nn.Parameter):
+        name = _subclass_obstacle(t)
+    if not name:
+        if t.is_nested:
+            name = "nested"
+        elif t.layout is not torch.strided:
+            name = "mkldnn" if t.is_mkldnn else "sparse"
+        elif t.is_meta:
+            name = "meta"
+        elif t.is_quantized:
+            name = "quantized"
+        elif torch._is_functional_tensor(t):
+            name = "functional"
+        elif t.dtype not in _NAME:
+            name = "unknown dtype"
+    if name:
+        shape = "" if name == "nested" else " " + shape_text(tuple(t.shape))
+        kind = type(t).__name__ if type(t) not in (torch.Tensor, torch.nn.Parameter) else f"torch {_kind(t, name)}"
+        raise Obstacle(name, f"{kind} {_dtypes.of_torch(t.dtype)}{shape}")
+
+
+def _kind(t: Tensor, name: str) -> str:
+    return str(t.layout).removeprefix("torch.") if name == "sparse" else name
+
+
+def _subclass_obstacle(t: Tensor) -> str:
+    for module, attribute, name in (
+        ("torch._subclasses.fake_tensor", "FakeTensor", "fake"),
+        ("torch._subclasses.functional_tensor", "FunctionalTensor", "functional"),
+        ("torch.distributed.tensor", "DTensor", "distributed"),
+        ("torch.masked.maskedtensor.core", "MaskedTensor", "masked"),
+    ):
+        cls = getattr(sys.modules.get(module), attribute, None)
+        if cls is not None and isinstance(t, cls):
+            return name
+    if t.is_nested:
+        return "nested"
+    dispatch = type(t).__torch_dispatch__
+    return "" if dispatch is torch._C._disabled_torch_dispatch_impl else "intercepting"
+
+
+def describe(t: Tensor, traits: Traits) -> ArrayInfo:
+    itemsize = t.element_size()
+    shape = tuple(t.shape)
+    node = t.grad_fn
+    return ArrayInfo(
+        "torch",
+        traits.device,
+        traits.dtype,
+        shape,
+        tuple(s * itemsize for s in t.stride()),
+        t.numel() * itemsize,
+        order_text(traits.order, traits.spacing),
+        True,
+        traits.graph,
+        None if node is None else type(node).__name__,
+        traits.lazy,
+        traits.pinned,
+        _streams.current("torch", traits.device.index) if traits.device.type == "cuda" else None,
+        t.data_ptr(),
+        traits.overlap,
+    )
+
+
+def performer(step: Step, before: Traits, want: Want) -> Callable[[Any], Any]:
+    op, after = step.op, step.after
+    packed = torch.contiguous_format if before.overlap else torch.preserve_format
+    if op == Op.SHARE:
+        if before.framework == "torch" and after.framework == "numpy":
+            return _to_numpy(before.dtype)
+        if before.framework == "numpy":
+            return _alias if before.origin == "tensor" else _from_numpy(before)
+        return _from_dlpack if before.framework == "cupy" else _same
+    if op == Op.FILL:
+        return _filler(before, want)
+    if op == Op.CAST:
+        dtype = _DTYPE[after.dtype]
+        return lambda t: t.to(dtype, memory_format=packed)
+    if op in (Op.COPY, Op.PACK):
+        return lambda t: t.clone(memory_format=packed)
+    if op == Op.TO_DEVICE:
+        return lambda t: t.to(str(after.device), non_blocking=want.non_blocking)
+    if op == Op.STACK:
+        return lambda parts: parts.stacked(torch.stack)
+    return {
+        Op.DETACH: lambda t: t.detach(),
+        Op.RESOLVE: lambda t: t.clone() if before.lazy == "zero" else t.resolve_conj().resolve_neg(),
+        Op.TO_HOST: lambda t: t.cpu(),
+        Op.PIN: lambda t: t.pin_memory(),
+        Op.ORDER: _same,  # done by the DLPack exchange that shares
+    }[op]
+
+
+def _same(t: Tensor) -> Tensor:
+    return t
+
+
+def _to_numpy(name: str) -> Callable[[Tensor], Any]:
+    """`Tensor.numpy` views an alias, whose storage then refuses to be resized: the view cannot dangle."""
+    carrier, dtype = _CARRIER.get(name), _dtypes.DTYPES[name].numpy
+    if carrier is None:
+        return lambda t: t.numpy()
+    return lambda t: t.view(carrier).numpy().view(dtype)
+
+
+def _from_numpy(before: Traits) -> Callable[[Any], Tensor]:
+    dtype = _DTYPE[before.dtype]
+    row = _dtypes.DTYPES[before.dtype]
+    plain = np.dtype(row.carrier) if row.carrier else row.numpy
+    own = not row.carrier
+
+    def share(a: Any) -> Tensor:
+        if not before.writable:
+            a = _numpy.writable_view(a)
+        if a.dtype.char != plain.char:  # type: ignore[union-attr]
+            a = a.view(plain)
+        t = torch.from_numpy(a)
+        return t if own else t.view(dtype)
+
+    return share
+
+
+def _alias(a: Any) -> Tensor:
+    """The tensor behind a NumPy view of it: the same memory and the same version counter."""
+    base: Tensor = _numpy.owner_of(a)
+    dtype = _DTYPE[_dtypes.of_numpy(a.dtype)]
+    base = base if base.dtype == dtype else base.view(dtype)
+    itemsize = a.itemsize
+    offset = (a.__array_interface__["data"][0] - base.untyped_storage().data_ptr()) // itemsize
+    # A length-1 axis may carry any stride; as_strided wants none that is negative.
+    strides = [max(s, 0) // itemsize for s in a.strides]
+    return base.as_strided(a.shape, strides, offset)
+
+
+def _from_dlpack(x: Any) -> Tensor:
+    index = x.__dlpack_device__()[1]
+    with torch.cuda.device(index):
+        return torch.utils.dlpack.from_dlpack(x.__dlpack__(stream=_streams.current("torch", index), max_version=(1, 0)))
+
+
+def imported(x: Any) -> Tensor:
+    """Device memory of another library. Its producer ordered it for DLPack; an array interface leaves that to us."""
+    if x.capsule is not None:
+        return torch.utils.dlpack.from_dlpack(x)
+    if x.stream is not None:
+        _streams.wait("torch", x.stream, x.device.index)
+    return torch.as_tensor(x.producer, device=str(x.device))
+
+
+def _filler(before: Traits, want: Want) -> Callable[..., Any]:
+    """Write into `out`, on whichever side it is."""
+    if want.framework == "numpy":
+
+        def into_numpy(t: Tensor, out: Any) -> Any:
+            view_of(out).copy_(t)
+            return out
+
+        return into_numpy
+    if before.framework == "numpy" and not torch_holds(before):
+
+        def by_numpy(a: Any, out: Tensor) -> Tensor:
+            np.copyto(_to_numpy(_NAME[out.dtype])(out), a, casting="unsafe")
+            torch.autograd.graph.increment_version(out)  # NumPy's writes are not seen by autograd
+            return out
+
+        return by_numpy
+    share = _from_numpy(before) if before.framework == "numpy" else _same
+
+    def into_torch(x: Any, out: Tensor) -> Tensor:
+        return out.copy_(share(x), non_blocking=want.non_blocking)
+
+    return into_torch
+
+
+def view_of(a: Any) -> Tensor:
+    """A tensor over a NumPy array that `torch_holds` allows."""
+    return _from_numpy(_numpy.traits(a)._replace(dtype=_dtypes.of_numpy(a.dtype)))(a)
+
+
+# -- The fast lanes: None where the full road has to decide
+
+
+def plain_to_numpy(t: Any) -> Any:
+    """`to_numpy` of a plain tensor without options."""
+    if t.dtype in _PLAIN and t.is_cpu and _transforms() is None:
+        try:
+            if t.requires_grad:
+                a = t.numpy(force=True)
+                if a.flags.c_contiguous and a.base.data_ptr() == t.data_ptr():  # else a lazy bit was resolved
+                    a.setflags(False)  # positional: a fifth of the price of .flags.writeable
+                    return a
+                return None
+            a = t.numpy()
+        except (RuntimeError, TypeError):  # a lazy bit, an odd layout: rare, so an exception may say so
+            return None
+        if a.flags.c_contiguous:
+            return a
+    return None
+
+
+def plain_to_torch(a: Any) -> Any:
+    """`to_torch` of a plain array without options. A view is plain if an array of its own stands behind it."""
+    if a.flags.carray and a.dtype in _PLAIN_NUMPY:
+        base = a.base
+        if base is None or (type(base) is np.ndarray and base.base is None):
+            try:
+                return torch.from_numpy(a)
+            except ValueError:  # a negative stride on an axis of length 1
+                return None
+    return None
+
+
+_transforms = _functorch.peek_interpreter_stack
+_PLAIN = frozenset(_DTYPE[name] for name in _DTYPE if _dtypes.crosses_plainly(name))
+_PLAIN_NUMPY = frozenset(_dtypes.DTYPES[_NAME[dtype]].numpy for dtype in _PLAIN)

@@ -1,0 +1,138 @@
+"""What an array is: facts, and the few of them on which decisions rest.
+
+`Traits` is the kind of an array: everything that a decision may look at, and nothing that differs between two arrays of
+one kind (its shape, its address). `ArrayInfo` is one array described for a person.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+SMALL = 64 * 1024  # bytes: below, a copy costs its call, not its bytes
+LARGE = 4 * 1024 * 1024  # bytes: from here on, NumPy asks the kernel for huge pages
+
+
+class Device(str):
+    """A device under the name that the field gives it: "cpu", "cuda:0". Compares and hashes as that string."""
+
+    __slots__ = ()
+
+    @property
+    def type(self) -> str:
+        return self.partition(":")[0]
+
+    @property
+    def index(self) -> int:  # type: ignore[override]
+        return int(self.partition(":")[2] or 0)
+
+
+CPU = Device("cpu")
+
+
+class Layout(NamedTuple):
+    """How elements lie in memory, as far as anybody decides by it."""
+
+    order: str = "C"  # axes by falling stride: "C" last axis fastest, "F" first axis fastest, "K" any other permutation
+    spacing: str = (
+        "dense"  # "dense", "strided" (gaps), "reversed" (a negative stride), "odd" (not whole elements apart)
+    )
+    overlap: bool = False  # two indices may lead to one element (a broadcast, a sliding window)
+    loose: bool = False  # an axis of length 1 (or an empty array) carries a stride that torch refuses; it means nothing
+
+
+class Traits(NamedTuple):
+    """The kind of an array: all that a decision may see. Two arrays of one kind are always treated alike."""
+
+    framework: str  # "numpy" "torch" "cupy"; a protocol, "dlpack" ... "python scalar"; "torch list": a list of tensors
+    device: Device = CPU
+    dtype: str = "float32"  # name of _dtypes; ">float32": bytes swapped
+    order: str = "C"
+    spacing: str = "dense"
+    overlap: bool = False
+    loose: bool = False
+    aligned: bool = True  # the address is a multiple of the item size that the CPU wants
+    writable: bool = True
+    graph: bool = False  # requires grad: an autograd graph hangs on it, or may
+    lazy: str = ""  # "conj", "neg", "conj neg", "zero": values that are not what the bytes say
+    pinned: bool | None = None  # page-locked host memory; None: not asked
+    size: str = "small"  # "empty", "small" (< 64 KiB), "medium", "large" (>= 4 MiB)
+    origin: str = ""  # who stands behind a view: "tensor" (a NumPy view of one), "memmap", "unknown" (`__array__`)
+
+
+class ArrayInfo(NamedTuple):
+    """One array, described. No element was read.
+
+    Bytes for strides and sizes, as NumPy counts them; `stream` is the CUDA stream current for the array's framework,
+    None off the GPU; `address` is the first element's, on its device.
+    """
+
+    framework: str
+    device: Device
+    dtype: str
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]  # bytes
+    nbytes: int  # of the elements: product of the shape times the item size, whatever memory lies behind
+    order: str  # "C", "F", "K" (another permutation); with gaps or worse: "strided C", "reversed C", "odd C"
+    writable: bool
+    requires_grad: bool
+    grad_fn: str | None  # name of the node that made it, as "MulBackward0"; None at a leaf or outside a graph
+    lazy: str
+    pinned: bool | None  # None: not asked
+    stream: int | None
+    address: int = 0
+    overlap: bool = False
+
+    def __str__(self) -> str:
+        graph = f", in a graph ({self.grad_fn})" if self.grad_fn else ", requires grad" if self.requires_grad else ""
+        lazy = f", {self.lazy} bit set" if self.lazy else ""
+        frozen = "" if self.writable else ", read-only"
+        return f"{self.framework} {self.dtype} {shape_text(self.shape)} on {self.device}{graph}{lazy}{frozen}"
+
+
+def shape_text(shape: tuple[int, ...]) -> str:
+    return "(" + ", ".join(map(str, shape)) + ("," if len(shape) == 1 else "") + ")"
+
+
+def size_class(nbytes: int) -> str:
+    if nbytes >= LARGE:
+        return "large"
+    if nbytes >= SMALL:
+        return "medium"
+    return "small" if nbytes else "empty"
+
+
+def layout(shape: Sequence[int], strides: Sequence[int], itemsize: int) -> Layout:
+    """The memory layout of an array; `strides` in bytes.
+
+    Axes of length 1 say nothing and are left out. `overlap` is True unless the strides exclude it (each axis steps over
+    all that the finer axes span), so a few exotic disjoint layouts count as overlapping: copied, never harmed.
+    """
+    loose = any(
+        length <= 1 and (stride < 0 or stride % itemsize) for length, stride in zip(shape, strides, strict=True)
+    )
+    if 0 in shape:
+        return Layout(loose=loose or any(s < 0 or s % itemsize for s in strides))
+    axes = [(stride, length) for length, stride in zip(shape, strides, strict=True) if length > 1]
+    steps = [abs(stride) for stride, _ in axes]
+    rising = sorted(range(len(axes)), key=lambda i: (steps[i], -i))
+    span, dense, overlap = itemsize, True, False
+    for i in rising:
+        dense = dense and steps[i] == span
+        overlap = overlap or steps[i] < span
+        span += steps[i] * (axes[i][1] - 1)
+    if overlap or rising == list(range(len(axes)))[::-1]:
+        order = "C"
+    else:
+        order = "F" if rising == list(range(len(axes))) else "K"
+    if any(stride % itemsize for stride, _ in axes):
+        spacing = "odd"
+    elif any(stride < 0 for stride, _ in axes):
+        spacing = "reversed"
+    else:
+        spacing = "dense" if dense else "strided"
+    return Layout(order, spacing, overlap, loose)
+
+
+def order_text(order: str, spacing: str) -> str:
+    return order if spacing == "dense" else f"{spacing} {order}"

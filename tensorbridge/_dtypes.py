@@ -1,0 +1,180 @@
+"""Dtypes: one table says under which name every framework knows an element type, and through which carrier it crosses.
+
+A name is the field's own: "float32", "bfloat16", "float8_e4m3fn". A type that NumPy's buffers cannot carry (bfloat16,
+the float8 family) crosses as an unsigned integer of the same width, its `carrier`, viewed as itself on either side.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any, NamedTuple
+
+import ml_dtypes
+import numpy as np
+
+
+class Dtype(NamedTuple):
+    """One element type in every framework."""
+
+    name: str
+    itemsize: int  # bytes
+    numpy: np.dtype[Any] | None  # None: NumPy has no such type
+    torch: str  # attribute of torch; "": torch has no such type
+    cupy: bool  # CuPy knows it
+    dlpack: tuple[int, int] | None  # (type code, bits), one lane
+    carrier: str  # the dtype whose buffer carries it; "": it crosses as itself
+
+
+def _numpy_has(name: str) -> np.dtype[Any] | None:
+    if name == "longdouble" or name == "clongdouble":
+        return np.dtype(name)
+    if name in _NUMPY_OWN:
+        return np.dtype("bool" if name == "bool" else name)
+    scalar = getattr(ml_dtypes, name, None)
+    return None if scalar is None else np.dtype(scalar)
+
+
+_NUMPY_OWN = frozenset(
+    [
+        "bool",
+        "int8",
+        "int16",
+        "int32",
+        "int64",
+        "uint8",
+        "uint16",
+        "uint32",
+        "uint64",
+        "float16",
+        "float32",
+        "float64",
+        "complex64",
+        "complex128",
+    ]
+)
+#        name                 bytes torch  cupy   DLPack (code, bits)
+_ROWS = [
+    ("bool", 1, True, True, (6, 8)),
+    ("int8", 1, True, True, (0, 8)),
+    ("int16", 2, True, True, (0, 16)),
+    ("int32", 4, True, True, (0, 32)),
+    ("int64", 8, True, True, (0, 64)),
+    ("uint8", 1, True, True, (1, 8)),
+    ("uint16", 2, True, True, (1, 16)),
+    ("uint32", 4, True, True, (1, 32)),
+    ("uint64", 8, True, True, (1, 64)),
+    ("float16", 2, True, True, (2, 16)),
+    ("float32", 4, True, True, (2, 32)),
+    ("float64", 8, True, True, (2, 64)),
+    ("complex64", 8, True, True, (5, 64)),
+    ("complex128", 16, True, True, (5, 128)),
+    ("bfloat16", 2, True, True, (4, 16)),
+    ("float8_e4m3fn", 1, True, False, (10, 8)),
+    ("float8_e4m3fnuz", 1, True, False, (11, 8)),
+    ("float8_e5m2", 1, True, False, (12, 8)),
+    ("float8_e5m2fnuz", 1, True, False, (13, 8)),
+    ("float8_e8m0fnu", 1, True, False, (14, 8)),
+    ("float8_e3m4", 1, False, False, (7, 8)),
+    ("float8_e4m3", 1, False, False, (8, 8)),
+    ("float8_e4m3b11fnuz", 1, False, False, (9, 8)),
+    ("int4", 1, False, False, None),
+    ("uint4", 1, False, False, None),
+    ("int2", 1, False, False, None),
+    ("uint2", 1, False, False, None),
+    ("float4_e2m1fn", 1, False, False, None),
+    ("float6_e2m3fn", 1, False, False, None),
+    ("float6_e3m2fn", 1, False, False, None),
+    ("complex32", 4, True, False, (5, 32)),
+    ("float4_e2m1fn_x2", 1, True, False, None),
+    ("longdouble", np.dtype("longdouble").itemsize, False, False, None),
+    ("clongdouble", np.dtype("clongdouble").itemsize, False, False, None),
+]
+
+DTYPES: dict[str, Dtype] = {
+    name: Dtype(
+        name,
+        itemsize,
+        numpy := _numpy_has(name),
+        name if in_torch else "",
+        in_cupy,
+        dlpack,
+        "" if numpy is None or name in _NUMPY_OWN else f"uint{8 * itemsize}",
+    )
+    for name, itemsize, in_torch, in_cupy, dlpack in _ROWS
+}
+
+_OF_NUMPY: dict[np.dtype[Any], str] = {row.numpy: row.name for row in DTYPES.values() if row.numpy is not None}
+_OF_DLPACK: dict[tuple[int, int], str] = {row.dlpack: row.name for row in DTYPES.values() if row.dlpack is not None}
+_OF_PYTHON: dict[Any, str] = {bool: "bool", int: "int64", float: "float64", complex: "complex128"}
+
+
+def of_numpy(dtype: np.dtype[Any]) -> str:
+    """The name of a NumPy dtype, ``">"`` in front if its bytes are swapped; ``""`` if the table does not hold it."""
+    name = _OF_NUMPY.get(dtype)
+    if name is not None:
+        return name
+    if dtype.isbuiltin == 1 and dtype.kind in "iufc":  # a C type with two names: long and long long
+        return _OF_NUMPY.get(np.dtype(f"{dtype.kind}{dtype.itemsize}"), "")
+    if not dtype.isnative and dtype.names is None:
+        native = of_numpy(dtype.newbyteorder("="))
+        return f">{native}" if native else ""
+    return ""
+
+
+def of_torch(dtype: object) -> str:
+    """The name of a torch dtype (a name that the table does not hold if no other framework has it, as "quint8")."""
+    return str(dtype).removeprefix("torch.")
+
+
+def of_dlpack(code: int, bits: int, lanes: int) -> str:
+    """The name of a DLPack data type, ``""`` if no framework here has it."""
+    return _OF_DLPACK.get((code, bits), "") if lanes == 1 else ""
+
+
+def parse(dtype: object) -> str:
+    """The name meant by a caller's `dtype`: a name, a NumPy, CuPy or torch dtype, a scalar type or a Python type.
+
+    Raises
+    ------
+    TypeError
+        It names no element type of the table.
+    """
+    if isinstance(dtype, str) and dtype in DTYPES:
+        return dtype
+    torch = sys.modules.get("torch")
+    if torch is not None and isinstance(dtype, getattr(torch, "dtype", ())):
+        name = of_torch(dtype)
+        if name in DTYPES:
+            return name
+        raise TypeError(f"dtype={dtype}: no framework can be given this dtype; choose one of {', '.join(DTYPES)}")
+    if isinstance(dtype, type) and dtype in _OF_PYTHON:
+        return _OF_PYTHON[dtype]
+    try:
+        name = of_numpy(np.dtype(dtype)) if dtype is not None else ""  # type: ignore[call-overload]
+    except TypeError:
+        name = ""
+    if name.startswith(">"):
+        raise TypeError(f"dtype={dtype!r}: results are in native byte order; ask for {name[1:]!r}")
+    if not name:
+        raise TypeError(
+            f"dtype={dtype!r} is not an element type that arrays can share; choose one of {', '.join(DTYPES)}"
+        )
+    return name
+
+
+def exists_in(name: str, framework: str) -> bool:
+    """Whether `framework` ("numpy", "torch", "cupy") has elements of this name."""
+    row = DTYPES.get(name)
+    if row is None:
+        return False
+    return {"numpy": row.numpy is not None, "torch": bool(row.torch), "cupy": row.cupy}[framework]
+
+
+def crosses_plainly(name: str) -> bool:
+    """Whether NumPy and torch both hold it as itself."""
+    row = DTYPES[name]
+    return row.numpy is not None and bool(row.torch) and not row.carrier
+
+
+def is_complex(name: str) -> bool:
+    return name in ("complex32", "complex64", "complex128", "clongdouble")

@@ -1,0 +1,176 @@
+"""Options: what the caller wrote, in canonical form, and checked against each other before anything happens."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from importlib import import_module
+from typing import Any
+
+from tensorbridge import _dtypes
+from tensorbridge import _words as words
+from tensorbridge._adapters import adapter_of
+from tensorbridge._array import CPU, ArrayInfo, Device, Traits
+from tensorbridge._errors import DeviceError, MissingFrameworkError
+from tensorbridge._memory import infos_share
+from tensorbridge._plan import Want
+
+
+def want_numpy(dtype: Any, copy: Any, writable: Any, detach: Any, out: Any) -> Want:
+    _check_flags("to_numpy", copy=(copy, True), writable=(writable, True), detach=(detach, False))
+    want = Want("numpy", None, _dtype(dtype), copy, writable, False, detach)
+    return want if out is None else _with_out(want, out)
+
+
+def want_torch(
+    device: Any, dtype: Any, copy: Any, share_readonly: Any, detach: Any, pin_memory: Any, non_blocking: Any, out: Any
+) -> Want:
+    _check_flags(
+        "to_torch",
+        copy=(copy, True),
+        share_readonly=(share_readonly, False),
+        detach=(detach, False),
+        pin_memory=(pin_memory, False),
+        non_blocking=(non_blocking, False),
+    )
+    where = _device(device, "torch")
+    if pin_memory and where is not None and where != CPU:
+        raise ValueError(
+            f"to_torch(pin_memory=True, device={str(where)!r}): pinned memory is host memory; "
+            "leave pin_memory out, transfers are staged through pinned memory already"
+        )
+    want = Want("torch", where, _dtype(dtype), copy, None, share_readonly, detach, pin_memory, non_blocking)
+    return want if out is None else _with_out(want, out)
+
+
+def want_cupy(
+    device: Any, dtype: Any, copy: Any, share_readonly: Any, detach: Any, non_blocking: Any, out: Any
+) -> Want:
+    _check_flags(
+        "to_cupy",
+        copy=(copy, True),
+        share_readonly=(share_readonly, False),
+        detach=(detach, False),
+        non_blocking=(non_blocking, False),
+    )
+    where = _device(device, "cupy")
+    if where == CPU:
+        raise ValueError('to_cupy(device="cpu"): CuPy arrays live on CUDA devices; use to_numpy for the host')
+    want = Want("cupy", where, _dtype(dtype), copy, None, share_readonly, detach, False, non_blocking)
+    return want if out is None else _with_out(want, out)
+
+
+WANTS: dict[str, Callable[..., Want]] = {"numpy": want_numpy, "torch": want_torch, "cupy": want_cupy}
+
+
+def _check_flags(call: str, **flags: tuple[Any, bool]) -> None:
+    for name, (value, optional) in flags.items():
+        if value is not True and value is not False and not (optional and value is None):
+            allowed = "True, False or None" if optional else "True or False"
+            raise TypeError(f"{call}({name}={value!r}): {name} is {allowed}")
+
+
+def _dtype(dtype: Any) -> str | None:
+    return None if dtype is None else _dtypes.parse(dtype)
+
+
+def _device(device: Any, framework: str) -> Device | None:
+    """A caller's `device` by name; "cuda" without an index stays open until the array is known."""
+    if device is None:
+        return None
+    if isinstance(device, bool) or not isinstance(device, (str, int)):
+        if type(device).__module__.startswith("cupy") and hasattr(device, "id"):
+            return Device(f"cuda:{device.id}")
+        if type(device).__module__ == "torch" and hasattr(device, "type"):
+            device = str(device)
+        else:
+            raise TypeError(f"device={device!r}: give a name, a CUDA index, torch.device or cupy.cuda.Device")
+    name = f"cuda:{device}" if isinstance(device, int) else device
+    kind, _, index = name.partition(":")
+    if kind not in ("cpu", "cuda") or (index and not index.isdigit()) or (":" in name and not index):
+        raise ValueError(f'device={device!r}: choose "cpu", "cuda", "cuda:0" ... or a CUDA index from 0')
+    return CPU if kind == "cpu" else Device(name)
+
+
+def placed(want: Want, traits: Traits, *, planning: bool = False) -> Want:
+    """`device` with its index, which exists (a plan is also made for a device that does not)."""
+    device = want.device
+    if device is None and want.framework == "cupy" and traits.device == CPU:
+        device = Device("cuda")
+    if device is None or device == CPU:
+        if want.pin_memory and not planning and not sys.modules["torch"].cuda.is_available():
+            raise DeviceError(f"{words.call(want)}: pinned memory needs a CUDA device, and torch sees none here.")
+        return want
+    count, current, why = _cuda(want.framework)
+    if device == "cuda":
+        inherits = traits.device != CPU
+        device = traits.device if inherits else Device(f"cuda:{current}")
+    if device.index >= count and not planning:
+        seen = f"{count} CUDA device{'s' * (count != 1)}" if count else "no usable CUDA device"
+        raise DeviceError(
+            f"{words.call(want)}: {device} does not exist: {want.framework} sees {seen} here{why}.\n"
+            "Check CUDA_VISIBLE_DEVICES and the driver; plan() shows the steps without a device."
+        )
+    return want._replace(device=device)
+
+
+def _cuda(framework: str) -> tuple[int, int, str]:
+    """How many CUDA devices `framework` sees, which is current, and why there are none."""
+    module = sys.modules.get(framework)
+    if module is None:
+        return 0, 0, ""
+    if framework == "torch":
+        count = module.cuda.device_count() if module.cuda.is_available() else 0
+        return count, module.cuda.current_device() if count and module.cuda.is_initialized() else 0, ""
+    try:
+        return module.cuda.runtime.getDeviceCount(), module.cuda.runtime.getDevice(), ""
+    except module.cuda.runtime.CUDARuntimeError as error:
+        return 0, 0, f" ({error})"
+
+
+def require(framework: str) -> Any:
+    """The module of a framework that the caller asked for."""
+    found = sys.modules.get(framework)
+    if found is not None:
+        return found
+    try:
+        return import_module(framework)
+    except ImportError as error:
+        cure = {
+            "torch": "pip install torch (for the CPU alone, from PyTorch's own CPU index)",
+            "cupy": "pip install cupy-cuda12x or cupy-cuda13x[ctk], whichever the driver's CUDA version asks for",
+        }[framework]
+        raise MissingFrameworkError(f"to_{framework}: {framework} cannot be imported: {error}.\n{cure}") from error
+
+
+def _with_out(want: Want, out: Any) -> Want:
+    call = f"to_{want.framework}(out=...)"
+    cls = getattr(sys.modules.get(want.framework), {"torch": "Tensor"}.get(want.framework, "ndarray"), ())
+    if not isinstance(out, cls):
+        raise TypeError(f"{call}: out is {type(out).__name__}, not an array of {want.framework}")
+    _, traits = adapter_of(type(out)).open(out, Want("numpy"))
+    if want.copy is False:
+        raise ValueError(f"{call}: filling out moves bytes, which copy=False forbids")
+    if want.pin_memory:
+        raise ValueError(f"{call}: out has its memory already; leave pin_memory out")
+    name = traits.dtype.lstrip(">")
+    if want.dtype not in (None, name):
+        raise ValueError(f"{call}: out is {name}, and dtype={want.dtype} was asked for")
+    if want.device is not None and want.device not in (traits.device, traits.device.type):
+        raise ValueError(f"{call}: out is on {traits.device}, and device={str(want.device)!r} was asked for")
+    for bad, why in (
+        (not traits.writable, "out is read-only"),
+        (traits.graph, "out requires grad; fill out.detach(), or use copy_ under autograd's eyes"),
+        (traits.overlap, "out overlaps itself: two of its elements are one"),
+    ):
+        if bad:
+            raise ValueError(f"{call}: {why}")
+    return want._replace(dtype=name, device=None if want.framework == "numpy" else traits.device, out=traits)
+
+
+def check_out(source: ArrayInfo, target: ArrayInfo, want: Want) -> None:
+    call = f"to_{want.framework}(out=...)"
+    if source.shape != target.shape:
+        raise ValueError(f"{call}: out has shape {target.shape}, the source {source.shape}")
+    if infos_share(source, target):
+        raise ValueError(f"{call}: out shares memory with the source")

@@ -1,0 +1,445 @@
+"""The judgement: from the kind of an array and what is wanted to the steps that get there. Pure: imports no framework.
+
+    decide(traits, want, here)  ->  Decision(steps, refusal)
+
+Each rule below is one `if`, one step, one reason. A plan is: steps on the giving side, at most one SHARE, steps on the
+receiving side; every step that moves bytes has a kind ("h2h", "h2d", "d2h", "d2d") and says why. `_refuse` holds what
+is never converted. The order of the rules is the order of the steps.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from tensorbridge import _dtypes, _refuse
+from tensorbridge._array import CPU, ArrayInfo, Device, Traits
+from tensorbridge._errors import CopyRequiredError
+from tensorbridge._refuse import CALLED, Refusal
+
+
+class Op:
+    """The names of steps. Those in MOVING write every element once; the others move no byte."""
+
+    DETACH = "detach"  # an alias outside the graph
+    WRAP = "wrap"  # a scalar as a 0-d array
+    IMPORT = "import"  # a foreign array, seen through its protocol
+    RESTRIDE = "restride"  # meaningless strides of length-1 axes made plain
+    ORDER = "order"  # the consumer's stream waits for the producer's
+    SHARE = "share"  # the same memory under the other framework
+    PROTECT = "protect"  # a read-only view
+    STACK = "stack"  # a list into one array
+    RESOLVE = "resolve"  # lazy conjugate, negative and zero bits made real
+    BYTESWAP = "byteswap"  # native byte order
+    CAST = "cast"  # another dtype
+    PACK = "pack"  # a layout that the other side can hold
+    COPY = "copy"  # fresh memory
+    PIN = "pin"  # fresh page-locked memory
+    FILL = "fill"  # into `out`
+    TO_HOST = "to_host"
+    TO_DEVICE = "to_device"
+
+
+MOVING = frozenset(
+    {Op.STACK, Op.RESOLVE, Op.BYTESWAP, Op.CAST, Op.PACK, Op.COPY, Op.PIN, Op.FILL, Op.TO_HOST, Op.TO_DEVICE}
+)
+PROTOCOLS = frozenset({"dlpack", "cuda_array_interface", "array_interface", "buffer", "__array__"})
+
+
+class Want(NamedTuple):
+    """What the caller asked for; every option of the public functions, in canonical form."""
+
+    framework: str
+    device: Device | None = None  # None: where it is ("cpu" for NumPy)
+    dtype: str | None = None
+    copy: bool | None = None
+    writable: bool | None = None
+    share_readonly: bool = False
+    detach: bool = True
+    pin_memory: bool = False
+    non_blocking: bool = False
+    out: Traits | None = None
+
+
+class Here(NamedTuple):
+    """Facts of the moment. On the CPU they are this constant; read once a call only where a GPU is involved."""
+
+    same_stream: bool = True  # the two frameworks' current streams are one, by raw handle
+    capturing: bool = False  # a CUDA graph is being captured on a current stream
+    forked: bool = False  # CUDA was in use in the parent of this forked process
+    worker: bool = False  # a DataLoader worker: one thread only
+    gpu: str = "torch"  # who moves device memory that neither torch nor CuPy owns
+
+
+HERE = Here()
+
+
+class Step(NamedTuple):
+    """One thing that is done. `nbytes` is 0 until the step is bound to an array."""
+
+    op: str
+    why: str
+    nbytes: int = 0
+    kind: str = ""  # "h2h", "h2d", "d2h", "d2d", "" when no byte moves
+    after: Traits = Traits("numpy")  # the array that the step promises
+    by: str = ""  # whose kernel moves the bytes, where there is a choice
+    cure: str = ""  # what avoids it
+
+
+class Decision(NamedTuple):
+    steps: tuple[Step, ...]
+    refusal: Refusal | None = None
+
+
+class Plan(NamedTuple):
+    """What a conversion does, decided before it is done. `str` is a table for a person."""
+
+    source: ArrayInfo
+    target: Traits  # framework, device, dtype, writable ... of the result
+    steps: tuple[Step, ...]
+    zero_copy: bool  # no byte moves (an empty array has none)
+    bytes_moved: int
+    blocking: bool  # the host waits for a transfer
+
+    def __str__(self) -> str:
+        result = self.target
+        frozen = "" if result.writable else ", read-only"
+        end = f"{bytes_text(self.bytes_moved)} moved" if not self.zero_copy else "zero copy"
+        if self.blocking:
+            end += "; the host waits for the transfer"
+        head = f"{self.source}\n  -> {result.framework} {result.dtype} on {result.device}{frozen}: {end}"
+        return "\n".join([head, *step_lines(self.steps)])
+
+
+def step_lines(steps: tuple[Step, ...]) -> list[str]:
+    """A table of steps: name, bytes, reason."""
+    width = max((len(step.op) for step in steps), default=0)
+    sizes = [bytes_text(step.nbytes) for step in steps]
+    room = max(map(len, sizes), default=0)
+    return [f"  {s.op:<{width}}  {n:>{room}}   {s.why}" for s, n in zip(steps, sizes, strict=True)]
+
+
+def bytes_text(n: int) -> str:
+    return f"{n:,}".replace(",", " ") + " B"
+
+
+class _Steps(list[Step]):
+    """The steps so far, and the array that they have made of the source: `now`."""
+
+    def __init__(self, traits: Traits) -> None:
+        self.now = traits
+        self.fresh = False  # the memory is nobody else's
+
+    def then(self, op: str, why: str, *, by: str = "", cure: str = "", **changes: Any) -> None:
+        before, after = self.now, self.now._replace(**changes)
+        kind = ""
+        if op in MOVING:
+            self.fresh = True
+            after = after._replace(
+                spacing="dense", overlap=False, loose=False, aligned=True, writable=True, lazy="", origin=""
+            )
+            if op == Op.FILL:
+                after = after._replace(**{f: changes[f] for f in ("order", "spacing", "aligned") if f in changes})
+            if before.size != "empty":
+                kind = _side(before) + "2" + _side(after)
+        self.append(Step(op, why, 0, kind, after, by, cure))
+        self.now = after
+
+
+def _side(traits: Traits) -> str:
+    return "h" if traits.device == CPU else "d"
+
+
+def decide(traits: Traits, want: Want, here: Here = HERE) -> Decision:
+    """The steps from an array of this kind to what is wanted, or why there are none."""
+    refusal = _refuse.before(traits, want, here)
+    if refusal is not None:
+        return Decision((), refusal)
+    steps = _steps(traits, want, here)
+    refusal = _refuse.after(steps, want, here)
+    if refusal is None and want.copy is False:
+        moving = [step for step in steps if step.kind]
+        if moving:
+            refusal = Refusal(CopyRequiredError, "", next((s.cure for s in moving if s.cure), ""))
+    return Decision(tuple(steps), refusal)
+
+
+def _steps(traits: Traits, want: Want, here: Here) -> _Steps:
+    steps = _Steps(traits)
+    then = steps.then
+    where = target_device(traits, want)
+    receiver = want.framework
+    leaving_torch = receiver != "torch"
+
+    # -- What is not an array yet becomes one.
+    if traits.framework.endswith(" list"):
+        holder = traits.framework.removesuffix(" list")
+        then(Op.STACK, f"the list becomes one array, by {holder}", framework=holder, by=holder, order="C")
+    if traits.framework == "python scalar":
+        then(Op.WRAP, "a scalar becomes a 0-d array", framework="numpy")
+        steps.fresh = True
+    if traits.framework in PROTOCOLS:
+        reader = "numpy" if traits.device == CPU else receiver if receiver != "numpy" else here.gpu
+        if reader == "torch" and (traits.spacing == "reversed" or not traits.writable):
+            reader = "cupy"  # torch aborts on negative strides, and refuses memory marked read-only
+        then(Op.IMPORT, _IMPORT_WHY[traits.framework], framework=reader)
+
+    # -- Giving side: out of the graph, real values, an alias of a tensor seen.
+    guarded = steps.now.graph and leaving_torch
+    if steps.now.graph and (leaving_torch or want.detach):
+        home = f"a {CALLED[receiver]} array has no place for the autograd graph" if leaving_torch else "detach=True"
+        then(Op.DETACH, home + "{grad_fn}", graph=False)
+    elif leaving_torch and steps.now.framework == "torch" and steps.now.device != CPU:
+        then(Op.DETACH, "an alias is shared, so that set_ and .data of the tensor cannot free the memory")
+    if want.out is not None:
+        return _into_out(steps, want, where)
+    if steps.now.lazy and leaving_torch:
+        then(Op.RESOLVE, f"the {_LAZY[steps.now.lazy]} is only a mark on the tensor: its bytes say otherwise")
+
+    # -- Dtype: on the side where fewer bytes cross, or on the one that knows it.
+    giver = steps.now.framework
+    source, wanted = steps.now.dtype.lstrip(">"), want.dtype or steps.now.dtype.lstrip(">")
+    crossing = where != steps.now.device
+    if source != wanted and _dtypes.exists_in(wanted, giver):
+        narrows = _dtypes.DTYPES[wanted].itemsize <= _dtypes.DTYPES[source].itemsize
+        if not crossing or narrows or not _dtypes.exists_in(source, receiver):
+            bus = ", before the bus: fewer bytes cross" if crossing and narrows else ""
+            then(Op.CAST, f"dtype={wanted} was asked for{bus}", dtype=wanted, cure=f"keep {source}")
+    if steps.now.dtype.startswith(">") and (receiver != "numpy" or want.dtype):
+        who = f"{receiver} has native byte order only" if receiver != "numpy" else f"dtype={wanted} is native"
+        then(
+            Op.BYTESWAP, who, dtype=source, cure="swap once where the data is read: a.astype(a.dtype.newbyteorder('='))"
+        )
+    late_cast = steps.now.dtype.lstrip(">") != wanted
+
+    # -- Off the device, on the giving side.
+    if crossing and where == CPU:
+        if steps.now.spacing != "dense":
+            then(Op.PACK, "packed on the device, so that one block crosses the bus")
+        after = "numpy" if giver == "cupy" else giver
+        then(Op.TO_HOST, f"{traits.device} to the host", framework=after, device=CPU, cure=_cure_to_host(receiver))
+    moves_later = late_cast or where != steps.now.device or want.pin_memory
+
+    # -- A layout that the receiver can hold; a promise that the receiver can keep.
+    now = steps.now
+    alias = _is_alias(now, receiver)
+    if now.framework != receiver and not alias:
+        _make_holdable(steps, receiver, moves_later)
+    frozen = "" if steps.fresh or moves_later else _why_frozen(steps.now, guarded)
+    if want.copy and not steps.fresh and not moves_later:
+        then(Op.COPY, "copy=True: fresh memory", by=steps.now.framework)
+    elif (
+        frozen
+        and receiver == "numpy"
+        and want.writable
+        and not (guarded and steps.now.writable and not steps.now.overlap)
+    ):
+        then(Op.COPY, f"writable=True, and {frozen}", cure="writable=None gives a read-only view")
+    elif frozen and receiver != "numpy" and now.framework != receiver and not alias and not want.share_readonly:
+        then(Op.COPY, f"{frozen}: {CALLED[receiver]} cannot keep that promise", cure=_cure_readonly(now))
+
+    # -- The crossing, and what the receiving side does.
+    if steps.now.framework == "torch" and receiver == "cupy" and steps.now.device == CPU:
+        then(Op.SHARE, _share_why("torch", "numpy"), framework="numpy", origin="tensor", pinned=None)
+    elif steps.now.framework == "numpy" and receiver == "cupy":
+        pass  # the upload below is the crossing
+    else:
+        _share(steps, receiver, here)
+    if where != steps.now.device:
+        if steps.now.framework == "numpy" and steps.now.spacing != "dense":
+            then(Op.PACK, "CuPy uploads one block")
+        road = f"{steps.now.device} to {where}" if steps.now.device != CPU else f"the host to {where}"
+        then(Op.TO_DEVICE, road, framework=receiver, device=where, pinned=None, cure=f"keep it on {traits.device}")
+    if late_cast:
+        bus = ", after the bus: fewer bytes cross" if crossing else ""
+        then(Op.CAST, f"dtype={wanted} was asked for{bus}", dtype=wanted, cure=f"keep {source}")
+    if want.pin_memory and steps.now.pinned is not True:
+        then(Op.PIN, "pin_memory=True", pinned=True, cure="leave pin_memory out")
+    if receiver == "numpy":
+        _protect(steps, want, guarded)
+    return steps
+
+
+def target_device(traits: Traits, want: Want) -> Device:
+    if want.framework == "numpy":
+        return CPU
+    if want.device is not None:
+        return want.device
+    return traits.device if want.framework == "torch" or traits.device != CPU else Device("cuda:0")
+
+
+def _make_holdable(steps: _Steps, receiver: str, moves_later: bool) -> None:
+    """Layouts that the receiver refuses are packed, once."""
+    now, then = steps.now, steps.then
+    if receiver != "torch":
+        return
+    if now.spacing == "reversed":
+        then(Op.PACK, "torch has no negative strides", cure="reverse on the torch side: to_torch(a[::-1]).flip(0)")
+    elif now.spacing == "odd":
+        then(Op.PACK, "torch strides are whole elements", cure="keep the column in an array of its own")
+    elif not now.aligned:
+        then(Op.PACK, "torch's kernels want aligned elements", cure="start the buffer at a multiple of the item size")
+    elif now.loose:
+        then(Op.RESTRIDE, "strides of axes of length 1 mean nothing, and torch refuses them", loose=False)
+
+
+def _why_frozen(now: Traits, guarded: bool) -> str:
+    """Why this memory must not be written through the result, if so."""
+    if not now.writable:
+        return "the memory map is read-only" if now.origin == "memmap" else "the source is read-only"
+    if now.overlap:
+        return "one write would change many elements of an overlapping array"
+    if guarded:
+        return "the tensor requires grad, and a write would change what backward needs without an error"
+    return ""
+
+
+def _is_alias(now: Traits, receiver: str) -> bool:
+    """A NumPy view of a tensor goes back to torch as an alias of that tensor, with its version counter."""
+    return now.framework == "numpy" and now.origin == "tensor" and receiver == "torch"
+
+
+def _share(steps: _Steps, receiver: str, here: Here) -> None:
+    now, then = steps.now, steps.then
+    if now.framework != receiver and now.device != CPU and not here.same_stream:
+        then(Op.ORDER, f"{receiver}'s stream waits for {now.framework}'s, by an event; the host does not")
+    if now.framework == receiver:
+        then(Op.SHARE, f"the same {'tensor' if receiver == 'torch' else 'array'}")
+    elif _is_alias(now, receiver):
+        then(Op.SHARE, "an alias of the tensor that the array views", framework="torch", writable=True, origin="")
+    else:
+        origin = "tensor" if receiver == "numpy" else ""
+        writable = now.writable if receiver == "numpy" else True
+        why = _share_why(now.framework, receiver)
+        then(Op.SHARE, why, framework=receiver, origin=origin, loose=False, writable=writable)
+
+
+def _protect(steps: _Steps, want: Want, guarded: bool) -> None:
+    frozen = "" if steps.fresh else _why_frozen(steps.now, guarded)
+    if want.writable is False and steps.now.writable:
+        steps.then(Op.PROTECT, "writable=False: a read-only view", writable=False)
+    elif want.writable is None and frozen and steps.now.writable:
+        steps.then(Op.PROTECT, f"a read-only view: {frozen}", writable=False)
+
+
+def _into_out(steps: _Steps, want: Want, where: Device) -> _Steps:
+    """Every element is written into `out`, once where one copy can do it; casts happen on the way."""
+    assert want.out is not None
+    out, then, receiver = want.out, steps.then, want.framework
+    if steps.now.framework == "cupy" and receiver == "numpy":
+        plain = steps.now.dtype == out.dtype and steps.now.order == out.order and out.spacing == "dense"
+        if steps.now.spacing != "dense":
+            then(Op.PACK, "packed on the device, so that one block crosses the bus")
+        if not plain:
+            then(Op.TO_HOST, f"{steps.now.device} to the host", framework="numpy", device=CPU)
+    if receiver == "cupy" and steps.now.device == CPU:
+        if steps.now.framework == "torch":
+            if steps.now.lazy:
+                then(Op.RESOLVE, f"the {_LAZY[steps.now.lazy]} is only a mark on the tensor")
+            then(Op.SHARE, _share_why("torch", "numpy"), framework="numpy", origin="tensor", pinned=None)
+        if steps.now.dtype.startswith(">"):
+            then(Op.BYTESWAP, "cupy has native byte order only", dtype=steps.now.dtype[1:])
+        if not _dtypes.exists_in(steps.now.dtype, "cupy"):
+            then(Op.CAST, f"cupy has no {steps.now.dtype}", dtype=out.dtype)
+        if steps.now.spacing != "dense":
+            then(Op.PACK, "CuPy uploads one block")
+        then(Op.TO_DEVICE, f"the host to {where}", framework="cupy", device=where)
+    if steps.now.device != CPU and {steps.now.framework, receiver} == {"torch", "cupy"}:
+        if steps.now.lazy:
+            then(Op.RESOLVE, f"the {_LAZY[steps.now.lazy]} is only a mark on the tensor")
+        if not _dtypes.exists_in(steps.now.dtype, receiver):
+            then(Op.CAST, f"{receiver} has no {steps.now.dtype}", dtype=out.dtype)
+        if receiver == "torch" and steps.now.spacing == "reversed":
+            then(Op.PACK, "torch has no negative strides")
+        then(Op.SHARE, _share_why(steps.now.framework, receiver), framework=receiver, origin="", writable=True)
+    if steps.now.framework == "torch" and receiver == "numpy" and not torch_holds(out):
+        if steps.now.lazy:
+            then(Op.RESOLVE, f"the {_LAZY[steps.now.lazy]} is only a mark on the tensor")
+        if not _dtypes.exists_in(steps.now.dtype, "numpy"):
+            then(Op.CAST, f"numpy has no {steps.now.dtype}", dtype="complex64")
+        if steps.now.device != CPU:
+            then(Op.TO_HOST, f"{steps.now.device} to the host", device=CPU)
+        then(Op.SHARE, _share_why("torch", "numpy"), framework="numpy", origin="tensor", pinned=None)
+    now = steps.now
+    viewable = now.framework != "numpy" or torch_holds(now)
+    if now.framework == "numpy" and receiver == "torch" and out.device != CPU and not viewable:
+        name = now.dtype.lstrip(">")
+        then(Op.PACK, "torch holds forward, aligned, native elements only", dtype=name)
+        if not _dtypes.exists_in(name, "torch"):
+            then(Op.CAST, f"torch has no {name}", dtype=out.dtype)
+        viewable = True
+    by = "numpy" if {now.framework, receiver} == {"numpy"} or not viewable else receiver
+    by = "torch" if now.framework == "torch" else by
+    then(
+        Op.FILL,
+        "into the caller's array, `out`",
+        by=by,
+        framework=receiver,
+        device=out.device,
+        dtype=out.dtype,
+        order=out.order,
+        spacing=out.spacing,
+        aligned=out.aligned,
+        pinned=out.pinned,
+    )
+    if want.writable is False:
+        then(Op.PROTECT, "writable=False: a read-only view", writable=False)
+    return steps
+
+
+def torch_holds(traits: Traits) -> bool:
+    """Whether torch can view a NumPy array of this kind as it is."""
+    return (
+        traits.spacing in ("dense", "strided")
+        and traits.aligned
+        and not traits.loose
+        and not traits.dtype.startswith(">")
+        and _dtypes.exists_in(traits.dtype, "torch")
+    )
+
+
+def bind(steps: tuple[Step, ...], source: ArrayInfo, want: Want) -> Plan:
+    """The steps with the sizes and names of one array."""
+    count = 1
+    for length in source.shape:
+        count *= length
+    grad_fn = f" ({source.grad_fn})" if source.grad_fn else ""
+    bound = tuple(
+        step._replace(
+            nbytes=count * _dtypes.DTYPES[step.after.dtype.lstrip(">")].itemsize if step.kind else 0,
+            why=step.why.replace("{grad_fn}", grad_fn),
+        )
+        for step in steps
+    )
+    moved = sum(step.nbytes for step in bound)
+    blocking = any(s.kind == "d2h" or (s.kind == "h2d" and not want.non_blocking) for s in bound)
+    return Plan(source, bound[-1].after, bound, moved == 0, moved, blocking)
+
+
+_LAZY = {"conj": "conjugate", "neg": "negative", "conj neg": "conjugate and negative", "zero": "zero"}
+_IMPORT_WHY = {
+    "dlpack": "__dlpack__: the producer's memory",
+    "cuda_array_interface": "__cuda_array_interface__: the producer's memory",
+    "array_interface": "__array_interface__: the producer's memory",
+    "buffer": "the buffer protocol: the exporter's memory, held until released",
+    "__array__": "__array__(): the object decides whether this is its memory or a copy",
+}
+
+
+def _share_why(giver: str, receiver: str) -> str:
+    ways = {
+        ("numpy", "torch"): "torch.from_numpy: the same memory",
+        ("torch", "numpy"): "Tensor.numpy of an alias: the same memory",
+        ("torch", "cupy"): "CuPy array at the tensor's address: the same memory",
+        ("cupy", "torch"): "DLPack: the same memory",
+    }
+    return ways[giver, receiver]
+
+
+def _cure_readonly(now: Traits) -> str:
+    if now.origin == "memmap":
+        return 'open the file with np.memmap(mode="c"): private pages, writable at no cost'
+    return "share_readonly=True if nothing will write to the result"
+
+
+def _cure_to_host(receiver: str) -> str:
+    return "stay on the device with to_torch or to_cupy" if receiver == "numpy" else "leave device= out"

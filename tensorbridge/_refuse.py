@@ -1,0 +1,177 @@
+"""What is never converted, and the call that works instead. Pure, like _plan, whose rules it opens and closes."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+from tensorbridge import _dtypes
+from tensorbridge._array import CPU, Traits
+from tensorbridge._errors import DeviceError, GraphError, UnsupportedArrayError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from tensorbridge._plan import Here, Step, Want
+
+
+class Obstacle(Exception):
+    """Raised while an array is described: one of OBSTACLES stands in the way of every conversion.
+
+    `what` names the array, `detail` completes the reason where the table cannot know it.
+    """
+
+    def __init__(self, name: str, what: str, detail: str = "") -> None:
+        super().__init__(name, what, detail)
+        self.refusal, self.what = OBSTACLES[name], what
+        self.why = detail or self.refusal.why
+
+
+class Refusal(NamedTuple):
+    error: type[Exception]
+    why: str
+    cure: str
+    cast: str = ""  # the dtype of the copy that the cure makes
+
+
+def _unsupported(why: str, cure: str) -> Refusal:
+    return Refusal(UnsupportedArrayError, why, cure)
+
+
+CALLED = {"numpy": "NumPy", "torch": "torch", "cupy": "CuPy"}
+_OWN_MEANING = "its elements are not numbers that every framework has"
+
+# What an adapter may find in an array's way, and what to do about it.
+OBSTACLES: dict[str, Refusal] = {
+    # torch
+    "sparse": _unsupported("a sparse tensor has no strided memory to share", "Convert x.to_dense(), or x.values()."),
+    "nested": _unsupported(
+        "a nested tensor has rows of different lengths",
+        "Convert x.to_padded_tensor(0.0), x.values(), or each tensor of x.unbind().",
+    ),
+    "mkldnn": _unsupported("an mkldnn tensor has a layout private to oneDNN", "Convert x.to_dense()."),
+    "quantized": _unsupported(
+        "a quantized tensor means its integers times a scale",
+        "Convert x.dequantize(), or x.int_repr() for the integers.",
+    ),
+    "meta": _unsupported(
+        "a meta tensor has a shape but no data", "Materialise it first: torch.empty_like(x, device='cpu')."
+    ),
+    "fake": _unsupported(
+        "a fake tensor has a shape but no data", "Convert outside FakeTensorMode, torch.export or tracing."
+    ),
+    "functional": _unsupported(
+        "a tensor inside functionalization has no memory of its own", "Convert outside the functionalized function."
+    ),
+    "functorch": _unsupported(
+        "inside torch.func.vmap, grad and the like a tensor has no memory of its own",
+        "Convert outside the transformed function.",
+    ),
+    "distributed": _unsupported(
+        "a DTensor is spread over processes", "Convert x.to_local() for this process's part, or x.full_tensor()."
+    ),
+    "intercepting": _unsupported(
+        "this tensor subclass intercepts every operation (__torch_dispatch__); its memory need not be its value",
+        "Convert the plain tensor that it holds.",
+    ),
+    # NumPy
+    "masked": _unsupported(
+        "the mask of a masked array would be lost",
+        "Convert x.filled(value) and x.mask, or x.data if masked values are fine.",
+    ),
+    "structured": _unsupported(
+        "a structured dtype has several fields",
+        "Convert one field, x['name'], or the tree {n: x[n] for n in x.dtype.names}.",
+    ),
+    "object": _unsupported(
+        "object elements are Python references, not numbers",
+        'Convert x.astype("float64"), after dealing with None and text.',
+    ),
+    "string": _unsupported("text is not a number", "Encode it first: np.unique(x, return_inverse=True) gives codes."),
+    "datetime": _unsupported(
+        "dates and durations are not plain numbers to torch and CuPy",
+        'Convert x.view("int64") and keep the unit beside it.',
+    ),
+    "void": _unsupported("raw bytes (a void dtype) have no number type", 'Say what they are: x.view("uint8").'),
+    "unknown dtype": _unsupported(_OWN_MEANING, "Cast it where it was made."),
+    # lists, Python
+    "ragged": _unsupported("", "Pad the parts to one shape, or keep the list and use tensorbridge.tree."),
+    "mixed list": _unsupported("", "Bring the parts to one framework, device and dtype first."),
+    "container": _unsupported("a container is not one array", "Use tensorbridge.tree, which converts every leaf."),
+    "text": _unsupported("text is not an array", "Encode it as numbers first."),
+    "big integer": _unsupported(
+        "a Python integer is int64 here, and this one does not fit", "Use numpy.uint64(x), or float(x)."
+    ),
+    "not an array": _unsupported(
+        "it is no array of NumPy, torch or CuPy, and has no __dlpack__, array interface, buffer or __array__",
+        "Convert the array inside it.",
+    ),
+    "empty list": _unsupported("an empty list has no dtype", 'Say which: numpy.empty(0, dtype="float32").'),
+}
+
+_CURE_DTYPE = {
+    "complex32": "complex64",
+    "longdouble": "float64",
+    "clongdouble": "complex128",
+    "int4": "int8",
+    "int2": "int8",
+    "uint4": "uint8",
+    "uint2": "uint8",
+}
+
+
+def before(traits: Traits, want: Want, here: Here) -> Refusal | None:
+    """What can be refused from the kind of the array and the wish alone."""
+    leaving_torch = want.framework != "torch"
+    if traits.graph and leaving_torch and not want.detach:
+        return Refusal(
+            GraphError,
+            f"a {CALLED[want.framework]} array cannot carry the autograd graph{{grad_fn}}, and detach=False says not to cut",
+            f"Leave detach=False out to get {'a read-only view of ' if want.framework == 'numpy' else ''}the values, "
+            "or stay in torch.",
+        )
+    source = traits.dtype.lstrip(">")
+    wanted = want.dtype or source
+    if not _dtypes.exists_in(wanted, want.framework):
+        cure = _CURE_DTYPE.get(wanted, "float16" if wanted.startswith("float8") else "float32")
+        if wanted == "float4_e2m1fn_x2":
+            return _unsupported(
+                f"{want.framework} has no {wanted}", "Convert x.view(torch.uint8), two elements a byte."
+            )
+        return Refusal(UnsupportedArrayError, f"{want.framework} has no {wanted}", f'Use dtype="{cure}"', cure)
+    giver = traits.framework.removesuffix(" list")
+    giver = giver if giver in ("torch", "cupy") else "numpy"
+    if source != wanted and not _dtypes.exists_in(wanted, giver) and not _dtypes.exists_in(source, want.framework):
+        return _unsupported(
+            f"{giver} has no {wanted} and {want.framework} has no {source}, so neither side can cast",
+            "Cast in two calls.",
+        )
+    if _dtypes.is_complex(source) and not _dtypes.is_complex(wanted):
+        return _unsupported(f"{source} to {wanted} would drop the imaginary part", "Convert x.real, or abs(x).")
+    target = want.device or traits.device
+    if "cuda" in (target.type, traits.device.type) and here.forked:
+        return Refusal(
+            DeviceError,
+            "CUDA cannot be used in a forked process",
+            "Start workers with the spawn method, or convert in the main process (tensorbridge.prefetch does).",
+        )
+    if want.non_blocking and traits.device != CPU and (target == CPU or want.framework == "numpy"):
+        return Refusal(
+            ValueError,
+            "non_blocking=True off the device hands out memory that is not filled yet",
+            "Leave it out, or use to_numpy_async, which cannot be read too early.",
+        )
+    return None
+
+
+def after(steps: Sequence[Step], want: Want, here: Here) -> Refusal | None:
+    """What can be refused only when the steps are known: work that a CUDA graph capture would not survive."""
+    if not here.capturing:
+        return None
+    on_device = any(step.after.device != CPU for step in steps) or any("d" in step.kind for step in steps)
+    if on_device and (not here.same_stream or any(step.kind for step in steps)):
+        return Refusal(
+            DeviceError,
+            "a CUDA graph is being captured, and only a zero-copy crossing on the capturing stream may happen then",
+            "Make the capturing stream current in both libraries, with tensorbridge.use_stream, and copy outside.",
+        )
+    return None

@@ -1,0 +1,50 @@
+"""Refusals, in words: what was asked, why it cannot be, how many bytes it would take, what works instead."""
+
+from __future__ import annotations
+
+from tensorbridge import _dtypes
+from tensorbridge._array import ArrayInfo, Device
+from tensorbridge._errors import BridgeError
+from tensorbridge._plan import Decision, Want, bind, bytes_text, step_lines
+from tensorbridge._refuse import Refusal
+
+
+def call(want: Want) -> str:
+    """The call as the caller wrote it, as far as options decide: ``to_torch(copy=False)``."""
+    defaults = Want(want.framework, detach=want.framework != "torch")
+    given = [
+        f"{name}={str(value) if isinstance(value, Device) else value!r}"
+        for name, value, usual in zip(Want._fields, want, defaults, strict=True)
+        if value != usual and name not in ("framework", "out")
+    ]
+    if want.out is not None:
+        given.append("out=...")
+    return f"to_{want.framework}({', '.join(given)})" if given else f"to_{want.framework}"
+
+
+def refused(decision: Decision, info: ArrayInfo, want: Want) -> Exception:
+    """The error for a refusal: asked, refused, why, how many bytes, what works."""
+    refusal = decision.refusal
+    assert refusal is not None
+    asked = call(want)
+    made = bind(decision.steps, info, want) if decision.steps else None
+    if not refusal.why:
+        lines = [f"{asked}: {info} cannot be shared.", *step_lines(made.steps if made else ())]
+        lines.append("Allow the copy with copy=None" + (f", or {refusal.cure}." if refusal.cure else "."))
+        text = "\n".join(lines)
+    else:
+        why = refusal.why.replace("{grad_fn}", f" ({info.grad_fn})" if info.grad_fn else "")
+        text = f"{asked}: {info} cannot be converted: {why}.\n{_cure(refusal, info)}"
+    error = refusal.error(text)
+    if isinstance(error, BridgeError):
+        error.plan = made
+    return error
+
+
+def _cure(refusal: Refusal, info: ArrayInfo) -> str:
+    if not refusal.cast:
+        return refusal.cure
+    count = 1
+    for length in info.shape:
+        count *= length
+    return f"{refusal.cure}: a copy of {bytes_text(count * _dtypes.DTYPES[refusal.cast].itemsize)}."

@@ -1,0 +1,41 @@
+"""Arrays are built inside fixtures, by name: nothing touches a GPU, or imports CuPy, while tests are collected."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+
+import pytest
+
+REQUIRE_GPU = os.environ.get("TENSORBRIDGE_REQUIRE_GPU") == "1"
+
+
+def gpu_missing() -> str:
+    """Why GPU tests cannot run here; empty if they can."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return "torch sees no CUDA device"
+    if importlib.util.find_spec("cupy") is None:
+        return "CuPy is not installed"
+    import cupy
+
+    try:
+        return "" if cupy.cuda.runtime.getDeviceCount() else "CuPy sees no CUDA device"
+    except cupy.cuda.runtime.CUDARuntimeError as error:
+        return f"CuPy sees no CUDA device: {error}"
+
+
+@pytest.fixture(scope="session")
+def gpu() -> None:
+    why = gpu_missing()
+    if why and REQUIRE_GPU:
+        pytest.fail(f"TENSORBRIDGE_REQUIRE_GPU=1, but {why}")
+    if why:
+        pytest.skip(why)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.fixturenames.insert(0, "gpu")  # type: ignore[attr-defined]
