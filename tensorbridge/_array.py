@@ -6,7 +6,7 @@ one kind (its shape, its address). `ArrayInfo` is one array described for a pers
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
 SMALL = 64 * 1024  # bytes: below, a copy costs its call, not its bytes
@@ -102,7 +102,8 @@ def size_class(nbytes: int) -> str:
     return "small" if nbytes else "empty"
 
 
-def layout(shape: Sequence[int], strides: Sequence[int], itemsize: int) -> Layout:
+@lru_cache(maxsize=4096)
+def layout(shape: tuple[int, ...], strides: tuple[int, ...], itemsize: int) -> Layout:
     """The memory layout of an array; `strides` in bytes.
 
     Axes of length 1 say nothing and are left out. `overlap` is True unless the strides exclude it (each axis steps over

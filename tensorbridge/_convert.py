@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from inspect import signature
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar, overload
 
 import numpy as np
 
-from tensorbridge import _options, _streams
+from tensorbridge import _lanes, _options, _streams, _watch
 from tensorbridge import _words as words
 from tensorbridge._adapters import Adapter, adapter_of, performer
 from tensorbridge._array import CPU, ArrayInfo, Traits
@@ -36,12 +37,6 @@ class Road(NamedTuple):
 _roads: dict[tuple[Traits, Want, Here], Road] = {}
 _ROADS_KEPT = 4096
 
-# Exact types whose plain arrays need no decision; a test holds the lanes to the full road. Set when torch shows up.
-_Tensor: Any = None
-_plain_tensor: Callable[[Any], Any]
-_plain_array: Callable[[Any], Any]
-_plain_tensor = _plain_array = lambda x: None
-
 
 @overload
 def to_numpy(
@@ -67,6 +62,7 @@ def to_numpy(
     detach: bool = ...,
     out: None = ...,
 ) -> NDArray[Any]: ...
+@_lanes.plain_tensor_to_numpy
 def to_numpy(
     x: Any,
     *,
@@ -126,13 +122,10 @@ def to_numpy(
     >>> to_numpy(t.to(torch.bfloat16)).dtype
     dtype(bfloat16)
     """
-    if type(x) is _Tensor and dtype is None and copy is None and writable is None and detach is True and out is None:
-        result = _plain_tensor(x)
-        if result is not None:
-            return result
     return _convert(x, _options.want_numpy(dtype, copy, writable, detach, out), out)
 
 
+@_lanes.plain_array_to_torch
 def to_torch(
     x: Any,
     *,
@@ -203,9 +196,6 @@ def to_torch(
       share   0 B   torch.from_numpy: the same memory
     Allow the copy with copy=None, or reverse on the torch side: to_torch(a[::-1]).flip(0).
     """
-    if device is None and dtype is None and copy is None and detach is False and pin_memory is False and out is None:
-        if type(x) is np.ndarray and (result := _plain_array(x)) is not None:
-            return result  # type: ignore[no-any-return]
     _options.require("torch")
     want = _options.want_torch(device, dtype, copy, share_readonly, detach, pin_memory, non_blocking, out)
     return _convert(x, want, out)  # type: ignore[no-any-return]
@@ -345,7 +335,7 @@ def plan(x: Any, to: Literal["numpy", "torch", "cupy"], **options: Any) -> Plan:
     """
     if to not in _FUNCTIONS:
         raise ValueError(f'plan(to={to!r}): choose "numpy", "torch" or "cupy"')
-    defaults: dict[str, Any] = _FUNCTIONS[to].__kwdefaults__ or {}
+    defaults = {name: p.default for name, p in signature(_FUNCTIONS[to]).parameters.items() if name != "x"}
     unknown = sorted(options.keys() - defaults.keys())
     if unknown:
         raise TypeError(f"plan(to={to!r}): to_{to} has no option {unknown[0]!r}; it has {', '.join(defaults)}")
@@ -403,6 +393,13 @@ def _convert(x: Any, want: Want, out: Any = None) -> Any:
     road = _roads.get((traits, want, here)) or _build(traits, want, here)
     if road.decision.refusal is not None:
         raise words.refused(road.decision, adapter.describe(handle, traits), want)
+    if _watch.watching:
+        plan = bind(road.decision.steps, adapter.describe(handle, traits), want)
+        return _watch.perform(plan, words.call(want), lambda: _perform(road, handle, out))
+    return _perform(road, handle, out)
+
+
+def _perform(road: Road, handle: Any, out: Any) -> Any:
     result = handle
     if out is None:
         for function in road.functions:
@@ -445,11 +442,9 @@ def compiled(steps: tuple[Any, ...], traits: Traits, want: Want) -> tuple[Callab
 
 
 def _open_lanes() -> None:
-    global _Tensor, _plain_tensor, _plain_array
     tensor = getattr(sys.modules.get("torch"), "Tensor", None)
-    if tensor is not None and _Tensor is None:
-        adapter: Any = adapter_of(tensor)
-        _Tensor, _plain_tensor, _plain_array = tensor, adapter.plain_to_numpy, adapter.plain_to_torch
+    if tensor is not None and _lanes._Tensor is None:
+        _lanes.open(adapter_of(tensor))
 
 
 def _here(traits: Traits, want: Want) -> Here:

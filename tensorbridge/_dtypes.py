@@ -103,6 +103,11 @@ DTYPES: dict[str, Dtype] = {
     for name, itemsize, in_torch, in_cupy, dlpack in _ROWS
 }
 
+_NAMES = {
+    "numpy": frozenset(row.name for row in DTYPES.values() if row.numpy is not None),
+    "torch": frozenset(row.name for row in DTYPES.values() if row.torch),
+    "cupy": frozenset(row.name for row in DTYPES.values() if row.cupy),
+}
 _OF_NUMPY: dict[np.dtype[Any], str] = {row.numpy: row.name for row in DTYPES.values() if row.numpy is not None}
 _OF_DLPACK: dict[tuple[int, int], str] = {row.dlpack: row.name for row in DTYPES.values() if row.dlpack is not None}
 _OF_PYTHON: dict[Any, str] = {bool: "bool", int: "int64", float: "float64", complex: "complex128"}
@@ -164,10 +169,7 @@ def parse(dtype: object) -> str:
 
 def exists_in(name: str, framework: str) -> bool:
     """Whether `framework` ("numpy", "torch", "cupy") has elements of this name."""
-    row = DTYPES.get(name)
-    if row is None:
-        return False
-    return {"numpy": row.numpy is not None, "torch": bool(row.torch), "cupy": row.cupy}[framework]
+    return name in _NAMES[framework]
 
 
 def crosses_plainly(name: str) -> bool:

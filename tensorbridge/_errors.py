@@ -19,6 +19,10 @@ if TYPE_CHECKING:
     from tensorbridge._plan import Plan
 
 
+class CopyWarning(UserWarning):
+    """A conversion moved bytes inside ``copy_guard("warn")``."""
+
+
 class BridgeError(Exception):
     """Base of every error that tensorbridge raises on purpose (wrong options are plain ValueError or TypeError)."""
 

@@ -17,7 +17,8 @@ from tensorbridge._plan import Want
 
 
 def want_numpy(dtype: Any, copy: Any, writable: Any, detach: Any, out: Any) -> Want:
-    _check_flags("to_numpy", copy=(copy, True), writable=(writable, True), detach=(detach, False))
+    if not (type(copy) in _OPTIONAL and type(writable) in _OPTIONAL and type(detach) is bool):
+        _complain("to_numpy", copy=(copy, True), writable=(writable, True), detach=(detach, False))
     want = Want("numpy", None, _dtype(dtype), copy, writable, False, detach)
     return want if out is None else _with_out(want, out)
 
@@ -25,14 +26,17 @@ def want_numpy(dtype: Any, copy: Any, writable: Any, detach: Any, out: Any) -> W
 def want_torch(
     device: Any, dtype: Any, copy: Any, share_readonly: Any, detach: Any, pin_memory: Any, non_blocking: Any, out: Any
 ) -> Want:
-    _check_flags(
-        "to_torch",
-        copy=(copy, True),
-        share_readonly=(share_readonly, False),
-        detach=(detach, False),
-        pin_memory=(pin_memory, False),
-        non_blocking=(non_blocking, False),
-    )
+    if not (
+        type(copy) in _OPTIONAL and {type(share_readonly), type(detach), type(pin_memory), type(non_blocking)} == _BOOL
+    ):
+        _complain(
+            "to_torch",
+            copy=(copy, True),
+            share_readonly=(share_readonly, False),
+            detach=(detach, False),
+            pin_memory=(pin_memory, False),
+            non_blocking=(non_blocking, False),
+        )
     where = _device(device, "torch")
     if pin_memory and where is not None and where != CPU:
         raise ValueError(
@@ -46,13 +50,14 @@ def want_torch(
 def want_cupy(
     device: Any, dtype: Any, copy: Any, share_readonly: Any, detach: Any, non_blocking: Any, out: Any
 ) -> Want:
-    _check_flags(
-        "to_cupy",
-        copy=(copy, True),
-        share_readonly=(share_readonly, False),
-        detach=(detach, False),
-        non_blocking=(non_blocking, False),
-    )
+    if not (type(copy) in _OPTIONAL and {type(share_readonly), type(detach), type(non_blocking)} == _BOOL):
+        _complain(
+            "to_cupy",
+            copy=(copy, True),
+            share_readonly=(share_readonly, False),
+            detach=(detach, False),
+            non_blocking=(non_blocking, False),
+        )
     where = _device(device, "cupy")
     if where == CPU:
         raise ValueError('to_cupy(device="cpu"): CuPy arrays live on CUDA devices; use to_numpy for the host')
@@ -63,7 +68,11 @@ def want_cupy(
 WANTS: dict[str, Callable[..., Want]] = {"numpy": want_numpy, "torch": want_torch, "cupy": want_cupy}
 
 
-def _check_flags(call: str, **flags: tuple[Any, bool]) -> None:
+_BOOL = {bool}
+_OPTIONAL = frozenset({bool, type(None)})
+
+
+def _complain(call: str, **flags: tuple[Any, bool]) -> None:
     for name, (value, optional) in flags.items():
         if value is not True and value is not False and not (optional and value is None):
             allowed = "True, False or None" if optional else "True or False"

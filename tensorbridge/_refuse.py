@@ -125,7 +125,7 @@ def before(traits: Traits, want: Want, here: Here) -> Refusal | None:
     if traits.graph and leaving_torch and not want.detach:
         return Refusal(
             GraphError,
-            f"a {CALLED[want.framework]} array cannot carry the autograd graph{{grad_fn}}, and detach=False says not to cut",
+            f"a {CALLED[want.framework]} array cannot carry the autograd graph{{grad_fn}}, and detach=False keeps it",
             f"Leave detach=False out to get {'a read-only view of ' if want.framework == 'numpy' else ''}the values, "
             "or stay in torch.",
         )

@@ -57,6 +57,8 @@ def layout_of(a: Array) -> Layout:
 def _origin(a: Array, name: str, lay: Layout) -> str:
     """Who stands behind a view: "tensor" where torch can have the tensor itself back, "memmap"."""
     base: Any = owner_of(a)
+    if type(base) is np.ndarray:
+        return ""
     if isinstance(base, np.memmap) or type(base).__name__ == "mmap":
         return "memmap"
     torch = sys.modules.get("torch")

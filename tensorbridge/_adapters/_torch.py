@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
+from torch.autograd import forward_ad
 
 from tensorbridge import _dtypes, _streams
 from tensorbridge._adapters import _numpy
@@ -15,10 +17,7 @@ from tensorbridge._array import CPU, ArrayInfo, Device, Layout, Traits, layout, 
 from tensorbridge._plan import Op, Step, Want, torch_holds
 from tensorbridge._refuse import Obstacle
 
-if TYPE_CHECKING:
-    from torch import Tensor
-
-PLAIN = Layout()
+DENSE = Layout()
 _functorch: Any = torch._C._functorch
 _devices: dict[torch.device, Device] = {}
 _DTYPE: dict[str, Any] = {
@@ -31,6 +30,8 @@ _CARRIER: dict[str, Any] = {
 
 
 def open(t: Tensor, want: Want) -> tuple[Tensor, Traits]:
+    if _functorch.is_functorch_wrapped_tensor(t):
+        t = _functorch.unwrap_if_dead(t)  # it outlived its transform: what is left is a plain tensor
     return t, traits(t, ask_pinned=_crosses_bus(t, want))
 
 
@@ -46,9 +47,9 @@ def traits(t: Tensor, *, ask_pinned: bool = False) -> Traits:
     itemsize = t.element_size()
     count = t.numel()
     if t.is_contiguous() and not (t.dim() and 1 in t.shape) and count:
-        lay = PLAIN
+        lay = DENSE
     else:
-        lay = layout(t.shape, [s * itemsize for s in t.stride()], itemsize)
+        lay = layout(tuple(t.shape), tuple([s * itemsize for s in t.stride()]), itemsize)
     lazy = "zero" if t._is_zerotensor() else " ".join(["conj"] * t.is_conj() + ["neg"] * t.is_neg())
     boundary = itemsize // 2 if t.is_complex() else itemsize
     return Traits(
@@ -61,11 +62,16 @@ def traits(t: Tensor, *, ask_pinned: bool = False) -> Traits:
         False,
         not count or t.data_ptr() % boundary == 0,
         True,
-        t.requires_grad,
+        t.requires_grad or _has_tangent(t),
         lazy,
         (t.is_pinned() if device == CPU else False) if ask_pinned else None,
         size_class(count * itemsize),
     )
+
+
+def _has_tangent(t: Tensor) -> bool:
+    """Whether forward-mode AD carries a tangent on it, which would be lost like a graph and does not show otherwise."""
+    return forward_ad._current_level >= 0 and forward_ad.unpack_dual(t).tangent is not None  # type: ignore[no-untyped-call]
 
 
 def device_of(t: Tensor) -> Device:
@@ -135,7 +141,7 @@ def describe(t: Tensor, traits: Traits) -> ArrayInfo:
         t.numel() * itemsize,
         order_text(traits.order, traits.spacing),
         True,
-        traits.graph,
+        t.requires_grad,
         None if node is None else type(node).__name__,
         traits.lazy,
         traits.pinned,
@@ -260,39 +266,10 @@ def view_of(a: Any) -> Tensor:
     return _from_numpy(_numpy.traits(a)._replace(dtype=_dtypes.of_numpy(a.dtype)))(a)
 
 
-# -- The fast lanes: None where the full road has to decide
+# -- What the fast lanes ask for
 
 
-def plain_to_numpy(t: Any) -> Any:
-    """`to_numpy` of a plain tensor without options."""
-    if t.dtype in _PLAIN and t.is_cpu and _transforms() is None:
-        try:
-            if t.requires_grad:
-                a = t.numpy(force=True)
-                if a.flags.c_contiguous and a.base.data_ptr() == t.data_ptr():  # else a lazy bit was resolved
-                    a.setflags(False)  # positional: a fifth of the price of .flags.writeable
-                    return a
-                return None
-            a = t.numpy()
-        except (RuntimeError, TypeError):  # a lazy bit, an odd layout: rare, so an exception may say so
-            return None
-        if a.flags.c_contiguous:
-            return a
-    return None
-
-
-def plain_to_torch(a: Any) -> Any:
-    """`to_torch` of a plain array without options. A view is plain if an array of its own stands behind it."""
-    if a.flags.carray and a.dtype in _PLAIN_NUMPY:
-        base = a.base
-        if base is None or (type(base) is np.ndarray and base.base is None):
-            try:
-                return torch.from_numpy(a)
-            except ValueError:  # a negative stride on an axis of length 1
-                return None
-    return None
-
-
-_transforms = _functorch.peek_interpreter_stack
-_PLAIN = frozenset(_DTYPE[name] for name in _DTYPE if _dtypes.crosses_plainly(name))
-_PLAIN_NUMPY = frozenset(_dtypes.DTYPES[_NAME[dtype]].numpy for dtype in _PLAIN)
+COMMON = torch.float32
+PLAIN = frozenset(dtype for name, dtype in _DTYPE.items() if _dtypes.crosses_plainly(name))
+PLAIN_NUMPY = frozenset(_dtypes.DTYPES[_NAME[dtype]].numpy for dtype in PLAIN)
+from_numpy = torch.from_numpy

@@ -1,0 +1,82 @@
+"""The fast lanes: plain arrays of exact types, without options, cross with no decision to look up.
+
+A lane takes only what it can tell for sure in a few checks, and a test holds it to the result of the full road for
+every kind of array. Everything else, and everything while a guard or a trace is open, goes the full road.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import wraps
+from typing import Any, TypeVar
+
+import numpy as np
+
+from tensorbridge import _watch
+from tensorbridge._adapters import Adapter
+
+_F = TypeVar("_F", bound=Callable[..., Any])
+_ndarray = np.ndarray
+
+# Set by `open` when torch shows up. Until then no object is of type `_Tensor`, and no array has a lane to torch.
+_Tensor: Any = None
+_common: Any = None  # the dtype asked first: float32
+_plain_dtypes: frozenset[Any] = frozenset()  # torch dtypes that NumPy has as themselves
+_plain_numpy: frozenset[Any] = frozenset()
+_forward_ad: Any  # torch's module: inside a dual level a plain-looking tensor may carry a tangent
+_from_numpy: Callable[[Any], Any]
+
+
+def open(adapter: Adapter) -> None:
+    global _Tensor, _common, _plain_dtypes, _plain_numpy, _forward_ad, _from_numpy
+    facts: Any = adapter
+    _common, _plain_dtypes, _plain_numpy = facts.COMMON, facts.PLAIN, facts.PLAIN_NUMPY
+    _forward_ad, _from_numpy = facts.forward_ad, facts.from_numpy
+    _Tensor = facts.Tensor
+
+
+def plain_tensor_to_numpy(full: _F) -> _F:
+    """A lane in front of `to_numpy`.
+
+    What `Tensor.numpy` itself refuses need not be asked: torch.func wrappers, conj and neg bits, sparse layouts. An
+    array that owns its data was made up on the way: the tensor is functional, and has none.
+    """
+
+    @wraps(full)
+    def to_numpy(x: Any, **options: Any) -> Any:
+        if type(x) is _Tensor and not options and not _watch.watching:
+            dtype = x.dtype
+            if (dtype is _common or dtype in _plain_dtypes) and x.is_cpu and _forward_ad._current_level < 0:
+                try:
+                    if x.requires_grad:
+                        a = x.numpy(force=True)
+                        if not a.flags.owndata and a.base.data_ptr() == x.data_ptr():  # else a lazy bit was resolved
+                            a.setflags(False)  # positional: a fifth of the price of .flags.writeable
+                            return a
+                    else:
+                        a = x.numpy()
+                        if a.flags.num & 5 == 1:  # C-contiguous (1), and not owning its data (4)
+                            return a
+                except (RuntimeError, TypeError):  # a lazy bit, a strange layout: too rare to ask first
+                    pass
+        return full(x, **options)
+
+    return to_numpy  # type: ignore[return-value]
+
+
+def plain_array_to_torch(full: _F) -> _F:
+    """A lane in front of `to_torch`. A view is plain if an array with memory of its own stands behind it."""
+
+    @wraps(full)
+    def to_torch(x: Any, **options: Any) -> Any:
+        if type(x) is _ndarray and not options and not _watch.watching:
+            if x.flags.carray and x.dtype in _plain_numpy:
+                base = x.base
+                if base is None or (type(base) is _ndarray and base.base is None):
+                    try:
+                        return _from_numpy(x)
+                    except ValueError:  # a negative stride on an axis of length 1
+                        pass
+        return full(x, **options)
+
+    return to_torch  # type: ignore[return-value]
