@@ -5,13 +5,16 @@ from tensorbridge._convert import describe, plan, shares_memory, to_cupy, to_num
 from tensorbridge._errors import (
     BridgeError,
     CopyRequiredError,
+    CopyWarning,
     DeviceError,
     GraphError,
     MissingFrameworkError,
     ProducerError,
     UnsupportedArrayError,
 )
+from tensorbridge._info import Info, info
 from tensorbridge._plan import Plan, Step
+from tensorbridge._watch import Event, Trace, copy_guard, trace
 
 __version__ = "0.1.0"
 
@@ -19,19 +22,26 @@ __all__ = [
     "ArrayInfo",
     "BridgeError",
     "CopyRequiredError",
+    "CopyWarning",
     "Device",
     "DeviceError",
+    "Event",
     "GraphError",
+    "Info",
     "MissingFrameworkError",
     "Plan",
     "ProducerError",
     "Step",
+    "Trace",
     "Traits",
     "UnsupportedArrayError",
+    "copy_guard",
     "describe",
+    "info",
     "plan",
     "shares_memory",
     "to_cupy",
     "to_numpy",
     "to_torch",
+    "trace",
 ]

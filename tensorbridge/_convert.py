@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable
 from inspect import signature
@@ -16,7 +17,7 @@ from tensorbridge._array import CPU, ArrayInfo, Traits
 from tensorbridge._errors import BridgeError, UnsupportedArrayError
 from tensorbridge._memory import infos_share
 from tensorbridge._plan import HERE, Decision, Here, Op, Plan, Want, bind, decide
-from tensorbridge._refuse import Obstacle
+from tensorbridge._refuse import Obstacle, holder
 
 if TYPE_CHECKING:
     import cupy
@@ -36,6 +37,8 @@ class Road(NamedTuple):
 
 _roads: dict[tuple[Traits, Want, Here], Road] = {}
 _ROADS_KEPT = 4096
+_WITH_TORCH = HERE._replace(torch=True)
+_imported_in = os.getpid()
 
 
 @overload
@@ -389,7 +392,7 @@ def _convert(x: Any, want: Want, out: Any = None) -> Any:
         want = _options.placed(want, traits)
     if out is not None:
         _options.check_out(adapter.describe(handle, traits), describe(out), want)
-    here = HERE if traits.device == CPU and want.device in (None, CPU) else _here(traits, want)
+    here = _here(traits, want)
     road = _roads.get((traits, want, here)) or _build(traits, want, here)
     if road.decision.refusal is not None:
         raise words.refused(road.decision, adapter.describe(handle, traits), want)
@@ -447,19 +450,32 @@ def _open_lanes() -> None:
         _lanes.open(adapter_of(tensor))
 
 
+_THREADED = frozenset({"medium", "large"})
+
+
+def _starts_threads() -> bool:
+    """Whether torch would use threads in this forked process: OpenMP's do not survive a fork, and may hang."""
+    torch = sys.modules.get("torch")
+    return torch is not None and bool(torch.get_num_threads() > 1)
+
+
 def _here(traits: Traits, want: Want) -> Here:
-    """Facts of the moment: one constant on the CPU, read once a call where a GPU is involved."""
+    """Facts of the moment: a constant on the CPU, read once a call where a GPU or a forked process is involved."""
     target = want.device or traits.device
+    on_host = _WITH_TORCH if want.framework == "torch" or "torch" in sys.modules else HERE
+    if traits.size in _THREADED and os.getpid() != _imported_in:
+        on_host = on_host._replace(worker=_starts_threads())
     if traits.device == CPU and target == CPU:
-        return HERE
+        return on_host
     torch, cupy = sys.modules.get("torch"), sys.modules.get("cupy")
     forked = torch is not None and bool(torch.cuda._is_in_bad_fork())
     if forked or (traits.device == CPU and torch is not None and not torch.cuda.is_available()):
-        return HERE._replace(forked=forked)
-    crosses = {traits.framework, want.framework} == {"torch", "cupy"}
+        return on_host._replace(forked=forked)
+    crosses = {holder(traits, want, HERE), want.framework} == {"torch", "cupy"}
     return Here(
         same_stream=not crosses or cupy is None or torch is None or _streams.same(traits.device.index),
         capturing=_streams.capturing(),
         forked=forked,
         gpu="torch" if torch is not None else "cupy",
+        torch=torch is not None,
     )

@@ -98,7 +98,7 @@ DTYPES: dict[str, Dtype] = {
         name if in_torch else "",
         in_cupy,
         dlpack,
-        "" if numpy is None or name in _NUMPY_OWN else f"uint{8 * itemsize}",
+        "" if numpy is None or numpy.isbuiltin == 1 else f"uint{8 * itemsize}",
     )
     for name, itemsize, in_torch, in_cupy, dlpack in _ROWS
 }
@@ -172,10 +172,25 @@ def exists_in(name: str, framework: str) -> bool:
     return name in _NAMES[framework]
 
 
+def can_cast(framework: str, source: str, wanted: str) -> bool:
+    """Whether `framework` itself can make elements of `wanted` from elements of `source`."""
+    if not (exists_in(source, framework) and exists_in(wanted, framework)):
+        return False
+    if framework == "torch":
+        return "float4_e2m1fn_x2" not in (source, wanted)  # packed: torch stores it, and computes nothing with it
+    # NumPy leaves casts to whoever registered the dtype; ml_dtypes has none between most of its own small types.
+    return np.can_cast(DTYPES[source].numpy, DTYPES[wanted].numpy, "unsafe")  # type: ignore[arg-type]
+
+
 def crosses_plainly(name: str) -> bool:
     """Whether NumPy and torch both hold it as itself."""
     row = DTYPES[name]
     return row.numpy is not None and bool(row.torch) and not row.carrier
+
+
+def is_differentiable(name: str) -> bool:
+    """Whether torch lets elements of this kind require grad."""
+    return name.startswith(("float", "bfloat", "complex"))
 
 
 def is_complex(name: str) -> bool:

@@ -75,7 +75,7 @@ def plain_array_to_torch(full: _F) -> _F:
                 if base is None or (type(base) is _ndarray and base.base is None):
                     try:
                         return _from_numpy(x)
-                    except ValueError:  # a negative stride on an axis of length 1
+                    except (ValueError, TypeError):  # a negative stride on an axis of length 1; C's unsigned long long
                         pass
         return full(x, **options)
 

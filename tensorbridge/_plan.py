@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from tensorbridge import _dtypes, _refuse
+from tensorbridge import _dtypes, _engine, _refuse
 from tensorbridge._array import CPU, ArrayInfo, Device, Traits
 from tensorbridge._errors import CopyRequiredError
 from tensorbridge._refuse import CALLED, Refusal
@@ -66,7 +66,8 @@ class Here(NamedTuple):
     same_stream: bool = True  # the two frameworks' current streams are one, by raw handle
     capturing: bool = False  # a CUDA graph is being captured on a current stream
     forked: bool = False  # CUDA was in use in the parent of this forked process
-    worker: bool = False  # a DataLoader worker: one thread only
+    worker: bool = False  # a forked process in which torch would start threads
+    torch: bool = False  # torch is loaded: its kernels may do what NumPy's are slow at
     gpu: str = "torch"  # who moves device memory that neither torch nor CuPy owns
 
 
@@ -128,6 +129,7 @@ class _Steps(list[Step]):
     def __init__(self, traits: Traits) -> None:
         self.now = traits
         self.fresh = False  # the memory is nobody else's
+        self.frozen = not traits.writable  # its owner does not offer it for writing, whatever the array at hand can say
 
     def then(self, op: str, why: str, *, by: str = "", cure: str = "", **changes: Any) -> None:
         before, after = self.now, self.now._replace(**changes)
@@ -135,10 +137,13 @@ class _Steps(list[Step]):
         if op in MOVING:
             self.fresh = True
             after = after._replace(
-                spacing="dense", overlap=False, loose=False, aligned=True, writable=True, lazy="", origin=""
-            )
+                spacing="dense", overlap=False, loose=False, aligned=True, writable=True, lazy="", origin="",
+                pinned=changes.get("pinned"),
+            )  # fmt: skip
             if op == Op.FILL:
                 after = after._replace(**{f: changes[f] for f in ("order", "spacing", "aligned") if f in changes})
+            if after.graph and not _dtypes.is_differentiable(after.dtype):
+                after = after._replace(graph=False)
             if before.size != "empty":
                 kind = _side(before) + "2" + _side(after)
         self.append(Step(op, why, 0, kind, after, by, cure))
@@ -173,15 +178,14 @@ def _steps(traits: Traits, want: Want, here: Here) -> _Steps:
     # -- What is not an array yet becomes one.
     if traits.framework.endswith(" list"):
         holder = traits.framework.removesuffix(" list")
-        then(Op.STACK, f"the list becomes one array, by {holder}", framework=holder, by=holder, order="C")
+        then(Op.STACK, f"the list becomes one array, by {holder}", framework=holder, by=holder)
     if traits.framework == "python scalar":
         then(Op.WRAP, "a scalar becomes a 0-d array", framework="numpy")
         steps.fresh = True
     if traits.framework in PROTOCOLS:
-        reader = "numpy" if traits.device == CPU else receiver if receiver != "numpy" else here.gpu
-        if reader == "torch" and (traits.spacing == "reversed" or not traits.writable):
-            reader = "cupy"  # torch aborts on negative strides, and refuses memory marked read-only
-        then(Op.IMPORT, _IMPORT_WHY[traits.framework], framework=reader)
+        reader = _refuse.holder(traits, want, here)
+        can_say = traits.writable or reader != "numpy"  # torch and CuPy arrays have no read-only flag
+        then(Op.IMPORT, _IMPORT_WHY[traits.framework], framework=reader, writable=can_say)
 
     # -- Giving side: out of the graph, real values, an alias of a tensor seen.
     guarded = steps.now.graph and leaving_torch
@@ -191,25 +195,25 @@ def _steps(traits: Traits, want: Want, here: Here) -> _Steps:
     elif leaving_torch and steps.now.framework == "torch" and steps.now.device != CPU:
         then(Op.DETACH, "an alias is shared, so that set_ and .data of the tensor cannot free the memory")
     if want.out is not None:
-        return _into_out(steps, want, where)
-    if steps.now.lazy and leaving_torch:
-        then(Op.RESOLVE, f"the {_LAZY[steps.now.lazy]} is only a mark on the tensor: its bytes say otherwise")
+        return _into_out(steps, want, here, where)
 
     # -- Dtype: on the side where fewer bytes cross, or on the one that knows it.
     giver = steps.now.framework
     source, wanted = steps.now.dtype.lstrip(">"), want.dtype or steps.now.dtype.lstrip(">")
     crossing = where != steps.now.device
-    if source != wanted and _dtypes.exists_in(wanted, giver):
+    if source != wanted and _dtypes.can_cast(giver, source, wanted):
         narrows = _dtypes.DTYPES[wanted].itemsize <= _dtypes.DTYPES[source].itemsize
-        if not crossing or narrows or not _dtypes.exists_in(source, receiver):
+        if not crossing or narrows or not _dtypes.can_cast(receiver, source, wanted):
             bus = ", before the bus: fewer bytes cross" if crossing and narrows else ""
-            then(Op.CAST, f"dtype={wanted} was asked for{bus}", dtype=wanted, cure=f"keep {source}")
+            _copy(steps, Op.CAST, f"dtype={wanted} was asked for{bus}", here, dtype=wanted, cure=f"keep {source}")
     if steps.now.dtype.startswith(">") and (receiver != "numpy" or want.dtype):
         who = f"{receiver} has native byte order only" if receiver != "numpy" else f"dtype={wanted} is native"
         then(
             Op.BYTESWAP, who, dtype=source, cure="swap once where the data is read: a.astype(a.dtype.newbyteorder('='))"
         )
     late_cast = steps.now.dtype.lstrip(">") != wanted
+    if steps.now.lazy and leaving_torch:  # a cast has resolved it already
+        then(Op.RESOLVE, f"the {_LAZY[steps.now.lazy]} is only a mark on the tensor: its bytes say otherwise")
 
     # -- Off the device, on the giving side.
     if crossing and where == CPU:
@@ -217,25 +221,27 @@ def _steps(traits: Traits, want: Want, here: Here) -> _Steps:
             then(Op.PACK, "packed on the device, so that one block crosses the bus")
         after = "numpy" if giver == "cupy" else giver
         then(Op.TO_HOST, f"{traits.device} to the host", framework=after, device=CPU, cure=_cure_to_host(receiver))
-    moves_later = late_cast or where != steps.now.device or want.pin_memory
+    pins = want.pin_memory and (steps.now.pinned is not True or bool(want.copy) or late_cast)
+    moves_later = late_cast or where != steps.now.device or pins
 
     # -- A layout that the receiver can hold; a promise that the receiver can keep.
     now = steps.now
     alias = _is_alias(now, receiver)
     if now.framework != receiver and not alias:
-        _make_holdable(steps, receiver, moves_later)
-    frozen = "" if steps.fresh or moves_later else _why_frozen(steps.now, guarded)
+        _make_holdable(steps, receiver)
+    frozen = "" if steps.fresh or moves_later else _why_frozen(steps, guarded)
     if want.copy and not steps.fresh and not moves_later:
-        then(Op.COPY, "copy=True: fresh memory", by=steps.now.framework)
+        _copy(steps, Op.COPY, "copy=True: fresh memory", here)
     elif (
         frozen
         and receiver == "numpy"
         and want.writable
         and not (guarded and steps.now.writable and not steps.now.overlap)
     ):
-        then(Op.COPY, f"writable=True, and {frozen}", cure="writable=None gives a read-only view")
-    elif frozen and receiver != "numpy" and now.framework != receiver and not alias and not want.share_readonly:
-        then(Op.COPY, f"{frozen}: {CALLED[receiver]} cannot keep that promise", cure=_cure_readonly(now))
+        _copy(steps, Op.COPY, f"writable=True, and {frozen}", here, cure="writable=None gives a read-only view")
+    elif frozen and receiver not in ("numpy", traits.framework) and not alias and not want.share_readonly:
+        promise = f"{frozen}: {CALLED[receiver]} cannot keep that promise"
+        _copy(steps, Op.COPY, promise, here, cure=_cure_readonly(now))
 
     # -- The crossing, and what the receiving side does.
     if steps.now.framework == "torch" and receiver == "cupy" and steps.now.device == CPU:
@@ -252,11 +258,24 @@ def _steps(traits: Traits, want: Want, here: Here) -> _Steps:
     if late_cast:
         bus = ", after the bus: fewer bytes cross" if crossing else ""
         then(Op.CAST, f"dtype={wanted} was asked for{bus}", dtype=wanted, cure=f"keep {source}")
-    if want.pin_memory and steps.now.pinned is not True:
+    if pins:
         then(Op.PIN, "pin_memory=True", pinned=True, cure="leave pin_memory out")
     if receiver == "numpy":
         _protect(steps, want, guarded)
     return steps
+
+
+def _copy(steps: _Steps, op: str, why: str, here: Here, *, cure: str = "", **changes: Any) -> None:
+    """A copy on the giving side, by the kernel that is best at it."""
+    now = steps.now
+    choice = _engine.Kernel(now.framework)
+    if now.device == CPU and not now.graph:
+        dtype = changes.get("dtype", now.dtype)
+        if now.framework == "numpy" and torch_holds(now) and _dtypes.exists_in(dtype, "torch"):
+            choice = _engine.kernel(now, dtype, now.order, here)
+        elif now.framework == "torch" and _engine.wants_numpy_pages(now, dtype):
+            choice = _engine.kernel(now, dtype, now.order, here._replace(torch=True))
+    steps.then(op, why + (f"; by {choice.by}: {choice.why}" if choice.why else ""), by=choice.by, cure=cure, **changes)
 
 
 def target_device(traits: Traits, want: Want) -> Device:
@@ -267,7 +286,7 @@ def target_device(traits: Traits, want: Want) -> Device:
     return traits.device if want.framework == "torch" or traits.device != CPU else Device("cuda:0")
 
 
-def _make_holdable(steps: _Steps, receiver: str, moves_later: bool) -> None:
+def _make_holdable(steps: _Steps, receiver: str) -> None:
     """Layouts that the receiver refuses are packed, once."""
     now, then = steps.now, steps.then
     if receiver != "torch":
@@ -282,11 +301,11 @@ def _make_holdable(steps: _Steps, receiver: str, moves_later: bool) -> None:
         then(Op.RESTRIDE, "strides of axes of length 1 mean nothing, and torch refuses them", loose=False)
 
 
-def _why_frozen(now: Traits, guarded: bool) -> str:
+def _why_frozen(steps: _Steps, guarded: bool) -> str:
     """Why this memory must not be written through the result, if so."""
-    if not now.writable:
-        return "the memory map is read-only" if now.origin == "memmap" else "the source is read-only"
-    if now.overlap:
+    if steps.frozen:
+        return "the memory map is read-only" if steps.now.origin == "memmap" else "the source is read-only"
+    if steps.now.overlap:
         return "one write would change many elements of an overlapping array"
     if guarded:
         return "the tensor requires grad, and a write would change what backward needs without an error"
@@ -299,13 +318,13 @@ def _is_alias(now: Traits, receiver: str) -> bool:
 
 
 def _share(steps: _Steps, receiver: str, here: Here) -> None:
+    _order(steps, receiver, here)
     now, then = steps.now, steps.then
-    if now.framework != receiver and now.device != CPU and not here.same_stream:
-        then(Op.ORDER, f"{receiver}'s stream waits for {now.framework}'s, by an event; the host does not")
     if now.framework == receiver:
         then(Op.SHARE, f"the same {'tensor' if receiver == 'torch' else 'array'}")
     elif _is_alias(now, receiver):
-        then(Op.SHARE, "an alias of the tensor that the array views", framework="torch", writable=True, origin="")
+        why = "an alias of the tensor that the array views"
+        then(Op.SHARE, why, framework="torch", writable=True, origin="", loose=False)
     else:
         origin = "tensor" if receiver == "numpy" else ""
         writable = now.writable if receiver == "numpy" else True
@@ -313,15 +332,21 @@ def _share(steps: _Steps, receiver: str, here: Here) -> None:
         then(Op.SHARE, why, framework=receiver, origin=origin, loose=False, writable=writable)
 
 
+def _order(steps: _Steps, receiver: str, here: Here) -> None:
+    giver = steps.now.framework
+    if giver != receiver and steps.now.device != CPU and not here.same_stream:
+        steps.then(Op.ORDER, f"{receiver}'s stream waits for {giver}'s, by an event; the host does not")
+
+
 def _protect(steps: _Steps, want: Want, guarded: bool) -> None:
-    frozen = "" if steps.fresh else _why_frozen(steps.now, guarded)
+    frozen = "" if steps.fresh else _why_frozen(steps, guarded)
     if want.writable is False and steps.now.writable:
         steps.then(Op.PROTECT, "writable=False: a read-only view", writable=False)
     elif want.writable is None and frozen and steps.now.writable:
         steps.then(Op.PROTECT, f"a read-only view: {frozen}", writable=False)
 
 
-def _into_out(steps: _Steps, want: Want, where: Device) -> _Steps:
+def _into_out(steps: _Steps, want: Want, here: Here, where: Device) -> _Steps:
     """Every element is written into `out`, once where one copy can do it; casts happen on the way."""
     assert want.out is not None
     out, then, receiver = want.out, steps.then, want.framework
@@ -333,42 +358,37 @@ def _into_out(steps: _Steps, want: Want, where: Device) -> _Steps:
             then(Op.TO_HOST, f"{steps.now.device} to the host", framework="numpy", device=CPU)
     if receiver == "cupy" and steps.now.device == CPU:
         if steps.now.framework == "torch":
-            if steps.now.lazy:
-                then(Op.RESOLVE, f"the {_LAZY[steps.now.lazy]} is only a mark on the tensor")
+            _make_fillable(steps, "numpy", out)
             then(Op.SHARE, _share_why("torch", "numpy"), framework="numpy", origin="tensor", pinned=None)
         if steps.now.dtype.startswith(">"):
             then(Op.BYTESWAP, "cupy has native byte order only", dtype=steps.now.dtype[1:])
-        if not _dtypes.exists_in(steps.now.dtype, "cupy"):
-            then(Op.CAST, f"cupy has no {steps.now.dtype}", dtype=out.dtype)
+        _make_fillable(steps, "cupy", out)
         if steps.now.spacing != "dense":
             then(Op.PACK, "CuPy uploads one block")
         then(Op.TO_DEVICE, f"the host to {where}", framework="cupy", device=where)
     if steps.now.device != CPU and {steps.now.framework, receiver} == {"torch", "cupy"}:
-        if steps.now.lazy:
-            then(Op.RESOLVE, f"the {_LAZY[steps.now.lazy]} is only a mark on the tensor")
-        if not _dtypes.exists_in(steps.now.dtype, receiver):
-            then(Op.CAST, f"{receiver} has no {steps.now.dtype}", dtype=out.dtype)
-        if receiver == "torch" and steps.now.spacing == "reversed":
-            then(Op.PACK, "torch has no negative strides")
+        _make_fillable(steps, receiver, out)
+        if receiver == "torch" and not (steps.now.spacing in ("dense", "strided") and steps.now.aligned):
+            then(Op.PACK, "torch strides are forward and whole elements")
+        _order(steps, receiver, here)
         then(Op.SHARE, _share_why(steps.now.framework, receiver), framework=receiver, origin="", writable=True)
     if steps.now.framework == "torch" and receiver == "numpy" and not torch_holds(out):
-        if steps.now.lazy:
-            then(Op.RESOLVE, f"the {_LAZY[steps.now.lazy]} is only a mark on the tensor")
-        if not _dtypes.exists_in(steps.now.dtype, "numpy"):
-            then(Op.CAST, f"numpy has no {steps.now.dtype}", dtype="complex64")
+        _make_fillable(steps, "numpy", out)
         if steps.now.device != CPU:
             then(Op.TO_HOST, f"{steps.now.device} to the host", device=CPU)
         then(Op.SHARE, _share_why("torch", "numpy"), framework="numpy", origin="tensor", pinned=None)
-    now = steps.now
-    viewable = now.framework != "numpy" or torch_holds(now)
-    if now.framework == "numpy" and receiver == "torch" and out.device != CPU and not viewable:
-        name = now.dtype.lstrip(">")
-        then(Op.PACK, "torch holds forward, aligned, native elements only", dtype=name)
-        if not _dtypes.exists_in(name, "torch"):
-            then(Op.CAST, f"torch has no {name}", dtype=out.dtype)
-        viewable = True
-    by = "numpy" if {now.framework, receiver} == {"numpy"} or not viewable else receiver
-    by = "torch" if now.framework == "torch" else by
+    by = "torch" if "torch" in (steps.now.framework, receiver) else receiver
+    if steps.now.framework == receiver == "numpy" and torch_holds(steps.now) and torch_holds(out):
+        by = _engine.kernel(steps.now, out.dtype, out.order, here).by
+    if steps.now.framework == "numpy" and receiver == "torch" and not torch_holds(steps.now):
+        name = steps.now.dtype.lstrip(">")
+        if out.device == CPU and (name == out.dtype or _dtypes.can_cast("numpy", name, out.dtype)):
+            by = "numpy"  # it reads any layout, and writes into the tensor's memory
+        else:
+            _make_fillable(steps, "torch", out)
+            if steps.now.dtype.startswith(">"):
+                then(Op.BYTESWAP, "torch has native byte order only", dtype=name)
+            _make_holdable(steps, "torch")
     then(
         Op.FILL,
         "into the caller's array, `out`",
@@ -384,6 +404,15 @@ def _into_out(steps: _Steps, want: Want, where: Device) -> _Steps:
     if want.writable is False:
         then(Op.PROTECT, "writable=False: a read-only view", writable=False)
     return steps
+
+
+def _make_fillable(steps: _Steps, filler: str, out: Traits) -> None:
+    """What the framework that fills `out` cannot do itself is done before: real values, elements that it knows."""
+    name, wanted = steps.now.dtype.lstrip(">"), out.dtype.lstrip(">")
+    if not _dtypes.exists_in(name, filler) or (name != wanted and not _dtypes.can_cast(filler, name, wanted)):
+        steps.then(Op.CAST, f"{CALLED[filler]} cannot make {wanted} of {name}", dtype=wanted)
+    if steps.now.lazy and filler != "torch":
+        steps.then(Op.RESOLVE, f"the {_LAZY[steps.now.lazy]} is only a mark on the tensor: its bytes say otherwise")
 
 
 def torch_holds(traits: Traits) -> bool:

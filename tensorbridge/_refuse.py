@@ -138,13 +138,12 @@ def before(traits: Traits, want: Want, here: Here) -> Refusal | None:
                 f"{want.framework} has no {wanted}", "Convert x.view(torch.uint8), two elements a byte."
             )
         return Refusal(UnsupportedArrayError, f"{want.framework} has no {wanted}", f'Use dtype="{cure}"', cure)
-    giver = traits.framework.removesuffix(" list")
-    giver = giver if giver in ("torch", "cupy") else "numpy"
-    if source != wanted and not _dtypes.exists_in(wanted, giver) and not _dtypes.exists_in(source, want.framework):
-        return _unsupported(
-            f"{giver} has no {wanted} and {want.framework} has no {source}, so neither side can cast",
-            "Cast in two calls.",
-        )
+    sides = {holder(traits, want, here), want.framework}
+    if source != wanted and not any(_dtypes.can_cast(side, source, wanted) for side in sides):
+        who = f"{CALLED[sides.pop()]} cannot" if len(sides) == 1 else "neither side can"
+        packed = "float4_e2m1fn_x2" in (source, wanted)
+        cure = "Convert x.view(torch.uint8), two elements a byte." if packed else "Cast in two calls, by way of float32."
+        return _unsupported(f"{who} cast {source} to {wanted}", cure)
     if _dtypes.is_complex(source) and not _dtypes.is_complex(wanted):
         return _unsupported(f"{source} to {wanted} would drop the imaginary part", "Convert x.real, or abs(x).")
     target = want.device or traits.device
@@ -160,7 +159,25 @@ def before(traits: Traits, want: Want, here: Here) -> Refusal | None:
             "non_blocking=True off the device hands out memory that is not filled yet",
             "Leave it out, or use to_numpy_async, which cannot be read too early.",
         )
+    if want.pin_memory and target != CPU:
+        return Refusal(
+            ValueError,
+            f"pinned memory is host memory, and the result is on {target}",
+            'Say device="cpu" too, or leave pin_memory out.',
+        )
     return None
+
+
+def holder(traits: Traits, want: Want, here: Here) -> str:
+    """The framework in which the steps begin; host memory of any other library is seen as a NumPy array."""
+    name = traits.framework.removesuffix(" list")
+    if name in ("numpy", "torch", "cupy"):
+        return name
+    if traits.device == CPU:
+        return "numpy"
+    if traits.spacing in ("reversed", "odd") or not traits.writable:
+        return "cupy"  # torch aborts on negative strides, and refuses odd ones and memory marked read-only
+    return want.framework if want.framework != "numpy" else here.gpu
 
 
 def after(steps: Sequence[Step], want: Want, here: Here) -> Refusal | None:

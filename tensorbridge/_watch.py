@@ -6,7 +6,6 @@ trace is a profiler: it sees every thread of the process. Neither sees child pro
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 import threading
@@ -154,14 +153,17 @@ _HERE = os.path.dirname(os.path.abspath(__file__)) + os.sep
 def _caller() -> tuple[str, int]:
     """The first line outside this package that led here, as ``file:line``, and how far up the stack it is."""
     frame, level = sys._getframe(1), 1
-    while frame.f_back is not None and (
-        frame.f_code.co_filename.startswith(_HERE) or frame.f_code.co_filename == _CONTEXTLIB
-    ):
+    while frame.f_back is not None and _is_ours(frame.f_code.co_filename):
         frame, level = frame.f_back, level + 1
     return f"{frame.f_code.co_filename}:{frame.f_lineno}", level
 
 
 _CONTEXTLIB = contextmanager.__code__.co_filename
+_SCRIPTS = frozenset({_HERE + "_demo.py", _HERE + "_why_detach.py"})  # they use the package as anybody does
+
+
+def _is_ours(filename: str) -> bool:
+    return (filename.startswith(_HERE) and filename not in _SCRIPTS) or filename == _CONTEXTLIB
 
 
 # -- The trace
@@ -260,6 +262,8 @@ class Trace:
         OSError
             `path` cannot be written; the events are kept.
         """
+        import json  # only needed here
+
         threads = {name: number for number, name in enumerate(dict.fromkeys(e.thread for e in self.events), 1)}
         pid = os.getpid()
         records: list[dict[str, Any]] = [

@@ -62,6 +62,7 @@ def performer(step: Step, before: Traits, want: Want) -> Callable[..., Any]:
     """The function that performs `step` on an array of kind `before`.
 
     The more particular side performs: NumPy knows only itself, torch knows NumPy, CuPy knows both by their addresses.
+    A step that names its kernel is performed by that.
     """
     giver, receiver = before.framework.removesuffix(" list"), step.after.framework
     if step.op == Op.WRAP:
@@ -69,4 +70,6 @@ def performer(step: Step, before: Traits, want: Want) -> Callable[..., Any]:
     if step.op == Op.IMPORT or giver not in ("numpy", "torch", "cupy"):
         return named("protocols").performer(step, before, want)
     owner = receiver if receiver != "numpy" else giver
+    if step.by == "torch":
+        owner = "torch"
     return named(owner).performer(step, before, want)

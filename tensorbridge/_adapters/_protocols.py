@@ -9,13 +9,15 @@ Layouts: https://dmlc.github.io/dlpack/latest/c_api.html; negotiation: ``__dlpac
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
+import sys
+from collections import deque
+from collections.abc import Callable, Mapping, Set
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from tensorbridge import _dtypes, _streams
-from tensorbridge._adapters import _numpy, named
+from tensorbridge._adapters import _columns, _numpy, named
 from tensorbridge._array import ArrayInfo, Device, Traits, layout, order_text, size_class
 from tensorbridge._errors import CopyRequiredError, DeviceError, ProducerError, UnsupportedArrayError
 from tensorbridge._plan import Op, Step, Want
@@ -76,18 +78,19 @@ def open(x: Any, want: Want) -> tuple[Any, Traits]:
     cls = type(x)
     if isinstance(x, (str, type, type(None))):
         raise Obstacle("text" if isinstance(x, str) else "not an array", cls.__name__)
-    if hasattr(cls, "__dlpack__") and hasattr(cls, "__dlpack_device__"):
+    _columns.refuse_nulls(x)
+    if _speaks(x, "__dlpack__") and _speaks(x, "__dlpack_device__"):
         via, found = "dlpack", _by_dlpack(x, want)
-    elif hasattr(x, "__cuda_array_interface__"):
-        via, found = "cuda_array_interface", _by_cai(x)
-    elif hasattr(x, "__array_interface__"):
-        via, found = "array_interface", _array_interface(x)
+    elif (facts := _offered(x, "__cuda_array_interface__")) is not None:
+        via, found = "cuda_array_interface", _by_cai(x, facts)
+    elif (facts := _offered(x, "__array_interface__")) is not None:
+        via, found = "array_interface", _by_array_interface(x, facts)
     elif (view := _buffer(x)) is not None:
-        via, found = "buffer", _asked(lambda: np.asarray(view), x, "its buffer")
-    elif hasattr(cls, "__array__"):
+        via, found = "buffer", _by_buffer(x, view)
+    elif _speaks(x, "__array__"):
         return _by_array(x, want)
     else:
-        container = isinstance(x, (dict, set, frozenset)) or hasattr(cls, "__dataclass_fields__")
+        container = isinstance(x, (Mapping, Set, deque)) or hasattr(cls, "__dataclass_fields__")
         raise Obstacle("container" if container else "not an array", cls.__name__)
     if isinstance(found, Foreign):
         return found, _foreign_traits(found, via)
@@ -99,7 +102,23 @@ def _described(a: Any, via: str, x: Any) -> Traits:
         return _numpy.traits(a)._replace(framework=via)
     except Obstacle as obstacle:
         obstacle.what = f"{type(x).__name__}, {obstacle.what}"
-        raise
+        raise _as_array(obstacle) from None
+
+
+def _as_array(obstacle: Obstacle) -> Obstacle:
+    """The cures are calls on NumPy arrays, and this is none."""
+    cure = obstacle.refusal.cure.replace("x.", "np.asanyarray(x).").replace("x[", "np.asanyarray(x)[")
+    obstacle.refusal = obstacle.refusal._replace(cure=cure)
+    return obstacle
+
+
+def _speaks(x: Any, method: str) -> bool:
+    """Whether `x` has this method: of its type, or handed through by a proxy."""
+    return hasattr(type(x), method) or callable(_offered(x, method))
+
+
+def _offered(x: Any, attribute: str) -> Any:
+    return _asked(lambda: getattr(x, attribute, None), x, attribute)
 
 
 def _asked(call: Callable[[], Any], x: Any, what: str) -> Any:
@@ -107,7 +126,8 @@ def _asked(call: Callable[[], Any], x: Any, what: str) -> Any:
     try:
         return call()
     except TypeError as error:
-        raise UnsupportedArrayError(f"{type(x).__name__} refuses to export {what}: {error}") from error
+        text = f"{type(x).__name__} refuses to export {what}: {error}\n{_columns.cure(x)}"
+        raise UnsupportedArrayError(text) from error
     except CopyRequiredError:
         raise
     except BaseException as error:
@@ -124,7 +144,11 @@ def _malformed(x: Any, what: str) -> ProducerError:
 
 
 def _by_dlpack(x: Any, want: Want) -> Any:
-    kind, index = _asked(lambda: _pair(x.__dlpack_device__()), x, "its DLPack device")
+    device = _asked(lambda: x.__dlpack_device__(), x, "its DLPack device")
+    try:
+        kind, index = map(int, device)
+    except (TypeError, ValueError) as error:
+        raise _malformed(x, f"__dlpack_device__ returned {device!r}, not a type and an index") from error
     if kind in HOST:
         capsule = _asked(lambda: _request(x), x, "DLPack")
         return _host_array(x, capsule)
@@ -132,34 +156,61 @@ def _by_dlpack(x: Any, want: Want) -> Any:
         raise DeviceError(
             f"{type(x).__name__} lies on a device of DLPack type {kind}; only the host and CUDA are known here."
         )
-    framework = want.framework if want.framework in ("torch", "cupy") else "torch"
-    number = _streams.current(framework, index)
+    reader = want.framework if want.framework != "numpy" else "torch" if "torch" in sys.modules else "cupy"
+    number = _stream(type(x).__name__, reader, index)
     capsule = _asked(lambda: _request(x, stream=number), x, "DLPack")
     return _device_array(x, capsule)
 
 
-def _pair(device: Any) -> tuple[int, int]:
-    kind, index = device
-    return int(kind), int(index)
+def _stream(what: str, reader: str, index: int) -> int:
+    """The stream current in the framework that will read it; an error of ours where there is no such device."""
+    try:
+        return _streams.current(reader, index)
+    except (AssertionError, KeyError, RuntimeError) as error:  # no CUDA in this build; not imported; no device
+        raise DeviceError(f"{what} lies on cuda:{index}, which {reader} cannot use here: {error}") from error
 
 
 def _request(x: Any, **stream: int) -> Any:
-    """A capsule, versioned if the producer can; an old producer is asked again with fewer keywords."""
-    attempts: list[dict[str, Any]] = [{"max_version": (1, 0), **stream}, dict(stream)]
-    last: TypeError | None = None
-    for keywords in attempts:
-        try:
-            return x.__dlpack__(**keywords)
-        except TypeError as error:  # a keyword that it does not know, or its own refusal: the last one tells
-            last = error
-    assert last is not None
-    raise last
+    """A capsule, versioned if the producer can; an old producer is asked again with fewer keywords.
+
+    An unknown keyword is exactly a TypeError; a class derived from it (pyarrow's) is the producer's own refusal, and
+    asking again would only make it warn that it was asked in the old way.
+    """
+    try:
+        return x.__dlpack__(max_version=(1, 0), **stream)
+    except TypeError as error:
+        if type(error) is not TypeError:
+            raise
+    return x.__dlpack__(**stream)
 
 
 _name_of = ctypes.pythonapi.PyCapsule_GetName
 _name_of.restype, _name_of.argtypes = ctypes.c_char_p, [ctypes.py_object]
 _pointer_of = ctypes.pythonapi.PyCapsule_GetPointer
 _pointer_of.restype, _pointer_of.argtypes = ctypes.c_void_p, [ctypes.py_object, ctypes.c_char_p]
+_rename = ctypes.pythonapi.PyCapsule_SetName
+_rename.restype, _rename.argtypes = ctypes.c_int, [ctypes.py_object, ctypes.c_void_p]
+_name_pointer_of = ctypes.PyDLL(None)["PyCapsule_GetName"]  # the pointer itself, which belongs to the producer
+_name_pointer_of.restype, _name_pointer_of.argtypes = ctypes.c_void_p, [ctypes.py_object]
+_USED = {name: ctypes.create_string_buffer(b"used_" + name) for name in (b"dltensor", b"dltensor_versioned")}
+for _buffer_of_name in _USED.values():  # a capsule may outlive this module, and its name is only a pointer
+    ctypes.pythonapi.Py_IncRef(ctypes.py_object(_buffer_of_name))
+
+
+class _Taken:
+    """A capsule that an array lies over, marked as used, so that no other consumer frees the memory under it.
+
+    Its own destructor frees it when the last array is gone: the old name is put back for that.
+    """
+
+    __slots__ = ("capsule", "name", "producer")
+
+    def __init__(self, capsule: Any, producer: Any) -> None:
+        self.capsule, self.producer, self.name = capsule, producer, _name_pointer_of(capsule)
+        _rename(capsule, ctypes.addressof(_USED[_name_of(capsule)]))
+
+    def __del__(self, rename: Any = _rename) -> None:
+        rename(self.capsule, self.name)
 
 
 def _read(x: Any, capsule: Any) -> tuple[_DLTensor, int | None]:
@@ -180,8 +231,8 @@ def _read(x: Any, capsule: Any) -> tuple[_DLTensor, int | None]:
 
 def _facts(x: Any, tensor: _DLTensor, flags: int | None) -> tuple[str, tuple[int, ...], tuple[int, ...], int]:
     """dtype name, shape, strides in bytes, address."""
-    if not 0 <= tensor.ndim <= 64:
-        raise _malformed(x, f"{tensor.ndim} dimensions")
+    if not 0 <= tensor.ndim <= 64 or (tensor.ndim and not tensor.shape):
+        raise _malformed(x, f"{tensor.ndim} dimensions" + " without a shape" * (not tensor.shape))
     name = _dtypes.of_dlpack(tensor.code, tensor.bits, tensor.lanes)
     if not name:
         kind = f"DLPack code {tensor.code}, {tensor.bits} bits, {tensor.lanes} lanes"
@@ -217,11 +268,14 @@ def _host_array(x: Any, capsule: Any) -> Any:
     row = _dtypes.DTYPES[name]
     if row.numpy is None:
         raise Obstacle("unknown dtype", f"{type(x).__name__} {name}")
-    if 0 in shape:
-        return np.empty(shape, row.numpy)
     carrier = np.dtype(row.carrier) if row.carrier else row.numpy
-    memory = _numpy.Memory(address, shape, strides, carrier.str, readonly, (capsule, x))
-    return np.asarray(memory).view(row.numpy)
+    try:
+        if 0 in shape:
+            return np.empty(shape, row.numpy)
+        memory = _numpy.Memory(address, shape, strides, carrier.str, readonly, _Taken(capsule, x))
+        return np.asarray(memory).view(row.numpy)
+    except (ValueError, OverflowError) as error:
+        raise _malformed(x, f"shape {shape} with strides of {strides} bytes: {error}") from error
 
 
 def _device_array(x: Any, capsule: Any) -> Foreign:
@@ -236,11 +290,16 @@ def _device_array(x: Any, capsule: Any) -> Foreign:
 # -- Array interfaces
 
 
-def _array_interface(x: Any) -> Any:
-    interface = _asked(lambda: x.__array_interface__, x, "__array_interface__")
-    if isinstance(interface, dict) and interface.get("mask") is not None:
-        raise Obstacle("masked", type(x).__name__)
-    return _asked(lambda: np.asarray(_Interface(x, interface)), x, "__array_interface__")
+def _by_array_interface(x: Any, facts: Any) -> Any:
+    if isinstance(facts, dict):
+        if facts.get("mask") is not None:
+            raise Obstacle("masked", type(x).__name__)
+        if facts.get("data") is None and (view := _buffer(x)) is not None:
+            facts = {**facts, "data": view}  # "then the buffer of the object is used", says the protocol
+    try:
+        return np.asarray(_Interface(x, facts))
+    except (TypeError, ValueError, OverflowError, BufferError) as error:
+        raise _malformed(x, f"__array_interface__: {error}") from error
 
 
 class _Interface:
@@ -250,8 +309,9 @@ class _Interface:
         self.owner, self.__array_interface__ = owner, interface
 
 
-def _by_cai(x: Any) -> Foreign:
-    facts = _asked(lambda: dict(x.__cuda_array_interface__), x, "__cuda_array_interface__")
+def _by_cai(x: Any, facts: Any) -> Foreign:
+    if not isinstance(facts, Mapping):
+        raise _malformed(x, f"__cuda_array_interface__ is {type(facts).__name__}, not a dict")
     if facts.get("mask") is not None:
         raise Obstacle("masked", type(x).__name__)
     try:
@@ -299,6 +359,21 @@ def _buffer(x: Any) -> memoryview | None:
         return memoryview(x)
     except TypeError:
         return None
+    except (BufferError, ValueError) as error:  # closed, released, or already lent out for writing
+        raise ProducerError(f"{type(x).__name__} failed to export its buffer: {error}") from error
+
+
+def _by_buffer(x: Any, view: memoryview) -> Any:
+    """NumPy would guess at what ctypes says of structures and unions, with a warning."""
+    what = f"{type(x).__name__} (buffer format {view.format!r})"
+    if view.format.startswith("T{"):
+        raise _as_array(Obstacle("structured", what))
+    if view.format == "B" and view.itemsize != 1:
+        raise _as_array(Obstacle("void", what))
+    try:
+        return np.asarray(view)
+    except ValueError as error:
+        raise Obstacle("unknown dtype", what) from error
 
 
 def _by_array(x: Any, want: Want) -> tuple[Any, Traits]:
@@ -306,10 +381,12 @@ def _by_array(x: Any, want: Want) -> tuple[Any, Traits]:
 
     def export() -> Any:
         if want.copy is not False:
-            return np.asarray(x)
+            return np.asanyarray(x)  # a mask must not get lost
         try:
             return x.__array__(copy=False)
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, RuntimeError) as error:
+            if isinstance(error, RuntimeError) and "copy" not in str(error):  # polars refuses to copy by this class
+                raise
             raise CopyRequiredError(
                 f"{type(x).__name__} offers only __array__, and does not promise that no byte moves: {error}"
             ) from error
@@ -317,6 +394,9 @@ def _by_array(x: Any, want: Want) -> tuple[Any, Traits]:
     a = _asked(export, x, "__array__")
     if not isinstance(a, np.ndarray):
         raise _malformed(x, f"__array__ returned {type(a).__name__}")
+    if _columns.is_index(x):
+        a = a.view()
+        a.setflags(write=False)
     found = _described(a, "__array__", x)
     return a, found._replace(origin=found.origin or "unknown")
 
@@ -340,4 +420,10 @@ def performer(step: Step, before: Traits, want: Want) -> Callable[..., Any]:
     if step.after.framework == "numpy":
         return lambda x: x if isinstance(x, np.ndarray) else open(x, want)[0]
     reader: Any = named(step.after.framework)
-    return lambda x: reader.imported(x if isinstance(x, Foreign) else open(x, want)[0])
+
+    def read(x: Any) -> Any:
+        found = x if isinstance(x, Foreign) else open(x, want)[0]
+        _stream(f"to_{want.framework}: {type(found.producer).__name__}", step.after.framework, found.device.index)
+        return reader.imported(found)
+
+    return read

@@ -53,7 +53,7 @@ def _scalar(x: Any) -> Traits:
     if isinstance(x, np.generic):
         found = _numpy.traits(np.asarray(x))
         return Traits("python scalar", dtype=found.dtype.lstrip(">"))
-    if type(x) is int and x not in _INT64:
+    if isinstance(x, int) and int(x) not in _INT64:
         raise Obstacle("big integer", f"Python int of {x.bit_length()} bits")
     return Traits("python scalar", dtype=next(name for cls, name in _NUMBERS.items() if isinstance(x, cls)))
 
@@ -122,6 +122,7 @@ def _arrays(outer: tuple[int, ...], leaves: list[Any], want: Want) -> tuple[Part
         f"{holder} list",
         first.device,
         dtype,
+        "C" if all(t.order == "C" for _, t, _ in opened) else "K",  # else the framework's choice
         graph=any(t.graph for _, t, _ in opened),
         size=size_class(math.prod(shape) * _dtypes.DTYPES[dtype].itemsize) if dtype in _dtypes.DTYPES else "small",
     )

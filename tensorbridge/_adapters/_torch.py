@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from tensorbridge import _dtypes, _streams
+from tensorbridge import _dtypes, _engine, _streams
 from tensorbridge._adapters import _numpy
 from tensorbridge._array import CPU, ArrayInfo, Device, Layout, Traits, layout, order_text, shape_text, size_class
 from tensorbridge._plan import Op, Step, Want, torch_holds
@@ -162,6 +162,10 @@ def performer(step: Step, before: Traits, want: Want) -> Callable[[Any], Any]:
         return _from_dlpack if before.framework == "cupy" else _same
     if op == Op.FILL:
         return _filler(before, want)
+    if op in (Op.CAST, Op.COPY) and before.framework == "numpy":
+        return _array_copied(before, after)
+    if op in (Op.CAST, Op.COPY) and before.device == CPU and _engine.wants_numpy_pages(before, after.dtype):
+        return _into_numpy_pages(before, after, step.by)
     if op == Op.CAST:
         dtype = _DTYPE[after.dtype]
         return lambda t: t.to(dtype, memory_format=packed)
@@ -175,7 +179,7 @@ def performer(step: Step, before: Traits, want: Want) -> Callable[[Any], Any]:
         Op.DETACH: lambda t: t.detach(),
         Op.RESOLVE: lambda t: t.clone() if before.lazy == "zero" else t.resolve_conj().resolve_neg(),
         Op.TO_HOST: lambda t: t.cpu(),
-        Op.PIN: lambda t: t.pin_memory(),
+        Op.PIN: lambda t: torch.empty_like(t, pin_memory=True).copy_(t),  # pin_memory() returns a pinned one as it is
         Op.ORDER: _same,  # done by the DLPack exchange that shares
     }[op]
 
@@ -236,12 +240,46 @@ def imported(x: Any) -> Tensor:
     return torch.as_tensor(x.producer, device=str(x.device))
 
 
+def _array_copied(before: Traits, after: Traits) -> Callable[[Any], Any]:
+    """A NumPy array copied by torch's kernel into memory that NumPy allocates."""
+    share, view = _from_numpy(before), _from_numpy(after)
+    dtype = _dtypes.DTYPES[after.dtype].numpy
+    order: Any = "C" if before.overlap else "K"
+
+    def copy(a: Any) -> Any:
+        fresh = np.empty_like(a, dtype=dtype, order=order, subok=False)
+        view(fresh).copy_(share(a))
+        return fresh
+
+    return copy
+
+
+def _into_numpy_pages(before: Traits, after: Traits, by: str) -> Callable[[Tensor], Tensor]:
+    """A tensor copied into memory that NumPy allocates, in huge pages where torch would take small ones."""
+    view = _from_numpy(after._replace(framework="numpy"))
+    own: Any = _dtypes.DTYPES[before.dtype].numpy
+    carrier, dtype = _CARRIER.get(before.dtype), _dtypes.DTYPES[after.dtype].numpy
+    order: Any = "C" if before.overlap else "K"
+
+    def copy(t: Tensor) -> Tensor:
+        # By DLPack: Tensor.numpy would make the storage of the source refuse to be resized for good.
+        source = np.from_dlpack(t.detach() if carrier is None else t.view(carrier)).view(own)
+        fresh = np.empty_like(source, dtype=dtype, order=order)
+        if by == "numpy":
+            np.copyto(fresh, source, casting="unsafe")
+            return view(fresh)
+        return view(fresh).copy_(t)
+
+    return copy
+
+
 def _filler(before: Traits, want: Want) -> Callable[..., Any]:
     """Write into `out`, on whichever side it is."""
+    share = _from_numpy(before) if before.framework == "numpy" and torch_holds(before) else _same
     if want.framework == "numpy":
 
-        def into_numpy(t: Tensor, out: Any) -> Any:
-            view_of(out).copy_(t)
+        def into_numpy(x: Any, out: Any) -> Any:
+            view_of(out).copy_(share(x))
             return out
 
         return into_numpy
@@ -253,7 +291,6 @@ def _filler(before: Traits, want: Want) -> Callable[..., Any]:
             return out
 
         return by_numpy
-    share = _from_numpy(before) if before.framework == "numpy" else _same
 
     def into_torch(x: Any, out: Tensor) -> Tensor:
         return out.copy_(share(x), non_blocking=want.non_blocking)

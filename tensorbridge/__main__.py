@@ -1,0 +1,64 @@
+"""`python -m tensorbridge`: info, plan-matrix, bench, demo, trace."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import runpy
+import sys
+from importlib.util import find_spec
+
+import tensorbridge as tb
+from tensorbridge import _bench, _matrix
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m tensorbridge", description=tb.__doc__)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    commands.add_parser("info", help="what is installed, which devices are seen, which routes share")
+    commands.add_parser("plan-matrix", help="what shares and what copies, as a Markdown table")
+    _bench.add_arguments(commands.add_parser("bench", help="measure what a copy costs against shared memory, here"))
+    demo = commands.add_parser("demo", help="real data from NumPy through torch and back")
+    demo.add_argument("topic", nargs="?", choices=("digits", "why-detach"), default="digits")
+    trace = commands.add_parser("trace", help="run a script and report every conversion in it")
+    trace.add_argument("--save", metavar="PATH", help="also write Chrome trace JSON")
+    trace.add_argument("script")
+    trace.add_argument("args", nargs=argparse.REMAINDER)
+    args = parser.parse_args(argv)
+    if args.command == "info":
+        for name in ("torch", "cupy"):  # so that their devices are seen
+            if find_spec(name) is not None:
+                importlib.import_module(name)
+        print(tb.info())
+        return 0
+    if args.command == "plan-matrix":
+        print(_matrix.markdown())
+        return 0
+    if args.command == "bench":
+        return _bench.main(args)
+    if args.command == "demo":
+        module = importlib.import_module("tensorbridge._demo" if args.topic == "digits" else "tensorbridge._why_detach")
+        return int(module.main())
+    return traced(args.script, args.args, args.save)
+
+
+def traced(script: str, arguments: list[str], save: str | None) -> int:
+    """Run a script as ``__main__`` with a trace on; the report is printed even if it fails."""
+    if not os.path.isfile(script):
+        print(f"python -m tensorbridge trace: no such script: {script}", file=sys.stderr)
+        return 2
+    sys.argv[:] = [script, *arguments]
+    sys.path[0] = os.path.dirname(os.path.abspath(script))
+    with tb.trace() as seen:
+        try:
+            runpy.run_path(script, run_name="__main__")
+        finally:
+            print(seen.report(), file=sys.stderr)
+            if save:
+                seen.save(save)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,304 @@
+"""torch, written by NumPy: autograd does not see such a write, so `editing` tells it.
+
+A tensor, its base and all its views share one version counter, and every saved tensor remembers where it stood. An
+in-place operation of torch moves it; a write through NumPy does not. `.data` and `torch.from_numpy` make aliases with a
+counter of their own, which nobody can find from here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import threading
+from typing import TYPE_CHECKING, Any
+
+from tensorbridge._errors import DeviceError, GraphError, UnsupportedArrayError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from contextlib import AbstractContextManager
+
+    import torch
+    from numpy.typing import NDArray
+
+    Key = tuple[object, ...]
+
+_NUMPY_HAS = {"bool", "uint8", "uint16", "uint32", "uint64", "int8", "int16", "int32", "int64"}
+_NUMPY_HAS |= {"float16", "float32", "float64", "complex64", "complex128"}
+_ML_DTYPES_HAS = {
+    "bfloat16": "uint16",
+    "float8_e4m3fn": "uint8",
+    "float8_e4m3fnuz": "uint8",
+    "float8_e5m2": "uint8",
+    "float8_e5m2fnuz": "uint8",
+    "float8_e8m0fnu": "uint8",
+}
+_CURES = {
+    "complex32": "Edit a copy, t.to(torch.complex64), and write it back with t.copy_().",
+    "float4_e2m1fn_x2": "Edit the bytes, two elements in each: editing(t.view(torch.uint8)).",
+}
+_OUTSIDE = "Edit it outside the transformed function."
+
+
+def editing(tensor: torch.Tensor) -> AbstractContextManager[NDArray[Any]]:
+    """Write into `tensor` with NumPy, and let autograd know: ``with editing(t) as a: a[...] = 0``.
+
+    It is like an in-place operation of torch under ``no_grad``: the write is not recorded, but a backward that needed
+    the old values of `tensor`, of its base or of a view raises instead of returning wrong gradients. It raises inside
+    the block and after it, whether or not an element was changed or the block ended in an exception.
+
+    What cannot be seen: a graph that is built *and* run backward inside the block (close the block before
+    ``backward()``), and aliases with a version counter of their own, made by ``.data`` or by way of NumPy. An inference
+    tensor has no counter and needs none: autograd refuses to save it. Views of the yielded array that were made inside
+    the block stay writable after it, and a write through them is not seen.
+
+    A tensor on a device is edited through a copy on the host, written back when the block ends without an exception.
+    Blocks on the same tensor share that copy. A tensor that was changed on its device meanwhile is not overwritten.
+
+    Parameters
+    ----------
+    tensor : torch.Tensor, strided, shape ``(*s)``
+        It may require grad, be a leaf (a parameter), a view, or an intermediate result.
+
+    Returns
+    -------
+    context manager that yields a numpy.ndarray, shape ``(*s)``, writable until the block ends, read-only from then on
+        On the CPU it shares memory with `tensor` (whose storage can then no longer be resized); bfloat16 and the float8
+        family are ml_dtypes arrays. For a device it is fresh memory.
+
+    Raises
+    ------
+    UnsupportedArrayError
+        At the call: `tensor` has no memory that NumPy could write, or one write would change several elements.
+    DeviceError
+        A CUDA graph is being captured, or this is a forked process that cannot use CUDA.
+    GraphError
+        At the end of the block: a tensor on a device was changed there while its copy was edited.
+
+    Cost
+    ----
+    CPU: 0 bytes; waits for nothing. Device: ``nbytes`` to the host at the start and back at the end, both waited for.
+
+    Examples
+    --------
+    >>> import torch
+    >>> x = torch.ones(3, requires_grad=True)
+    >>> z = (x**2).sum()
+    >>> with editing(x) as a:
+    ...     a[0] = 5
+    >>> x.tolist()
+    [5.0, 1.0, 1.0]
+    >>> z.backward()
+    Traceback (most recent call last):
+        ...
+    RuntimeError: one of the variables needed for gradient computation has been modified by an inplace operation: ...
+    >>> a[0] = 6
+    Traceback (most recent call last):
+        ...
+    ValueError: assignment destination is read-only
+    """
+    torch = torch_of(tensor, "editing")
+    return _edit_host(torch, tensor) if on_host(_alias(torch, tensor)) else _edit_copy(torch, tensor)
+
+
+@contextlib.contextmanager
+def _edit_host(torch: Any, tensor: torch.Tensor) -> Iterator[NDArray[Any]]:
+    alias = _alias(torch, tensor)
+    array, owner = _as_numpy(torch, alias)
+    torch.autograd.graph.increment_version(alias)  # seen by a backward inside the block
+    try:
+        yield array
+    finally:
+        _close(array, owner)
+        torch.autograd.graph.increment_version(alias)  # seen by the backward of a graph that was built inside the block
+
+
+class _HostCopy:
+    """The host copy of a device tensor that is being edited, by one block or by several."""
+
+    def __init__(self, alias: torch.Tensor) -> None:
+        self.alias = alias
+        self.host = alias.to("cpu", copy=True)
+        self.version = _version(alias)
+        self.blocks = 0
+
+
+_open_copies: dict[Key, _HostCopy] = {}  # emptied by the blocks that fill it
+_lock = threading.Lock()
+
+
+@contextlib.contextmanager
+def _edit_copy(torch: Any, tensor: torch.Tensor) -> Iterator[NDArray[Any]]:
+    alias = _alias(torch, tensor)
+    key = (alias.device, alias.data_ptr(), alias.dtype, tuple(alias.shape), alias.stride())
+    with _lock:
+        copy = _open_copies.get(key) or _HostCopy(alias)
+        _open_copies[key] = copy
+        copy.blocks += 1
+    array, owner = _as_numpy(torch, copy.host)
+    try:
+        yield array
+    finally:
+        _close(array, owner)
+        with _lock:
+            copy.blocks -= 1
+            if not copy.blocks:
+                del _open_copies[key]
+    _refuse_moment(torch, alias)
+    with _lock:
+        if _version(copy.alias) != copy.version:
+            raise GraphError(
+                f"editing: {_what(alias, 'was changed on its device while a copy of it was edited on the host')}; "
+                "writing the copy back would undo that change, so nothing was written. "
+                "Close the block before the tensor is changed in another way."
+            )
+        alias.copy_(copy.host)  # an in-place operation, so autograd sees it
+        copy.version = _version(copy.alias)
+
+
+def _alias(torch: Any, tensor: torch.Tensor) -> torch.Tensor:
+    """A plain tensor outside the graph, with the memory and the version counter of `tensor`; or the reason why not."""
+    with torch._C.DisableTorchFunctionSubclass():  # the tensor itself, whatever a subclass makes of looking at it
+        obstacle = _obstacle(torch, tensor)
+        alias = tensor if obstacle else tensor.detach()
+        obstacle = obstacle or _obstacle(torch, alias)  # a dispatch mode may have answered
+        if obstacle is not None:
+            raise UnsupportedArrayError(f"editing: {_what(tensor, obstacle[0])}. {obstacle[1]}")
+        _refuse_moment(torch, alias)
+    return alias
+
+
+def _as_numpy(torch: Any, alias: torch.Tensor) -> tuple[NDArray[Any], NDArray[Any]]:
+    """The array over the memory of a CPU tensor, and the array that owns it (for most dtypes the same)."""
+    name = dtype_name(alias)
+    if name not in _ML_DTYPES_HAS:
+        array = alias.numpy()
+        return array, array
+    import ml_dtypes
+
+    owner = alias.view(getattr(torch, _ML_DTYPES_HAS[name])).numpy()
+    return owner.view(getattr(ml_dtypes, name)), owner
+
+
+def _close(array: NDArray[Any], owner: NDArray[Any]) -> None:
+    """From now on a write would be unseen. With its owner read-only too, the array cannot be made writable again."""
+    array.setflags(write=False)
+    owner.setflags(write=False)
+
+
+def _version(alias: torch.Tensor) -> int:
+    return 0 if alias.is_inference() else alias._version
+
+
+def _obstacle(torch: Any, t: torch.Tensor) -> tuple[str, str] | None:
+    """Why NumPy cannot write into a tensor, and what works."""
+    functorch = torch._C._functorch
+    if functorch.peek_interpreter_stack() is not None or functorch.is_functorch_wrapped_tensor(t):
+        return "has no memory of its own inside torch.func (vmap, grad and the like)", _OUTSIDE
+    if torch._is_functional_tensor(t):
+        return "has no memory of its own inside functionalization", _OUTSIDE
+    if t.is_nested:
+        return "is nested, with rows of different lengths", "Edit one of the tensors of t.unbind()."
+    if intercepts(t):
+        kind = type(t).__name__
+        if kind == "FakeTensor":
+            return "is fake: it has a shape but no data", "Edit outside FakeTensorMode, torch.export or tracing."
+        if kind == "DTensor":
+            return "is spread over processes", "Edit this process's part: editing(t.to_local())."
+        return f"is a {kind}, which answers every operation itself", "Edit the plain tensor that it holds."
+    if torch.nn.parameter.is_lazy(t):
+        return "is not initialized yet and has no memory", "Run a forward pass of its module first."
+    if t.is_mkldnn:
+        return "has a layout private to oneDNN", "Edit a copy, t.to_dense(), then call to_mkldnn() on it."
+    if t.layout != torch.strided:
+        return "is sparse: most of its elements are not in memory", "Edit a copy, t.to_dense()."
+    if t.is_quantized:
+        return "means integers times a scale", "Edit a copy, t.dequantize(), and quantize that again."
+    if t.is_meta:
+        return "has a shape but no data", 'Make one that has: torch.zeros_like(t, device="cpu").'
+    if t._is_zerotensor():
+        return "has no memory: it only stands for zeros", "Make one that has: torch.zeros_like(t)."
+    if t.is_conj():
+        return (
+            "has its conjugate bit set: its values are not what its memory says",
+            "Edit the memory itself, which holds the conjugates: editing(t.conj()).",
+        )
+    if t.is_neg():
+        return (
+            "has its negative bit set: its values are not what its memory says",
+            "Edit the tensor that it is a view of, or a copy: t.resolve_neg().",
+        )
+    name = dtype_name(t)
+    if name not in _NUMPY_HAS and name not in _ML_DTYPES_HAS:
+        return f"cannot be an array: NumPy has no {name}", _CURES.get(name, "Edit a copy of another dtype.")
+    if _overlaps_itself(t):
+        size = t.numel() * t.element_size()
+        return (
+            "overlaps itself (it was expanded, or is a sliding window), so one write would change several elements",
+            f"Edit the tensor that it is a view of, or a copy of {size} bytes: t.contiguous().",
+        )
+    return None
+
+
+def _refuse_moment(torch: Any, tensor: torch.Tensor) -> None:
+    """A device must be free to copy: at the call, when the block begins and when it ends."""
+    if _is_capturing(torch, tensor):
+        raise DeviceError(
+            f"editing: {_what(tensor, 'cannot be copied to the host and back while a CUDA graph is captured')}: "
+            "the copies would break the capture. Edit it before or after, outside the capture."
+        )
+    if tensor.device.type == "cuda" and torch.cuda._is_in_bad_fork():
+        raise DeviceError(
+            f"editing: {_what(tensor, 'cannot be reached from a forked process')}. Start workers with the spawn method."
+        )
+
+
+def _is_capturing(torch: Any, tensor: torch.Tensor) -> bool:
+    return tensor.device.type == "cuda" and bool(torch.cuda.is_current_stream_capturing())
+
+
+def _overlaps_itself(t: torch.Tensor) -> bool:
+    """Whether two indices may lead to one element; a few exotic layouts without overlap count as overlapping."""
+    span = 0
+    for stride, length in sorted((stride, length) for stride, length in zip(t.stride(), t.shape) if length != 1):
+        if length and stride <= span:
+            return t.numel() > 0
+        span += stride * (length - 1)
+    return False
+
+
+def _what(tensor: torch.Tensor, predicate: str) -> str:
+    plain = tensor.layout == sys.modules["torch"].strided and not tensor.is_nested and "not init" not in predicate
+    shape = f" {shape_text(tuple(tensor.shape))}" if plain else ""
+    return f"torch {dtype_name(tensor)}{shape} on {tensor.device} {predicate}"
+
+
+def dtype_name(tensor: Any) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
+
+
+def shape_text(shape: tuple[int, ...] | None) -> str:
+    if shape is None:
+        return "(?)"
+    return "(" + ", ".join(map(str, shape)) + ("," if len(shape) == 1 else "") + ")"
+
+
+def on_host(tensor: torch.Tensor) -> bool:
+    return tensor.device.type == "cpu"
+
+
+def intercepts(tensor: torch.Tensor) -> bool:
+    """Whether a subclass answers every operation itself, so that its memory need not be its value."""
+    return getattr(type(tensor).__torch_dispatch__, "__name__", "") != "_disabled_torch_dispatch_impl"
+
+
+def torch_of(tensor: object, asked: str) -> Any:
+    """The torch module. Whoever holds a tensor has loaded it."""
+    torch = sys.modules.get("torch")
+    if torch is None or not isinstance(tensor, torch.Tensor):
+        kind = f"{type(tensor).__module__}.{type(tensor).__qualname__}"
+        raise UnsupportedArrayError(
+            f"{asked} takes a torch.Tensor, not {kind}: autograd and its graphs are torch's. "
+            "Arrays of other frameworks have no graph, and are written in place."
+        )
+    return torch

@@ -1,0 +1,146 @@
+"""`python -m tensorbridge`, and the table in the README that it prints."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import tensorbridge as tb
+from tensorbridge import _matrix
+from tensorbridge.__main__ import main
+
+ROOT = Path(__file__).parent.parent
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-m", "tensorbridge", *arguments], capture_output=True, text=True, cwd=ROOT, check=False
+    )
+
+
+def test_info_prints_what_is_installed_and_which_routes_share(capsys):
+    assert main(["info"]) == 0
+    text = capsys.readouterr().out
+    assert f"tensorbridge {tb.__version__}" in text
+    assert "torch" in text
+    row = next(line for line in text.splitlines() if "torch, requires grad" in line)
+    assert "shared, read-only" in row
+
+
+def test_unknown_subcommand_exits_2_with_usage():
+    done = run("nope")
+    assert done.returncode == 2
+    assert done.stderr.startswith("usage: python -m tensorbridge")
+
+
+def test_info_asks_installed_metadata_and_imports_nothing():
+    code = "import sys, tensorbridge as tb; tb.info(); sys.exit('torch' in sys.modules or 'cupy' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
+
+
+def test_table_in_the_readme_is_the_planners():
+    readme = (ROOT / "README.md").read_text()
+    begin, end = "<!-- plan-matrix: begin -->\n", "<!-- plan-matrix: end -->"
+    assert readme.split(begin)[1].split(end)[0] == _matrix.markdown() + "\n"
+
+
+@pytest.mark.parametrize("source", [name for name, traits in _matrix.SOURCES.items() if traits.device == "cpu"])
+def test_table_says_what_real_arrays_do(source, real_array):
+    """The kinds in the table are the kinds of real arrays, so that its cells hold for them."""
+    for target in ("numpy", "torch"):
+        cell = _matrix.cell(source, target)
+        if cell.text == "refused":
+            with pytest.raises(tb.UnsupportedArrayError):
+                tb.plan(real_array, target)
+        else:
+            assert tb.plan(real_array, target).zero_copy == cell.shares
+
+
+@pytest.fixture
+def real_array(source, tmp_path):
+    import array
+
+    import ml_dtypes
+    import numpy as np
+    import torch
+
+    class Immutable:
+        """As JAX exports: DLPack without flags."""
+
+        def __init__(self):
+            self.memory = np.zeros(3, np.float32)
+
+        def __dlpack__(self, **keywords):
+            if "max_version" in keywords:
+                raise TypeError("an old producer")
+            return self.memory.__dlpack__()
+
+        def __dlpack_device__(self):
+            return (1, 0)
+
+    (tmp_path / "map").write_bytes(bytes(64))
+    plain = np.zeros((4, 4), np.float32)
+    return {
+        "NumPy array": lambda: plain,
+        "NumPy, read-only": lambda: np.frombuffer(bytes(8), np.float32),
+        'NumPy memory map, mode "r"': lambda: np.memmap(tmp_path / "map", np.float32, "r"),
+        "NumPy, reversed `a[::-1]`": lambda: plain[::-1],
+        "NumPy, every other `a[::2]`": lambda: plain[::2],
+        "NumPy, a field of records": lambda: np.zeros(3, [("flag", "i1"), ("x", "f4")])["x"],
+        "NumPy, big-endian": lambda: plain.astype(">f4"),
+        "NumPy, `broadcast_to`": lambda: np.broadcast_to(plain[0], (3, 4)),
+        "NumPy bfloat16, float8 (ml_dtypes)": lambda: plain.astype(ml_dtypes.bfloat16),
+        "NumPy view of a tensor": lambda: torch.zeros(3).numpy(),
+        "torch, on the CPU": lambda: torch.zeros(3),
+        "torch, requires grad": lambda: torch.zeros(3, requires_grad=True),
+        "torch bfloat16, float8": lambda: torch.zeros(3).to(torch.float8_e4m3fn),
+        "torch, conjugate or negative bit": lambda: torch.zeros(3, dtype=torch.complex64).conj(),
+        "torch, `expand`": lambda: torch.zeros(3, 1).expand(3, 4),
+        "JAX, pyarrow, polars, pandas (immutable)": Immutable,
+        "`bytes`": lambda: b"abc",
+        "`bytearray`, `array.array`": lambda: array.array("f", [1.0]),
+        "list of numbers or arrays": lambda: [1.0, 2.0],
+        "number": lambda: 1.5,
+        "NumPy longdouble": lambda: np.zeros(3, np.longdouble),
+    }[source]()
+
+
+SCRIPT = """
+import sys
+import numpy as np, tensorbridge as tb
+tb.to_torch(np.zeros(3)[::-1])
+print(sys.argv, __name__)
+if "fail" in sys.argv:
+    raise SystemExit(3)
+"""
+
+
+@pytest.mark.parametrize(("arguments", "code"), [([], 0), (["fail"], 3)])
+def test_trace_runs_a_script_and_reports_also_when_it_fails(tmp_path, arguments, code):
+    script = tmp_path / "job.py"
+    script.write_text(SCRIPT)
+    done = run("trace", "--save", str(tmp_path / "trace.json"), str(script), *arguments)
+    assert done.returncode == code
+    assert done.stdout.strip() == f"{[str(script), *arguments]} __main__"
+    assert "24 B      1" in done.stderr
+    assert "job.py:4" in done.stderr
+    assert (tmp_path / "trace.json").exists()
+
+
+def test_trace_of_a_missing_script_exits_2():
+    done = run("trace", "no_such_script.py")
+    assert done.returncode == 2
+    assert "no such script" in done.stderr
+
+
+def test_demo_trains_on_shared_digits_and_counts_the_bytes():
+    done = run("demo")
+    assert done.returncode == 0, done.stderr
+    assert "ValueError: assignment destination is read-only" in done.stdout
+    assert "Bytes moved by 5 conversions: 920 064 B." in done.stdout
+    accuracy = float(done.stdout.split("it has not seen: ")[1].split("%")[0])
+    assert accuracy > 90
+    assert "134 217 728 B" in done.stdout

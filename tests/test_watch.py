@@ -1,0 +1,255 @@
+"""Copy guard and trace: what they forbid, what they record, and whom they see."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import threading
+import warnings
+
+import numpy as np
+import pytest
+import torch
+
+import tensorbridge as tb
+from tensorbridge import _watch
+
+
+@pytest.fixture
+def reversed_array() -> np.ndarray:
+    return np.arange(6.0)[::-1]
+
+
+@pytest.fixture(autouse=True)
+def nothing_left_open():
+    yield
+    assert _watch.watching == 0
+    assert _watch._traces == ()
+
+
+def test_guard_raises_before_anything_moves(reversed_array):
+    with tb.copy_guard("error"), pytest.raises(tb.CopyRequiredError) as caught:
+        tb.to_torch(reversed_array)
+    assert str(caught.value) == (
+        'to_torch: numpy float64 (6,) on cpu would move 48 B, and copy_guard("error") forbids it.\n'
+        "  pack   48 B   torch has no negative strides\n"
+        "  share   0 B   torch.from_numpy: the same memory\n"
+        'Allow it with copy_guard("allow") around this call, or reverse on the torch side: to_torch(a[::-1]).flip(0).'
+    )
+    assert caught.value.plan.bytes_moved == 48
+
+
+def test_guarded_fill_leaves_out_as_it_was(reversed_array):
+    out = torch.zeros(6, dtype=torch.float64)
+    with tb.copy_guard("error"), pytest.raises(tb.CopyRequiredError):
+        tb.to_torch(reversed_array, out=out)
+    assert not out.any()
+
+
+def test_guard_lets_shared_conversions_pass():
+    with tb.copy_guard("error"):
+        assert tb.to_torch(np.zeros(3)).shape == (3,)
+        assert tb.to_numpy(torch.zeros(3)).shape == (3,)
+        assert tb.to_torch(1.5).item() == 1.5
+
+
+def test_guard_warns_at_the_callers_line(reversed_array):
+    with tb.copy_guard("warn"), pytest.warns(tb.CopyWarning) as caught:
+        tb.to_torch(reversed_array)
+    assert caught[0].filename == __file__
+    assert str(caught[0].message).startswith("to_torch: numpy float64 (6,) on cpu moves 48 B: torch has no negative")
+
+
+def test_inner_guard_wins_and_the_outer_one_comes_back(reversed_array):
+    with tb.copy_guard("error"):
+        with tb.copy_guard("allow"):
+            tb.to_torch(reversed_array)
+        with pytest.raises(tb.CopyRequiredError):
+            tb.to_torch(reversed_array)
+    tb.to_torch(reversed_array)
+
+
+def test_min_bytes_lets_smaller_moves_pass(reversed_array):
+    with tb.copy_guard("error", min_bytes=49):
+        tb.to_torch(reversed_array)
+    with tb.copy_guard("error", min_bytes=48), pytest.raises(tb.CopyRequiredError):
+        tb.to_torch(reversed_array)
+
+
+def test_kinds_select_the_moves_that_count(reversed_array):
+    with tb.copy_guard("error", kinds=["h2d", "d2h"]):
+        tb.to_torch(reversed_array)
+    with tb.copy_guard("error", kinds="h2h"), pytest.raises(tb.CopyRequiredError):
+        tb.to_torch(reversed_array)
+
+
+@pytest.mark.parametrize("options", [{"min_bytes": -1}, {"kinds": ["up"]}])
+def test_senseless_guard_is_refused_at_once(options):
+    with pytest.raises(ValueError, match="copy_guard"):
+        tb.copy_guard("error", **options)
+
+
+def test_unknown_mode_is_refused_at_once():
+    with pytest.raises(ValueError, match='choose "error", "warn" or "allow"'):
+        tb.copy_guard("strict")
+    with pytest.raises(TypeError, match="as an int"):
+        tb.copy_guard("error", min_bytes=1.5)
+
+
+def test_guard_decorates_a_function(reversed_array):
+    @tb.copy_guard("error")
+    def load():
+        return tb.to_torch(reversed_array)
+
+    for _ in range(2):
+        with pytest.raises(tb.CopyRequiredError):
+            load()
+    tb.to_torch(reversed_array)
+
+
+def test_guard_does_not_reach_another_thread(reversed_array):
+    done = []
+    with tb.copy_guard("error"):
+        thread = threading.Thread(target=lambda: done.append(tb.to_torch(reversed_array)))
+        thread.start()
+        thread.join()
+    assert len(done) == 1
+
+
+def test_guard_holds_for_its_own_async_task_and_those_started_in_it(reversed_array):
+    async def convert():
+        return tb.to_torch(reversed_array)
+
+    async def guarded():
+        with tb.copy_guard("error"):
+            await asyncio.sleep(0)
+            with pytest.raises(tb.CopyRequiredError):
+                await asyncio.create_task(convert())
+
+    async def free(times):
+        for _ in range(times):
+            await asyncio.sleep(0)
+            assert (await convert()).shape == (6,)
+
+    async def both():
+        await asyncio.gather(guarded(), free(5))
+
+    asyncio.run(both())
+
+
+def test_worker_started_under_a_guard_stays_under_it(reversed_array):
+    """`prefetch` runs its worker so: in a copy of the caller's context, which may outlive the block."""
+    import contextvars
+
+    with tb.copy_guard("error"):
+        context = contextvars.copy_context()
+
+    def work():
+        with _watch.inherited():
+            tb.to_torch(reversed_array)
+
+    with pytest.raises(tb.CopyRequiredError):
+        context.run(work)
+
+
+def test_no_warning_filter_is_touched():
+    before = list(warnings.filters)
+    with tb.copy_guard("warn"), tb.trace():
+        tb.to_torch(np.zeros(3))
+    assert warnings.filters == before
+
+
+# -- trace
+
+
+def test_trace_records_what_the_plan_says(reversed_array):
+    plan = tb.plan(reversed_array, "torch")
+    with tb.trace() as seen:
+        tb.to_torch(reversed_array)
+    (event,) = seen.events
+    assert event.steps == plan.steps
+    assert (event.source, event.target) == ("numpy float64 (6,) on cpu", "torch float64 on cpu")
+    assert (event.nbytes, event.kind, event.thread) == (48, "h2h", "MainThread")
+    assert event.where.startswith(__file__ + ":")
+    assert event.seconds > 0
+
+
+def test_trace_sees_conversions_that_a_fast_lane_would_take():
+    with tb.trace() as seen:
+        tb.to_torch(np.zeros(3))
+        tb.to_numpy(torch.zeros(3))
+    assert [event.nbytes for event in seen.events] == [0, 0]
+
+
+def test_failed_conversion_is_no_event(reversed_array):
+    with tb.trace() as seen, pytest.raises(tb.CopyRequiredError):
+        tb.to_torch(reversed_array, copy=False)
+    with tb.trace() as guarded, tb.copy_guard("error"), pytest.raises(tb.CopyRequiredError):
+        tb.to_torch(reversed_array)
+    assert seen.events == guarded.events == []
+
+
+def test_traces_nest_and_see_every_thread(reversed_array):
+    with tb.trace() as outer:
+        tb.to_torch(reversed_array)
+        with tb.trace() as inner:
+            thread = threading.Thread(target=tb.to_torch, args=(reversed_array,), name="loader")
+            thread.start()
+            thread.join()
+    assert [event.thread for event in outer.events] == ["MainThread", "loader"]
+    assert [event.thread for event in inner.events] == ["loader"]
+
+
+def test_trace_is_safe_with_many_threads(reversed_array):
+    def work():
+        for _ in range(200):
+            tb.to_torch(reversed_array)
+
+    with tb.trace() as seen:
+        threads = [threading.Thread(target=work) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert seen.totals.conversions == 800
+    assert seen.totals.nbytes == seen.totals.by_kind["h2h"] == 800 * 48
+
+
+def test_report_groups_by_call_site_and_sorts_by_bytes(reversed_array):
+    with tb.trace() as seen:
+        for _ in range(3):
+            tb.to_torch(np.zeros(3))
+        tb.to_torch(reversed_array)
+    lines = seen.report().splitlines()
+    assert lines[0].split() == ["bytes", "calls", "ms", "where", "crossing", "because"]
+    assert lines[1].split()[:3] == ["48", "B", "1"]
+    assert lines[1].endswith("numpy -> torch  pack: torch has no negative strides")
+    assert lines[2].split()[:3] == ["0", "B", "3"]
+    assert "4 conversions, 3 of them shared; 48 B moved (h2h 48 B)" in lines[3]
+    assert "child processes are not seen" in lines[4]
+
+
+def test_empty_report_says_so():
+    with tb.trace() as seen:
+        pass
+    assert seen.report().startswith("No conversion was performed.")
+
+
+def test_saved_trace_is_chrome_trace_json(tmp_path, reversed_array):
+    with tb.trace() as seen:
+        tb.to_torch(reversed_array)
+    seen.save(tmp_path / "trace.json")
+    name, event = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+    assert name["ph"] == "M"
+    assert (event["ph"], event["cat"], event["args"]["bytes"]) == ("X", "h2h", 48)
+    assert event["tid"] == name["tid"]
+    assert event["dur"] > 0
+    assert event["args"]["steps"][0] == "pack 48 B: torch has no negative strides"
+
+
+def test_unwritable_path_is_an_error_and_the_events_are_kept(tmp_path, reversed_array):
+    with tb.trace() as seen:
+        tb.to_torch(reversed_array)
+    with pytest.raises(OSError, match="its 1 events are kept"):
+        seen.save(tmp_path / "no" / "such" / "folder.json")
+    assert len(seen.events) == 1
