@@ -14,6 +14,7 @@ from tensorbridge import _lanes, _options, _streams, _watch
 from tensorbridge import _words as words
 from tensorbridge._adapters import Adapter, adapter_of, performer
 from tensorbridge._array import CPU, ArrayInfo, Traits
+from tensorbridge._eager import eager, mark
 from tensorbridge._errors import BridgeError, UnsupportedArrayError
 from tensorbridge._memory import infos_share
 from tensorbridge._plan import HERE, Decision, Here, Op, Plan, Want, bind, decide
@@ -66,6 +67,7 @@ def to_numpy(
     out: None = ...,
 ) -> NDArray[Any]: ...
 @_lanes.plain_tensor_to_numpy
+@eager
 def to_numpy(
     x: Any,
     *,
@@ -129,6 +131,7 @@ def to_numpy(
 
 
 @_lanes.plain_array_to_torch
+@eager
 def to_torch(
     x: Any,
     *,
@@ -204,6 +207,7 @@ def to_torch(
     return _convert(x, want, out)  # type: ignore[no-any-return]
 
 
+@eager
 def to_cupy(
     x: Any,
     *,
@@ -271,6 +275,7 @@ def to_cupy(
 _FUNCTIONS: dict[str, Callable[..., Any]] = {"numpy": to_numpy, "torch": to_torch, "cupy": to_cupy}
 
 
+@eager
 def describe(x: Any) -> ArrayInfo:
     """Return the facts about `x`: where it is, what its elements are, how they lie, who may write, what hangs on it.
 
@@ -303,6 +308,7 @@ def describe(x: Any) -> ArrayInfo:
     return adapter.describe(handle, traits)
 
 
+@eager
 def plan(x: Any, to: Literal["numpy", "torch", "cupy"], **options: Any) -> Plan:
     """Return the very steps that ``to_numpy``, ``to_torch`` or ``to_cupy`` would perform, and perform none.
 
@@ -355,6 +361,7 @@ def plan(x: Any, to: Literal["numpy", "torch", "cupy"], **options: Any) -> Plan:
     return bind(decision.steps, info, want)
 
 
+@eager
 def shares_memory(a: Any, b: Any) -> bool:
     """Return whether writing one array can change the other, across frameworks and devices, views included.
 
@@ -467,15 +474,20 @@ def _here(traits: Traits, want: Want) -> Here:
         on_host = on_host._replace(worker=_starts_threads())
     if traits.device == CPU and target == CPU:
         return on_host
-    torch, cupy = sys.modules.get("torch"), sys.modules.get("cupy")
-    forked = torch is not None and bool(torch.cuda._is_in_bad_fork())
-    if forked or (traits.device == CPU and torch is not None and not torch.cuda.is_available()):
+    forked = _streams.forked()
+    if forked or (traits.device == CPU and not _streams.usable(want.framework)):
         return on_host._replace(forked=forked)
-    crosses = {holder(traits, want, HERE), want.framework} == {"torch", "cupy"}
+    sides = {holder(traits, want, HERE), want.framework}
+    crosses = sides == {"torch", "cupy"} and sides <= sys.modules.keys()
+    index = traits.device.index
+    lent = crosses or (traits.framework != "cupy" and "cupy" in sides and traits.device != CPU)
     return Here(
-        same_stream=not crosses or cupy is None or torch is None or _streams.same(traits.device.index),
+        same_stream=not crosses or _streams.same(index),
         capturing=_streams.capturing(),
-        forked=forked,
-        gpu="torch" if torch is not None else "cupy",
-        torch=torch is not None,
+        gpu="torch" if "torch" in sys.modules else "cupy",
+        torch="torch" in sys.modules,
+        per_thread=lent and "cupy" in sys.modules and _streams.per_thread(index),
     )
+
+
+mark()  # torch may be there already

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from tensorbridge import _watch
+from tensorbridge import _eager, _watch
 from tensorbridge._adapters import Adapter
 
 _F = TypeVar("_F", bound=Callable[..., Any])
@@ -33,6 +33,7 @@ def open(adapter: Adapter) -> None:
     _common, _plain_dtypes, _plain_numpy = facts.COMMON, facts.PLAIN, facts.PLAIN_NUMPY
     _forward_ad, _from_numpy = facts.forward_ad, facts.from_numpy
     _Tensor = facts.Tensor
+    _eager.mark()
 
 
 def plain_tensor_to_numpy(full: _F) -> _F:
@@ -49,6 +50,8 @@ def plain_tensor_to_numpy(full: _F) -> _F:
             if (dtype is _common or dtype in _plain_dtypes) and x.is_cpu and _forward_ad._current_level < 0:
                 try:
                     if x.requires_grad:
+                        if _eager.compiling() is not None:
+                            return _eager.carried(full(x))
                         a = x.numpy(force=True)
                         if not a.flags.owndata and a.base.data_ptr() == x.data_ptr():  # else a lazy bit was resolved
                             a.setflags(False)  # positional: a fifth of the price of .flags.writeable
@@ -59,9 +62,11 @@ def plain_tensor_to_numpy(full: _F) -> _F:
                             return a
                 except (RuntimeError, TypeError):  # a lazy bit, a strange layout: too rare to ask first
                     pass
-        return full(x, **options)
+        if _eager.unmarked:
+            _eager.mark()
+        return full(x, **options) if _eager.compiling() is None else _eager.carried(full(x, **options))
 
-    return to_numpy  # type: ignore[return-value]
+    return _eager.outermost(to_numpy)  # type: ignore[return-value]
 
 
 def plain_array_to_torch(full: _F) -> _F:
@@ -77,6 +82,8 @@ def plain_array_to_torch(full: _F) -> _F:
                         return _from_numpy(x)
                     except (ValueError, TypeError):  # a negative stride on an axis of length 1; C's unsigned long long
                         pass
+        if _eager.unmarked:
+            _eager.mark()
         return full(x, **options)
 
-    return to_torch  # type: ignore[return-value]
+    return _eager.outermost(to_torch)  # type: ignore[return-value]

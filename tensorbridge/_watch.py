@@ -17,6 +17,7 @@ from contextlib import ContextDecorator, contextmanager
 from contextvars import ContextVar, Token
 from typing import Any, Literal, NamedTuple
 
+from tensorbridge._eager import eager
 from tensorbridge._errors import CopyRequiredError, CopyWarning
 from tensorbridge._plan import Plan, Step, bytes_text, step_lines
 
@@ -105,11 +106,13 @@ class copy_guard(ContextDecorator):
     def _recreate_cm(self) -> copy_guard:
         return copy_guard(self._policy.mode, min_bytes=self._policy.min_bytes, kinds=self._policy.kinds)  # type: ignore[arg-type]
 
+    @eager
     def __enter__(self) -> copy_guard:
         self._tokens.append(_policy.set(self._policy))
         _watch(+1)
         return self
 
+    @eager
     def __exit__(self, *exc: object) -> None:
         _watch(-1)
         _policy.reset(self._tokens.pop())
