@@ -2,6 +2,7 @@
 
 from tensorbridge._array import ArrayInfo, Device, Traits
 from tensorbridge._convert import describe, plan, shares_memory, to_cupy, to_numpy, to_torch
+from tensorbridge._editing import editing
 from tensorbridge._errors import (
     BridgeError,
     CopyRequiredError,
@@ -12,6 +13,7 @@ from tensorbridge._errors import (
     ProducerError,
     UnsupportedArrayError,
 )
+from tensorbridge._graph import Graph, autograd_graph
 from tensorbridge._info import Info, info
 from tensorbridge._plan import Plan, Step
 from tensorbridge._watch import Event, Trace, copy_guard, trace
@@ -26,6 +28,7 @@ __all__ = [
     "Device",
     "DeviceError",
     "Event",
+    "Graph",
     "GraphError",
     "Info",
     "MissingFrameworkError",
@@ -35,8 +38,10 @@ __all__ = [
     "Trace",
     "Traits",
     "UnsupportedArrayError",
+    "autograd_graph",
     "copy_guard",
     "describe",
+    "editing",
     "info",
     "plan",
     "shares_memory",
