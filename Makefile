@@ -1,6 +1,7 @@
 # Every target works on a fresh clone: it makes .venv and installs what it needs.
 PYTHON ?= python3
 BIN := .venv/bin
+comma := ,
 
 .PHONY: demo test check bench test-gpu clean
 
@@ -14,6 +15,11 @@ demo: .venv/.installed
 
 test: .venv/.installed
 	$(BIN)/python -m pytest -q
+
+# Measures this machine: bench-report/report.md. PEERS=1 adds the rows of other libraries (large downloads).
+bench: .venv/.installed
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[bench$(if $(PEERS),$(comma)peers)]'
+	$(BIN)/python -m tensorbridge bench
 
 check: .venv/.installed
 	$(BIN)/ruff check .

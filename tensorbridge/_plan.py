@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from tensorbridge import _dtypes, _engine, _refuse
+from tensorbridge import _dtypes, _engine, _refuse, _roads
 from tensorbridge._array import CPU, ArrayInfo, Device, Traits
 from tensorbridge._errors import CopyRequiredError
 from tensorbridge._refuse import CALLED, Refusal
@@ -69,6 +69,7 @@ class Here(NamedTuple):
     worker: bool = False  # a forked process in which torch would start threads
     torch: bool = False  # torch is loaded: its kernels may do what NumPy's are slow at
     gpu: str = "torch"  # who moves device memory that neither torch nor CuPy owns
+    per_thread: bool = False  # memory is to be lent on the per-thread default stream, which is another in every thread
 
 
 HERE = Here()
@@ -219,9 +220,12 @@ def _steps(traits: Traits, want: Want, here: Here) -> _Steps:
     if crossing and where == CPU:
         if steps.now.spacing != "dense":
             then(Op.PACK, "packed on the device, so that one block crosses the bus")
-        after = "numpy" if giver == "cupy" else giver
-        then(Op.TO_HOST, f"{traits.device} to the host", framework=after, device=CPU, cure=_cure_to_host(receiver))
-    pins = want.pin_memory and (steps.now.pinned is not True or bool(want.copy) or late_cast)
+        road = _roads.down(steps.now, pinned=want.pin_memory and not late_cast)
+        then(
+            Op.TO_HOST, f"{traits.device} to the host{road.why}", by=road.by, cure=_cure_to_host(receiver),
+            framework="numpy" if giver == "cupy" else giver, device=CPU, pinned=road.by == _roads.PINNED or None,
+        )  # fmt: skip
+    pins = want.pin_memory and (steps.now.pinned is not True or (bool(want.copy) and not steps.fresh) or late_cast)
     moves_later = late_cast or where != steps.now.device or pins
 
     # -- A layout that the receiver can hold; a promise that the receiver can keep.
@@ -244,6 +248,7 @@ def _steps(traits: Traits, want: Want, here: Here) -> _Steps:
         _copy(steps, Op.COPY, promise, here, cure=_cure_readonly(now))
 
     # -- The crossing, and what the receiving side does.
+    pinned = steps.now.pinned is True
     if steps.now.framework == "torch" and receiver == "cupy" and steps.now.device == CPU:
         then(Op.SHARE, _share_why("torch", "numpy"), framework="numpy", origin="tensor", pinned=None)
     elif steps.now.framework == "numpy" and receiver == "cupy":
@@ -251,10 +256,7 @@ def _steps(traits: Traits, want: Want, here: Here) -> _Steps:
     else:
         _share(steps, receiver, here)
     if where != steps.now.device:
-        if steps.now.framework == "numpy" and steps.now.spacing != "dense":
-            then(Op.PACK, "CuPy uploads one block")
-        road = f"{steps.now.device} to {where}" if steps.now.device != CPU else f"the host to {where}"
-        then(Op.TO_DEVICE, road, framework=receiver, device=where, pinned=None, cure=f"keep it on {traits.device}")
+        _to_device(steps, receiver, where, pinned, f"keep it on {traits.device}")
     if late_cast:
         bus = ", after the bus: fewer bytes cross" if crossing else ""
         then(Op.CAST, f"dtype={wanted} was asked for{bus}", dtype=wanted, cure=f"keep {source}")
@@ -276,6 +278,18 @@ def _copy(steps: _Steps, op: str, why: str, here: Here, *, cure: str = "", **cha
         elif now.framework == "torch" and _engine.wants_numpy_pages(now, dtype):
             choice = _engine.kernel(now, dtype, now.order, here._replace(torch=True))
     steps.then(op, why + (f"; by {choice.by}: {choice.why}" if choice.why else ""), by=choice.by, cure=cure, **changes)
+
+
+def _to_device(steps: _Steps, receiver: str, where: Device, pinned: bool, cure: str = "") -> None:
+    """One block over the bus, or to another device; torch packs a peer copy and a graph's on its own."""
+    if steps.now.spacing != "dense" and (steps.now.device == CPU or receiver == "cupy") and not steps.now.graph:
+        steps.then(Op.PACK, "packed first, so that one block crosses the bus", by=steps.now.framework)
+        pinned = False
+    origin, road = steps.now.device, _roads.Road(_roads.PLAIN)
+    if origin == CPU:
+        road = _roads.up(steps.now, pinned=pinned)
+    why = f"{'the host' if origin == CPU else origin} to {where}{road.why}"
+    steps.then(Op.TO_DEVICE, why, by=road.by, cure=cure, framework=receiver, device=where, pinned=None)
 
 
 def target_device(traits: Traits, want: Want) -> Device:
@@ -329,7 +343,10 @@ def _share(steps: _Steps, receiver: str, here: Here) -> None:
         origin = "tensor" if receiver == "numpy" else ""
         writable = now.writable if receiver == "numpy" else True
         why = _share_why(now.framework, receiver)
-        then(Op.SHARE, why, framework=receiver, origin=origin, loose=False, writable=writable)
+        captured = here.capturing and now.device != CPU
+        why += "; nothing is recorded while a graph is captured" if captured else ""
+        by = _roads.CAPTURED if captured else ""
+        then(Op.SHARE, why, by=by, framework=receiver, origin=origin, loose=False, writable=writable)
 
 
 def _order(steps: _Steps, receiver: str, here: Here) -> None:
@@ -363,9 +380,7 @@ def _into_out(steps: _Steps, want: Want, here: Here, where: Device) -> _Steps:
         if steps.now.dtype.startswith(">"):
             then(Op.BYTESWAP, "cupy has native byte order only", dtype=steps.now.dtype[1:])
         _make_fillable(steps, "cupy", out)
-        if steps.now.spacing != "dense":
-            then(Op.PACK, "CuPy uploads one block")
-        then(Op.TO_DEVICE, f"the host to {where}", framework="cupy", device=where)
+        _to_device(steps, "cupy", where, pinned=False)
     if steps.now.device != CPU and {steps.now.framework, receiver} == {"torch", "cupy"}:
         _make_fillable(steps, receiver, out)
         if receiver == "torch" and not (steps.now.spacing in ("dense", "strided") and steps.now.aligned):

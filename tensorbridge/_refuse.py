@@ -153,6 +153,13 @@ def before(traits: Traits, want: Want, here: Here) -> Refusal | None:
             "CUDA cannot be used in a forked process",
             "Start workers with the spawn method, or convert in the main process (tensorbridge.prefetch does).",
         )
+    if here.per_thread:
+        return Refusal(
+            DeviceError,
+            "CuPy's current stream is the per-thread default stream; no other thread can name it, so the memory could "
+            "not be kept until the work on it is done",
+            "Make a stream of your own current, with tensorbridge.use_stream.",
+        )
     if want.non_blocking and traits.device != CPU and (target == CPU or want.framework == "numpy"):
         return Refusal(
             ValueError,
@@ -185,7 +192,9 @@ def after(steps: Sequence[Step], want: Want, here: Here) -> Refusal | None:
     if not here.capturing:
         return None
     on_device = any(step.after.device != CPU for step in steps) or any("d" in step.kind for step in steps)
-    if on_device and (not here.same_stream or any(step.kind for step in steps)):
+    # Nobody knows which stream the work of a foreign producer is on.
+    foreign = any(step.op == "import" and step.after.device != CPU for step in steps)
+    if on_device and (not here.same_stream or foreign or any(step.kind for step in steps)):
         return Refusal(
             DeviceError,
             "a CUDA graph is being captured, and only a zero-copy crossing on the capturing stream may happen then",

@@ -22,8 +22,8 @@ def refuse_nulls(x: Any) -> None:
         count = _missing(column)
         if count:
             raise UnsupportedArrayError(
-                f"{type(x).__name__} cannot be converted: {f'its column {name!r}' if name else 'it'} has {count} missing "
-                f"value{'s' * (count > 1)}, for which arrays have no sign.\n{_FILL[hasattr(column, 'isna')]}"
+                f"{type(x).__name__} cannot be converted: {f'its column {name!r}' if name else 'it'} has {count} "
+                f"missing value{'s' * (count > 1)}, for which arrays have no sign.\n{_FILL[hasattr(column, 'isna')]}"
             )
 
 
@@ -38,7 +38,7 @@ def _columns(x: Any) -> Iterator[tuple[str, Any]]:
         yield from zip(x.column_names, x.itercolumns(), strict=True)
     elif hasattr(x, "iter_columns"):  # polars
         yield from ((column.name, column) for column in x.iter_columns())
-    elif hasattr(x, "columns") and hasattr(x, "items"):  # pandas
+    elif hasattr(x, "items") and hasattr(x, "columns"):  # pandas
         yield from ((str(name), column) for name, column in x.items())
     else:
         yield "", x
@@ -47,10 +47,10 @@ def _columns(x: Any) -> Iterator[tuple[str, Any]]:
 def _missing(column: Any) -> int:
     """How many values are missing by another sign than NaN."""
     count = getattr(column, "null_count", None)
-    if count is not None:
-        found = int(count() if callable(count) else count)
-        parts = None if found else _parts(column)
-        return found if parts is None else _missing(parts)
+    count = count() if callable(count) else count
+    if isinstance(count, int):
+        parts = None if count else _parts(column)
+        return count if parts is None else _missing(parts)
     dtype = getattr(column, "dtype", None)
     if not hasattr(column, "isna") or dtype is None or isinstance(dtype, np.dtype):
         return 0
@@ -63,12 +63,12 @@ def _parts(column: Any) -> Any:
     """What the rows of a nested column are made of: its own count says nothing of them."""
     if hasattr(getattr(column, "dtype", None), "inner"):  # polars Array
         return column.explode()
-    storage = getattr(column, "storage", None)  # pyarrow extension types: fixed-shape tensors
+    storage: Any = getattr(column, "storage", None)  # pyarrow extension types: fixed-shape tensors
     return storage.flatten() if hasattr(storage, "flatten") and hasattr(storage, "null_count") else None
 
 
 def is_index(x: Any) -> bool:
-    """Whether `x` is the labels of a table. They are hashed, so nobody may write to them; yet NumPy gets them writable."""
+    """Whether `x` is the labels of a table: hashed, so that nobody may write to them, yet NumPy gets them writable."""
     return hasattr(type(x), "get_indexer")
 
 

@@ -1,4 +1,9 @@
-"""CuPy: device memory only, any strides; knows bfloat16, no float8; cannot hold read-only memory or host arrays."""
+"""CuPy: device memory only, any strides; knows bfloat16, no float8; cannot hold read-only memory or host arrays.
+
+Memory of torch and of others is taken by its address: `UnownedMemory` holds an owner that is released exactly with
+CuPy's last view, which a DLPack import does not offer, and asks the driver nothing when the device is given. CuPy's own
+transfers wait for nothing that is pinned, and pin what is not: bytes go by `_staging`.
+"""
 
 from __future__ import annotations
 
@@ -8,10 +13,11 @@ from typing import Any
 import cupy
 import numpy as np
 
-from tensorbridge import _dtypes, _streams
-from tensorbridge._array import ArrayInfo, Device, Traits, layout, order_text, shape_text, size_class
+from tensorbridge import _dtypes, _lease, _staging, _streams
+from tensorbridge._array import CPU, ArrayInfo, Device, Traits, layout, order_text, shape_text, size_class
 from tensorbridge._plan import Op, Step, Want
 from tensorbridge._refuse import Obstacle
+from tensorbridge._roads import CAPTURED, PINNED
 
 
 def open(x: Any, want: Want) -> tuple[Any, Traits]:
@@ -23,7 +29,7 @@ def traits(x: Any) -> Traits:
     if not name or not _dtypes.DTYPES[name.lstrip(">")].cupy:
         raise Obstacle("unknown dtype", f"cupy {x.dtype} {shape_text(x.shape)}")
     lay = layout(x.shape, x.strides, x.itemsize)
-    device = Device(f"cuda:{x.device.id}")
+    device = Device(f"cuda:{x.data.device_id}")
     size = size_class(x.size * x.itemsize)
     return Traits("cupy", device, name, lay.order, lay.spacing, lay.overlap, lay.loose, size=size)
 
@@ -60,14 +66,18 @@ def performer(step: Step, before: Traits, want: Want) -> Callable[..., Any]:
     if op == Op.STACK:
         return _on(source, lambda parts: parts.stacked(cupy.stack))
     if op == Op.TO_HOST:
-        return _on(source, _downloaded)
+        return _on(source, lambda x: downloaded(x, source))
     if op == Op.TO_DEVICE:
-        return _on(target, _uploaded if before.framework == "numpy" else _peer_copied)
+        if before.device != CPU:
+            return _on(target, lambda x: _peer_copied(x, source, target))
+        return _on(target, lambda a: uploaded(a, target, pinned=step.by == PINNED, non_blocking=want.non_blocking))
     if op == Op.FILL:
-        return _on(source, _filler(before, want))
+        return _on(source if want.framework == "numpy" else target, _filler(before, want))
     if op == Op.SHARE:
-        return _on(source, _from_torch) if before.framework == "torch" else _same
-    return {Op.RESTRIDE: _same, Op.ORDER: _same}[op]
+        return from_torch(before, capturing=step.by == CAPTURED) if before.framework == "torch" else _same
+    if op == Op.ORDER:
+        return lambda x: _ordered(x, source)
+    return {Op.RESTRIDE: _same}[op]
 
 
 def _on(index: int, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -84,47 +94,111 @@ def _same(x: Any) -> Any:
     return x
 
 
-def _from_torch(t: Any) -> Any:
-    """By DLPack: torch makes the current CuPy stream wait for its own."""
-    return cupy.from_dlpack(t)
+def _ordered(x: Any, index: int) -> Any:
+    _streams.order("cupy", "torch", index)
+    return x
+
+
+# -- Memory of others
+
+
+def from_torch(before: Traits, *, capturing: bool) -> Callable[[Any], Any]:
+    """The memory of a tensor (an alias of the caller's), which torch does not reuse before CuPy's stream is done."""
+    index, itemsize = before.device.index, _dtypes.DTYPES[before.dtype].itemsize
+    dtype = _dtypes.DTYPES[before.dtype].numpy
+    plain = before.order == "C" and before.spacing == "dense"
+
+    def share(t: Any) -> Any:
+        _lease.settle()
+        stream = cupy.cuda.get_current_stream(index)
+        number = int(stream.ptr) or _streams.LEGACY_DEFAULT
+        owner = _lease.lend_tensor(t, number, index, stream, capturing=capturing)
+        shape = tuple(t.shape)
+        strides = None if plain else tuple([s * itemsize for s in t.stride()])
+        return _at(t.data_ptr(), shape, strides, dtype, owner, index)
+
+    return share
 
 
 def imported(x: Any) -> Any:
-    """Device memory of another library; CuPy itself waits for the stream that an array interface names."""
-    with cupy.cuda.Device(x.device.index):
-        return cupy.from_dlpack(x) if x.capsule is not None else cupy.asarray(x.producer)
+    """Device memory of another library, ordered here by an event (`cupy.asarray` would make the host wait).
+
+    A capsule is not consumed: it frees itself when the lease lets go of it.
+    """
+    index = x.device.index
+    _lease.settle()
+    if x.stream is not None:
+        _streams.wait("cupy", x.stream, index)
+    owner = _lease.lend_array((x.capsule, x.producer), _streams.current("cupy", index), index)
+    return _at(x.address, x.shape, x.strides, _dtypes.DTYPES[x.dtype].numpy, owner, index)
+
+
+def _at(address: int, shape: Any, strides: Any, dtype: Any, owner: object, index: int) -> Any:
+    """A CuPy array over this memory. With the device given, the driver is asked nothing."""
+    lowest, extent = address, dtype.itemsize
+    if 0 in shape:
+        extent = 0
+    elif strides is None:
+        for length in shape:
+            extent *= length
+    else:
+        spans = [(length - 1) * stride for length, stride in zip(shape, strides, strict=True)]
+        lowest += sum(span for span in spans if span < 0)
+        extent += sum(map(abs, spans))
+    memory = cupy.cuda.UnownedMemory(lowest, extent, owner, index)
+    return cupy.ndarray(shape, dtype, cupy.cuda.MemoryPointer(memory, address - lowest), strides)
+
+
+# -- Over the bus
 
 
 def _axes_by_stride(x: Any) -> list[int]:
     return sorted(range(x.ndim), key=lambda i: (-abs(x.strides[i]), i))
 
 
-def _uploaded(a: Any) -> Any:
-    """One dense host block, in its own memory order, to the current device; returns when the source may change."""
+def _bytes(a: Any) -> Any:
+    """The memory of a dense host array, in whatever order its axes lie."""
+    return a.transpose(_axes_by_stride(a)).reshape(-1).view(np.uint8)
+
+
+def uploaded(a: Any, index: int, *, pinned: bool, non_blocking: bool) -> Any:
+    """A dense host array, in its own memory order, on the current device."""
     axes = _axes_by_stride(a)
     block = a.transpose(axes)
     out = cupy.empty(block.shape, dtype=block.dtype)
     if block.size:
-        stream = cupy.cuda.get_current_stream()
-        out.set(np.ascontiguousarray(block), stream=stream)
-        stream.synchronize()
+        options = {"pinned": pinned, "non_blocking": non_blocking}
+        _staging.upload(_bytes(a), framework="cupy", index=index, into=out, **options)
     return out.transpose(np.argsort(axes)) if a.ndim else out
 
 
-def _downloaded(x: Any) -> Any:
-    """A dense device block, in its own memory order, as an ordinary NumPy array; waits for the copy."""
+def downloaded(x: Any, index: int) -> Any:
+    """A dense device array, in its own memory order, as an ordinary NumPy array."""
     axes = _axes_by_stride(x)
-    block = x.transpose(axes).get(blocking=True)
-    return block.transpose(np.argsort(axes)) if x.ndim else block
+    out = np.empty([x.shape[axis] for axis in axes], np.dtype(x.dtype))
+    if x.size:
+        _staging.download(x, framework="cupy", index=index, out=out.reshape(-1).view(np.uint8))
+    return out.transpose(np.argsort(axes)) if x.ndim else out
 
 
-def _peer_copied(x: Any) -> Any:
-    return x.copy(order="K")
+def _peer_copied(x: Any, source: int, target: int) -> Any:
+    """A dense array on another device, the current one. Between two devices CuPy orders nothing and keeps no source."""
+    there, here = _streams.current("cupy", source), _streams.current("cupy", target)
+    _streams.link(there, here, source, target)
+    axes = _axes_by_stride(x)
+    out = x.transpose(axes).copy()
+    _lease.keep(x, here, target)
+    return out.transpose(np.argsort(axes)) if x.ndim else out
 
 
 def _filler(before: Traits, want: Want) -> Callable[..., Any]:
+    index = before.device.index
+
     def into_numpy(x: Any, out: Any) -> Any:
-        x.get(out=out, blocking=True)
+        if x.strides == out.strides and x.size:
+            _staging.download(x, framework="cupy", index=index, out=_bytes(out), pinned=_is_pinned(out))
+        else:
+            np.copyto(out, downloaded(x, index))
         return out
 
     def into_cupy(x: Any, out: Any) -> Any:
@@ -132,3 +206,8 @@ def _filler(before: Traits, want: Want) -> Callable[..., Any]:
         return out
 
     return into_numpy if want.framework == "numpy" else into_cupy
+
+
+def _is_pinned(a: Any) -> bool:
+    runtime = cupy.cuda.runtime
+    return bool(runtime.pointerGetAttributes(a.__array_interface__["data"][0]).type == runtime.memoryTypeHost)

@@ -167,7 +167,7 @@ def _restrided(a: Array) -> Array:
     plain.reverse()
     empty = 0 in a.shape
     strides = [p if empty or n == 1 else s for n, s, p in zip(a.shape, a.strides, plain, strict=True)]
-    return np.lib.stride_tricks.as_strided(a, a.shape, strides, writeable=a.flags.writeable)
+    return _over(a, tuple(strides), not a.flags.writeable)
 
 
 def _filled(a: Array, out: Array) -> Array:
@@ -199,6 +199,11 @@ class Memory:
 
 def writable_view(a: Array) -> Array:
     """The same memory without the read-only flag, for a framework that has none and a caller who will not write."""
+    return _over(a, a.strides, False)
+
+
+def _over(a: Array, strides: tuple[int, ...], readonly: bool) -> Array:
+    """The memory of `a` seen anew; through the carrier, for NumPy's interface does not know ml_dtypes."""
     carrier = np.dtype(_dtypes.DTYPES[_dtypes.of_numpy(a.dtype).lstrip(">")].carrier or a.dtype)
     address = a.__array_interface__["data"][0]
-    return np.asarray(Memory(address, a.shape, a.strides, carrier.str, False, a)).view(a.dtype)
+    return np.asarray(Memory(address, a.shape, strides, carrier.str, readonly, a)).view(a.dtype)

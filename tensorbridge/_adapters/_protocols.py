@@ -1,14 +1,11 @@
 """Everybody else: whoever speaks DLPack, an array interface, the buffer protocol or ``__array__``, read through it.
 
-Host memory is read here, by address, into a NumPy view that keeps the producer alive: no framework sees a capsule
-before its dtype and strides have been read (torch aborts on a negative stride, NumPy refuses bfloat16). Memory that the
-producer does not offer for writing, or cannot say so (a DLPack without flags), arrives read-only.
-Layouts: https://dmlc.github.io/dlpack/latest/c_api.html; negotiation: ``__dlpack__`` of the array API, 2023.12.
+Host memory becomes a NumPy view that keeps the producer alive. Memory that the producer does not offer for writing, or
+cannot say so (a DLPack without flags), arrives read-only.
 """
 
 from __future__ import annotations
 
-import ctypes
 import sys
 from collections import deque
 from collections.abc import Callable, Mapping, Set
@@ -17,41 +14,12 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from tensorbridge import _dtypes, _streams
-from tensorbridge._adapters import _columns, _numpy, named
+from tensorbridge._adapters import _columns, _dlpack, _numpy, named
+from tensorbridge._adapters._dlpack import malformed
 from tensorbridge._array import ArrayInfo, Device, Traits, layout, order_text, size_class
 from tensorbridge._errors import CopyRequiredError, DeviceError, ProducerError, UnsupportedArrayError
 from tensorbridge._plan import Op, Step, Want
 from tensorbridge._refuse import Obstacle
-
-HOST = (1, 3, 11)  # DLPack device types: CPU, CUDA host, ROCm host
-CUDA = (2, 13)  # CUDA, CUDA managed
-READ_ONLY, SUBBYTE_PADDED = 1, 4
-
-
-class _DLTensor(ctypes.Structure):
-    _fields_ = [
-        ("data", ctypes.c_void_p),
-        ("device_type", ctypes.c_int32),
-        ("device_id", ctypes.c_int32),
-        ("ndim", ctypes.c_int32),
-        ("code", ctypes.c_uint8),
-        ("bits", ctypes.c_uint8),
-        ("lanes", ctypes.c_uint16),
-        ("shape", ctypes.POINTER(ctypes.c_int64)),
-        ("strides", ctypes.POINTER(ctypes.c_int64)),
-        ("byte_offset", ctypes.c_uint64),
-    ]
-
-
-class _Versioned(ctypes.Structure):
-    _fields_ = [
-        ("major", ctypes.c_uint32),
-        ("minor", ctypes.c_uint32),
-        ("manager_ctx", ctypes.c_void_p),
-        ("deleter", ctypes.c_void_p),
-        ("flags", ctypes.c_uint64),
-        ("tensor", _DLTensor),
-    ]
 
 
 class Foreign(NamedTuple):
@@ -136,10 +104,6 @@ def _asked(call: Callable[[], Any], x: Any, what: str) -> Any:
         raise ProducerError(f"{type(x).__name__} failed to export {what}: {type(error).__name__}: {error}") from error
 
 
-def _malformed(x: Any, what: str) -> ProducerError:
-    return ProducerError(f"{type(x).__name__} is a malformed producer: {what}.")
-
-
 # -- DLPack
 
 
@@ -148,17 +112,17 @@ def _by_dlpack(x: Any, want: Want) -> Any:
     try:
         kind, index = map(int, device)
     except (TypeError, ValueError) as error:
-        raise _malformed(x, f"__dlpack_device__ returned {device!r}, not a type and an index") from error
-    if kind in HOST:
-        capsule = _asked(lambda: _request(x), x, "DLPack")
-        return _host_array(x, capsule)
-    if kind not in CUDA:
+        raise malformed(x, f"__dlpack_device__ returned {device!r}, not a type and an index") from error
+    if kind in _dlpack.HOST:
+        capsule = _asked(lambda: _dlpack.request(x), x, "DLPack")
+        return _dlpack.host_array(x, capsule)
+    if kind not in _dlpack.CUDA:
         raise DeviceError(
             f"{type(x).__name__} lies on a device of DLPack type {kind}; only the host and CUDA are known here."
         )
     reader = want.framework if want.framework != "numpy" else "torch" if "torch" in sys.modules else "cupy"
     number = _stream(type(x).__name__, reader, index)
-    capsule = _asked(lambda: _request(x, stream=number), x, "DLPack")
+    capsule = _asked(lambda: _dlpack.request(x, stream=number), x, "DLPack")
     return _device_array(x, capsule)
 
 
@@ -170,121 +134,13 @@ def _stream(what: str, reader: str, index: int) -> int:
         raise DeviceError(f"{what} lies on cuda:{index}, which {reader} cannot use here: {error}") from error
 
 
-def _request(x: Any, **stream: int) -> Any:
-    """A capsule, versioned if the producer can; an old producer is asked again with fewer keywords.
-
-    An unknown keyword is exactly a TypeError; a class derived from it (pyarrow's) is the producer's own refusal, and
-    asking again would only make it warn that it was asked in the old way.
-    """
-    try:
-        return x.__dlpack__(max_version=(1, 0), **stream)
-    except TypeError as error:
-        if type(error) is not TypeError:
-            raise
-    return x.__dlpack__(**stream)
-
-
-_name_of = ctypes.pythonapi.PyCapsule_GetName
-_name_of.restype, _name_of.argtypes = ctypes.c_char_p, [ctypes.py_object]
-_pointer_of = ctypes.pythonapi.PyCapsule_GetPointer
-_pointer_of.restype, _pointer_of.argtypes = ctypes.c_void_p, [ctypes.py_object, ctypes.c_char_p]
-_rename = ctypes.pythonapi.PyCapsule_SetName
-_rename.restype, _rename.argtypes = ctypes.c_int, [ctypes.py_object, ctypes.c_void_p]
-_name_pointer_of = ctypes.PyDLL(None)["PyCapsule_GetName"]  # the pointer itself, which belongs to the producer
-_name_pointer_of.restype, _name_pointer_of.argtypes = ctypes.c_void_p, [ctypes.py_object]
-_USED = {name: ctypes.create_string_buffer(b"used_" + name) for name in (b"dltensor", b"dltensor_versioned")}
-for _buffer_of_name in _USED.values():  # a capsule may outlive this module, and its name is only a pointer
-    ctypes.pythonapi.Py_IncRef(ctypes.py_object(_buffer_of_name))
-
-
-class _Taken:
-    """A capsule that an array lies over, marked as used, so that no other consumer frees the memory under it.
-
-    Its own destructor frees it when the last array is gone: the old name is put back for that.
-    """
-
-    __slots__ = ("capsule", "name", "producer")
-
-    def __init__(self, capsule: Any, producer: Any) -> None:
-        self.capsule, self.producer, self.name = capsule, producer, _name_pointer_of(capsule)
-        _rename(capsule, ctypes.addressof(_USED[_name_of(capsule)]))
-
-    def __del__(self, rename: Any = _rename) -> None:
-        rename(self.capsule, self.name)
-
-
-def _read(x: Any, capsule: Any) -> tuple[_DLTensor, int | None]:
-    """The tensor struct in a capsule, and its flags (None: a capsule without flags)."""
-    if type(capsule).__name__ != "PyCapsule":
-        raise _malformed(x, f"__dlpack__ returned {type(capsule).__name__}, not a capsule")
-    name = _name_of(capsule)
-    if name not in (b"dltensor", b"dltensor_versioned"):
-        raise _malformed(x, f"its capsule is named {name!r}, so it was consumed before or is none of DLPack's")
-    pointer = _pointer_of(capsule, name)
-    if name == b"dltensor":
-        return _DLTensor.from_address(pointer), None
-    whole = _Versioned.from_address(pointer)
-    if whole.major != 1:
-        raise _malformed(x, f"it answers in DLPack {whole.major}.{whole.minor} where 1.x was asked for")
-    return whole.tensor, whole.flags
-
-
-def _facts(x: Any, tensor: _DLTensor, flags: int | None) -> tuple[str, tuple[int, ...], tuple[int, ...], int]:
-    """dtype name, shape, strides in bytes, address."""
-    if not 0 <= tensor.ndim <= 64 or (tensor.ndim and not tensor.shape):
-        raise _malformed(x, f"{tensor.ndim} dimensions" + " without a shape" * (not tensor.shape))
-    name = _dtypes.of_dlpack(tensor.code, tensor.bits, tensor.lanes)
-    if not name:
-        kind = f"DLPack code {tensor.code}, {tensor.bits} bits, {tensor.lanes} lanes"
-        raise Obstacle("unknown dtype", f"{type(x).__name__} ({kind})")
-    shape = tuple(tensor.shape[i] for i in range(tensor.ndim))
-    if any(length < 0 for length in shape):
-        raise _malformed(x, f"shape {shape}")
-    itemsize = _dtypes.DTYPES[name].itemsize
-    if tensor.strides:
-        strides = tuple(tensor.strides[i] * itemsize for i in range(tensor.ndim))
-    else:
-        strides = _c_strides(shape, itemsize)
-    address = (tensor.data or 0) + tensor.byte_offset
-    if not tensor.data and 0 not in shape:
-        raise _malformed(x, "a null address")
-    return name, shape, strides, address
-
-
-def _c_strides(shape: tuple[int, ...], itemsize: int) -> tuple[int, ...]:
-    strides = [itemsize] * len(shape)
-    for axis in range(len(shape) - 2, -1, -1):
-        strides[axis] = strides[axis + 1] * max(shape[axis + 1], 1)
-    return tuple(strides)
-
-
-def _host_array(x: Any, capsule: Any) -> Any:
-    """A NumPy view of a host capsule. The capsule is never consumed: it frees itself with the view, its owner."""
-    tensor, flags = _read(x, capsule)
-    if tensor.device_type not in HOST:
-        raise _malformed(x, f"its capsule is on device type {tensor.device_type}, not on the host as it said")
-    name, shape, strides, address = _facts(x, tensor, flags)
-    readonly = flags is None or bool(flags & READ_ONLY)
-    row = _dtypes.DTYPES[name]
-    if row.numpy is None:
-        raise Obstacle("unknown dtype", f"{type(x).__name__} {name}")
-    carrier = np.dtype(row.carrier) if row.carrier else row.numpy
-    try:
-        if 0 in shape:
-            return np.empty(shape, row.numpy)
-        memory = _numpy.Memory(address, shape, strides, carrier.str, readonly, _Taken(capsule, x))
-        return np.asarray(memory).view(row.numpy)
-    except (ValueError, OverflowError) as error:
-        raise _malformed(x, f"shape {shape} with strides of {strides} bytes: {error}") from error
-
-
 def _device_array(x: Any, capsule: Any) -> Foreign:
-    tensor, flags = _read(x, capsule)
-    if tensor.device_type not in CUDA:
-        raise _malformed(x, f"its capsule is on device type {tensor.device_type}, not on CUDA as it said")
-    name, shape, strides, address = _facts(x, tensor, flags)
+    tensor, flags = _dlpack.read(x, capsule)
+    if tensor.device_type not in _dlpack.CUDA:
+        raise malformed(x, f"its capsule is on device type {tensor.device_type}, not on CUDA as it said")
+    name, shape, strides, address = _dlpack.facts(x, tensor)
     device = Device(f"cuda:{tensor.device_id}")
-    return Foreign(shape, strides, name, device, address, bool((flags or 0) & READ_ONLY), x, capsule)
+    return Foreign(shape, strides, name, device, address, bool((flags or 0) & _dlpack.READ_ONLY), x, capsule)
 
 
 # -- Array interfaces
@@ -299,7 +155,7 @@ def _by_array_interface(x: Any, facts: Any) -> Any:
     try:
         return np.asarray(_Interface(x, facts))
     except (TypeError, ValueError, OverflowError, BufferError) as error:
-        raise _malformed(x, f"__array_interface__: {error}") from error
+        raise malformed(x, f"__array_interface__: {error}") from error
 
 
 class _Interface:
@@ -311,18 +167,18 @@ class _Interface:
 
 def _by_cai(x: Any, facts: Any) -> Foreign:
     if not isinstance(facts, Mapping):
-        raise _malformed(x, f"__cuda_array_interface__ is {type(facts).__name__}, not a dict")
+        raise malformed(x, f"__cuda_array_interface__ is {type(facts).__name__}, not a dict")
     if facts.get("mask") is not None:
         raise Obstacle("masked", type(x).__name__)
     try:
         shape = tuple(int(n) for n in facts["shape"])
         dtype = np.dtype(facts["typestr"])
         address, readonly = facts["data"]
-        strides = facts.get("strides") or _c_strides(shape, dtype.itemsize)
+        strides = facts.get("strides") or _dlpack.c_strides(shape, dtype.itemsize)
     except (KeyError, TypeError, ValueError) as error:
-        raise _malformed(x, f"__cuda_array_interface__ lacks or garbles {error}") from error
+        raise malformed(x, f"__cuda_array_interface__ lacks or garbles {error}") from error
     if facts.get("stream") == 0:
-        raise _malformed(x, "stream 0 is not allowed in __cuda_array_interface__ (1 is the default stream)")
+        raise malformed(x, "stream 0 is not allowed in __cuda_array_interface__ (1 is the default stream)")
     name = _dtypes.of_numpy(dtype)
     if not name or name.startswith(">"):
         raise Obstacle("unknown dtype", f"{type(x).__name__} {dtype}")
@@ -393,7 +249,7 @@ def _by_array(x: Any, want: Want) -> tuple[Any, Traits]:
 
     a = _asked(export, x, "__array__")
     if not isinstance(a, np.ndarray):
-        raise _malformed(x, f"__array__ returned {type(a).__name__}")
+        raise malformed(x, f"__array__ returned {type(a).__name__}")
     if _columns.is_index(x):
         a = a.view()
         a.setflags(write=False)

@@ -11,11 +11,13 @@ import numpy as np
 from tensorbridge import _dtypes
 from tensorbridge._adapters import _SCALARS, _numpy, adapter_of
 from tensorbridge._array import CPU, ArrayInfo, Traits, shape_text, size_class
+from tensorbridge._errors import UnsupportedArrayError
 from tensorbridge._plan import Step, Want
 from tensorbridge._refuse import Obstacle
 
 _NUMBERS = {bool: "bool", int: "int64", float: "float64", complex: "complex128"}
 _INT64 = range(-(2**63), 2**63)
+_MAX_AXES = 64
 
 
 class Parts(NamedTuple):
@@ -62,15 +64,29 @@ def _outer_shape(x: Any) -> tuple[int, ...]:
     """How lists nest in lists, which must be even: lengths are read, elements are not."""
     shape: list[int] = []
     level: list[Any] = [x]
+    above: set[int] = set()
     while level and all(isinstance(part, (list, tuple)) for part in level):
+        here = set(map(id, level))
+        if here & above:
+            raise UnsupportedArrayError("a list that contains itself has no shape.\nBreak the cycle.")
+        above |= here
         lengths = {len(part) for part in level}
         if len(lengths) > 1:
             raise _ragged(x, (f"({n},)" for n in sorted(lengths)))
         shape.append(lengths.pop())
         level = [item for part in level for item in part]
+        _check_axes(len(shape))
     if any(isinstance(part, (list, tuple)) for part in level):
         raise Obstacle("ragged", f"list of {len(x)}", "some of its parts are lists and some are not")
     return tuple(shape)
+
+
+def _check_axes(count: int) -> None:
+    if count > _MAX_AXES:
+        raise UnsupportedArrayError(
+            f"a list that becomes one array of {count} axes or more: NumPy has at most {_MAX_AXES}.\n"
+            "Flatten its parts first."
+        )
 
 
 def _leaves(x: Any, depth: int) -> Iterator[Any]:
@@ -116,6 +132,7 @@ def _arrays(outer: tuple[int, ...], leaves: list[Any], want: Want) -> tuple[Part
     if first.device != CPU and first.framework not in ("torch", "cupy"):
         raise Obstacle("mixed list", what, "device arrays of other libraries are not stacked")
     shape = outer + opened[0][2].shape
+    _check_axes(0 if first.framework == "torch" else len(shape))
     dtype = first.dtype.lstrip(">")
     holder = first.framework if first.framework in ("torch", "cupy") else "numpy"
     found = Traits(

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from tensorbridge import _dtypes, _engine, _streams
-from tensorbridge._adapters import _numpy
+from tensorbridge._adapters import _numpy, _torch_cuda
 from tensorbridge._array import CPU, ArrayInfo, Device, Layout, Traits, layout, order_text, shape_text, size_class
 from tensorbridge._plan import Op, Step, Want, torch_holds
 from tensorbridge._refuse import Obstacle
@@ -159,7 +159,7 @@ def performer(step: Step, before: Traits, want: Want) -> Callable[[Any], Any]:
             return _to_numpy(before.dtype)
         if before.framework == "numpy":
             return _alias if before.origin == "tensor" else _from_numpy(before)
-        return _from_dlpack if before.framework == "cupy" else _same
+        return _torch_cuda.from_cupy(before) if before.framework == "cupy" else _same
     if op == Op.FILL:
         return _filler(before, want)
     if op in (Op.CAST, Op.COPY) and before.framework == "numpy":
@@ -172,15 +172,17 @@ def performer(step: Step, before: Traits, want: Want) -> Callable[[Any], Any]:
     if op in (Op.COPY, Op.PACK):
         return lambda t: t.clone(memory_format=packed)
     if op == Op.TO_DEVICE:
-        return lambda t: t.to(str(after.device), non_blocking=want.non_blocking)
+        return _torch_cuda.to_device(before, step, want)
+    if op == Op.TO_HOST:
+        return _torch_cuda.to_host(before, step)
+    if op == Op.ORDER:
+        return _torch_cuda.ordered(before)
     if op == Op.STACK:
         return lambda parts: parts.stacked(torch.stack)
     return {
         Op.DETACH: lambda t: t.detach(),
         Op.RESOLVE: lambda t: t.clone() if before.lazy == "zero" else t.resolve_conj().resolve_neg(),
-        Op.TO_HOST: lambda t: t.cpu(),
         Op.PIN: lambda t: torch.empty_like(t, pin_memory=True).copy_(t),  # pin_memory() returns a pinned one as it is
-        Op.ORDER: _same,  # done by the DLPack exchange that shares
     }[op]
 
 
@@ -225,21 +227,6 @@ def _alias(a: Any) -> Tensor:
     return base.as_strided(a.shape, strides, offset)
 
 
-def _from_dlpack(x: Any) -> Tensor:
-    index = x.__dlpack_device__()[1]
-    with torch.cuda.device(index):
-        return torch.utils.dlpack.from_dlpack(x.__dlpack__(stream=_streams.current("torch", index), max_version=(1, 0)))
-
-
-def imported(x: Any) -> Tensor:
-    """Device memory of another library. Its producer ordered it for DLPack; an array interface leaves that to us."""
-    if x.capsule is not None:
-        return torch.utils.dlpack.from_dlpack(x)
-    if x.stream is not None:
-        _streams.wait("torch", x.stream, x.device.index)
-    return torch.as_tensor(x.producer, device=str(x.device))
-
-
 def _array_copied(before: Traits, after: Traits) -> Callable[[Any], Any]:
     """A NumPy array copied by torch's kernel into memory that NumPy allocates."""
     share, view = _from_numpy(before), _from_numpy(after)
@@ -276,10 +263,11 @@ def _into_numpy_pages(before: Traits, after: Traits, by: str) -> Callable[[Tenso
 def _filler(before: Traits, want: Want) -> Callable[..., Any]:
     """Write into `out`, on whichever side it is."""
     share = _from_numpy(before) if before.framework == "numpy" and torch_holds(before) else _same
+    over_bus = _torch_cuda.filler(before, want)
     if want.framework == "numpy":
 
         def into_numpy(x: Any, out: Any) -> Any:
-            view_of(out).copy_(share(x))
+            (over_bus or Tensor.copy_)(view_of(out), share(x))
             return out
 
         return into_numpy
@@ -293,7 +281,8 @@ def _filler(before: Traits, want: Want) -> Callable[..., Any]:
         return by_numpy
 
     def into_torch(x: Any, out: Tensor) -> Tensor:
-        return out.copy_(share(x), non_blocking=want.non_blocking)
+        (over_bus or Tensor.copy_)(out, share(x))
+        return out
 
     return into_torch
 
@@ -302,6 +291,8 @@ def view_of(a: Any) -> Tensor:
     """A tensor over a NumPy array that `torch_holds` allows."""
     return _from_numpy(_numpy.traits(a)._replace(dtype=_dtypes.of_numpy(a.dtype)))(a)
 
+
+imported = _torch_cuda.imported
 
 # -- What the fast lanes ask for
 
