@@ -1,6 +1,9 @@
 """tensorbridge: NumPy, PyTorch and CuPy arrays into one another; every conversion is decided before it is done."""
 
+from tensorbridge import tree
 from tensorbridge._array import ArrayInfo, Device, Traits
+from tensorbridge._async import Transfer, to_numpy_async
+from tensorbridge._collate import collate
 from tensorbridge._convert import describe, plan, shares_memory, to_cupy, to_numpy, to_torch
 from tensorbridge._editing import editing
 from tensorbridge._errors import (
@@ -15,7 +18,11 @@ from tensorbridge._errors import (
 )
 from tensorbridge._graph import Graph, autograd_graph
 from tensorbridge._info import Info, info
+from tensorbridge._lease import used_on
 from tensorbridge._plan import Plan, Step
+from tensorbridge._pool import share_memory_pool
+from tensorbridge._prefetch import prefetch
+from tensorbridge._streams import use_stream
 from tensorbridge._watch import Event, Trace, copy_guard, trace
 
 __version__ = "0.1.0"
@@ -37,16 +44,24 @@ __all__ = [
     "Step",
     "Trace",
     "Traits",
+    "Transfer",
     "UnsupportedArrayError",
     "autograd_graph",
+    "collate",
     "copy_guard",
     "describe",
     "editing",
     "info",
     "plan",
+    "prefetch",
+    "share_memory_pool",
     "shares_memory",
     "to_cupy",
     "to_numpy",
+    "to_numpy_async",
     "to_torch",
     "trace",
+    "tree",
+    "use_stream",
+    "used_on",
 ]

@@ -124,6 +124,9 @@ def bytes_text(n: int) -> str:
     return f"{n:,}".replace(",", " ") + " B"
 
 
+_OF_OUT = ("order", "spacing", "loose", "aligned", "lazy")  # what filling leaves as it is
+
+
 class _Steps(list[Step]):
     """The steps so far, and the array that they have made of the source: `now`."""
 
@@ -142,7 +145,7 @@ class _Steps(list[Step]):
                 pinned=changes.get("pinned"),
             )  # fmt: skip
             if op == Op.FILL:
-                after = after._replace(**{f: changes[f] for f in ("order", "spacing", "aligned") if f in changes})
+                after = after._replace(**{field: changes[field] for field in _OF_OUT})
             if after.graph and not _dtypes.is_differentiable(after.dtype):
                 after = after._replace(graph=False)
             if before.size != "empty":
@@ -397,7 +400,8 @@ def _into_out(steps: _Steps, want: Want, here: Here, where: Device) -> _Steps:
         by = _engine.kernel(steps.now, out.dtype, out.order, here).by
     if steps.now.framework == "numpy" and receiver == "torch" and not torch_holds(steps.now):
         name = steps.now.dtype.lstrip(">")
-        if out.device == CPU and (name == out.dtype or _dtypes.can_cast("numpy", name, out.dtype)):
+        castable = name == out.dtype or _dtypes.can_cast("numpy", name, out.dtype)
+        if out.device == CPU and not out.lazy and castable:
             by = "numpy"  # it reads any layout, and writes into the tensor's memory
         else:
             _make_fillable(steps, "torch", out)
@@ -411,10 +415,8 @@ def _into_out(steps: _Steps, want: Want, here: Here, where: Device) -> _Steps:
         framework=receiver,
         device=out.device,
         dtype=out.dtype,
-        order=out.order,
-        spacing=out.spacing,
-        aligned=out.aligned,
         pinned=out.pinned,
+        **{field: getattr(out, field) for field in _OF_OUT},
     )
     if want.writable is False:
         then(Op.PROTECT, "writable=False: a read-only view", writable=False)

@@ -303,6 +303,14 @@ class Mark:
         """The host waits, for this work only."""
         self._event.synchronize()
 
+    def holds_back(self, number: int, index: int) -> None:
+        """What is queued on this stream from now on waits for that work; the host does not."""
+        if hasattr(self._event, "query"):
+            wrapped("torch", number, index).wait_event(self._event)
+        else:
+            cupy = sys.modules["cupy"]
+            _on_device(cupy, index, cupy.cuda.runtime.streamWaitEvent, number, self._event.ptr)
+
 
 def mark(number: int, index: int) -> Mark:
     """An event recorded now on stream `number` of device `index`."""

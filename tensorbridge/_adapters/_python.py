@@ -65,7 +65,7 @@ def _outer_shape(x: Any) -> tuple[int, ...]:
     shape: list[int] = []
     level: list[Any] = [x]
     above: set[int] = set()
-    while level and all(isinstance(part, (list, tuple)) for part in level):
+    while level and all(map(_is_list, level)):
         here = set(map(id, level))
         if here & above:
             raise UnsupportedArrayError("a list that contains itself has no shape.\nBreak the cycle.")
@@ -76,9 +76,14 @@ def _outer_shape(x: Any) -> tuple[int, ...]:
         shape.append(lengths.pop())
         level = [item for part in level for item in part]
         _check_axes(len(shape))
-    if any(isinstance(part, (list, tuple)) for part in level):
+    if any(map(_is_list, level)):
         raise Obstacle("ragged", f"list of {len(x)}", "some of its parts are lists and some are not")
     return tuple(shape)
+
+
+def _is_list(x: Any) -> bool:
+    """A namedtuple is no list of equals: its fields have meanings of their own."""
+    return isinstance(x, list) or (isinstance(x, tuple) and not hasattr(x, "_fields"))
 
 
 def _check_axes(count: int) -> None:

@@ -51,7 +51,6 @@ def traits(t: Tensor, *, ask_pinned: bool = False) -> Traits:
     else:
         lay = layout(tuple(t.shape), tuple([s * itemsize for s in t.stride()]), itemsize)
     lazy = "zero" if t._is_zerotensor() else " ".join(["conj"] * t.is_conj() + ["neg"] * t.is_neg())
-    boundary = itemsize // 2 if t.is_complex() else itemsize
     return Traits(
         "torch",
         device,
@@ -60,7 +59,7 @@ def traits(t: Tensor, *, ask_pinned: bool = False) -> Traits:
         lay.spacing,
         lay.overlap,
         False,
-        not count or t.data_ptr() % boundary == 0,
+        not count or t.data_ptr() % itemsize == 0,
         True,
         t.requires_grad or _has_tangent(t),
         lazy,
@@ -274,7 +273,7 @@ def _filler(before: Traits, want: Want) -> Callable[..., Any]:
     if before.framework == "numpy" and not torch_holds(before):
 
         def by_numpy(a: Any, out: Tensor) -> Tensor:
-            np.copyto(_to_numpy(_NAME[out.dtype])(out), a, casting="unsafe")
+            np.copyto(_borrowed(out), a, casting="unsafe")
             torch.autograd.graph.increment_version(out)  # NumPy's writes are not seen by autograd
             return out
 
@@ -285,6 +284,16 @@ def _filler(before: Traits, want: Want) -> Callable[..., Any]:
         return out
 
     return into_torch
+
+
+def _borrowed(t: Tensor) -> Any:
+    """A NumPy view for the moment: `Tensor.numpy` would make the storage refuse to be resized for good."""
+    row, itemsize = _dtypes.DTYPES[_NAME[t.dtype]], t.element_size()
+    if not t.numel():
+        return np.empty(tuple(t.shape), row.numpy)
+    strides = tuple(s * itemsize for s in t.stride())
+    carrier = np.dtype(row.carrier or row.numpy)
+    return np.asarray(_numpy.Memory(t.data_ptr(), tuple(t.shape), strides, carrier.str, False, t)).view(row.numpy)
 
 
 def view_of(a: Any) -> Tensor:
@@ -299,5 +308,6 @@ imported = _torch_cuda.imported
 
 COMMON = torch.float32
 PLAIN = frozenset(dtype for name, dtype in _DTYPE.items() if _dtypes.crosses_plainly(name))
-PLAIN_NUMPY = frozenset(_dtypes.DTYPES[_NAME[dtype]].numpy for dtype in PLAIN)
+# Not the complex ones, whose alignment has to be asked.
+PLAIN_NUMPY = frozenset(_dtypes.DTYPES[_NAME[dtype]].numpy for dtype in PLAIN if not dtype.is_complex)
 from_numpy = torch.from_numpy

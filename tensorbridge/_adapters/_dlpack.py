@@ -1,0 +1,159 @@
+"""DLPack, read by ctypes: no framework sees a capsule before its dtype and strides have been read.
+
+torch aborts on a negative stride, NumPy refuses bfloat16. Layouts: https://dmlc.github.io/dlpack/latest/c_api.html;
+negotiation: ``__dlpack__`` of the array API, 2023.12.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Any
+
+import numpy as np
+
+from tensorbridge import _dtypes
+from tensorbridge._adapters import _numpy
+from tensorbridge._errors import ProducerError
+from tensorbridge._refuse import Obstacle
+
+HOST = (1, 3, 11)  # DLPack device types: CPU, CUDA host, ROCm host
+CUDA = (2, 13)  # CUDA, CUDA managed
+READ_ONLY = 1
+
+
+class _DLTensor(ctypes.Structure):
+    _fields_ = [
+        ("data", ctypes.c_void_p),
+        ("device_type", ctypes.c_int32),
+        ("device_id", ctypes.c_int32),
+        ("ndim", ctypes.c_int32),
+        ("code", ctypes.c_uint8),
+        ("bits", ctypes.c_uint8),
+        ("lanes", ctypes.c_uint16),
+        ("shape", ctypes.POINTER(ctypes.c_int64)),
+        ("strides", ctypes.POINTER(ctypes.c_int64)),
+        ("byte_offset", ctypes.c_uint64),
+    ]
+
+
+class _Versioned(ctypes.Structure):
+    _fields_ = [
+        ("major", ctypes.c_uint32),
+        ("minor", ctypes.c_uint32),
+        ("manager_ctx", ctypes.c_void_p),
+        ("deleter", ctypes.c_void_p),
+        ("flags", ctypes.c_uint64),
+        ("tensor", _DLTensor),
+    ]
+
+
+def malformed(x: Any, what: str) -> ProducerError:
+    return ProducerError(f"{type(x).__name__} is a malformed producer: {what}.")
+
+
+def request(x: Any, **stream: int) -> Any:
+    """A capsule, versioned if the producer can; an old producer is asked again with fewer keywords.
+
+    An unknown keyword is exactly a TypeError; a class derived from it (pyarrow's) is the producer's own refusal, and
+    asking again would only make it warn that it was asked in the old way.
+    """
+    try:
+        return x.__dlpack__(max_version=(1, 0), **stream)
+    except TypeError as error:
+        if type(error) is not TypeError:
+            raise
+    return x.__dlpack__(**stream)
+
+
+_name_of = ctypes.pythonapi.PyCapsule_GetName
+_name_of.restype, _name_of.argtypes = ctypes.c_char_p, [ctypes.py_object]
+_pointer_of = ctypes.pythonapi.PyCapsule_GetPointer
+_pointer_of.restype, _pointer_of.argtypes = ctypes.c_void_p, [ctypes.py_object, ctypes.c_char_p]
+_rename = ctypes.pythonapi.PyCapsule_SetName
+_rename.restype, _rename.argtypes = ctypes.c_int, [ctypes.py_object, ctypes.c_void_p]
+_name_pointer_of = ctypes.pythonapi["PyCapsule_GetName"]  # the pointer itself, which belongs to the producer
+_name_pointer_of.restype, _name_pointer_of.argtypes = ctypes.c_void_p, [ctypes.py_object]
+_USED = {name: ctypes.create_string_buffer(b"used_" + name) for name in (b"dltensor", b"dltensor_versioned")}
+for _buffer_of_name in _USED.values():  # a capsule may outlive this module, and its name is only a pointer
+    ctypes.pythonapi.Py_IncRef(ctypes.py_object(_buffer_of_name))
+
+
+class _Taken:
+    """A capsule that an array lies over, marked as used, so that no other consumer frees the memory under it.
+
+    Its own destructor frees it when the last array is gone: the old name is put back for that.
+    """
+
+    __slots__ = ("capsule", "name", "producer")
+
+    def __init__(self, capsule: Any, producer: Any) -> None:
+        self.capsule, self.producer, self.name = capsule, producer, _name_pointer_of(capsule)
+        _rename(capsule, ctypes.addressof(_USED[_name_of(capsule)]))
+
+    def __del__(self, rename: Any = _rename) -> None:
+        rename(self.capsule, self.name)
+
+
+def read(x: Any, capsule: Any) -> tuple[_DLTensor, int | None]:
+    """The tensor struct in a capsule, and its flags (None: a capsule without flags)."""
+    if type(capsule).__name__ != "PyCapsule":
+        raise malformed(x, f"__dlpack__ returned {type(capsule).__name__}, not a capsule")
+    name = _name_of(capsule)
+    if name not in (b"dltensor", b"dltensor_versioned"):
+        raise malformed(x, f"its capsule is named {name!r}, so it was consumed before or is none of DLPack's")
+    pointer = _pointer_of(capsule, name)
+    if name == b"dltensor":
+        return _DLTensor.from_address(pointer), None
+    whole = _Versioned.from_address(pointer)
+    if whole.major != 1:
+        raise malformed(x, f"it answers in DLPack {whole.major}.{whole.minor} where 1.x was asked for")
+    return whole.tensor, whole.flags
+
+
+def facts(x: Any, tensor: _DLTensor) -> tuple[str, tuple[int, ...], tuple[int, ...], int]:
+    """dtype name, shape, strides in bytes, address."""
+    if not 0 <= tensor.ndim <= 64 or (tensor.ndim and not tensor.shape):
+        raise malformed(x, f"{tensor.ndim} dimensions" + " without a shape" * (not tensor.shape))
+    name = _dtypes.of_dlpack(tensor.code, tensor.bits, tensor.lanes)
+    if not name:
+        kind = f"DLPack code {tensor.code}, {tensor.bits} bits, {tensor.lanes} lanes"
+        raise Obstacle("unknown dtype", f"{type(x).__name__} ({kind})")
+    shape = tuple(tensor.shape[i] for i in range(tensor.ndim))
+    if any(length < 0 for length in shape):
+        raise malformed(x, f"shape {shape}")
+    itemsize = _dtypes.DTYPES[name].itemsize
+    if tensor.strides:
+        strides = tuple(tensor.strides[i] * itemsize for i in range(tensor.ndim))
+    else:
+        strides = c_strides(shape, itemsize)
+    address = (tensor.data or 0) + tensor.byte_offset
+    if not tensor.data and 0 not in shape:
+        raise malformed(x, "a null address")
+    return name, shape, strides, address
+
+
+def c_strides(shape: tuple[int, ...], itemsize: int) -> tuple[int, ...]:
+    strides = [itemsize] * len(shape)
+    for axis in range(len(shape) - 2, -1, -1):
+        strides[axis] = strides[axis + 1] * max(shape[axis + 1], 1)
+    return tuple(strides)
+
+
+def host_array(x: Any, capsule: Any) -> Any:
+    """A NumPy view of a host capsule, which it keeps."""
+    tensor, flags = read(x, capsule)
+    if tensor.device_type not in HOST:
+        raise malformed(x, f"its capsule is on device type {tensor.device_type}, not on the host as it said")
+    name, shape, strides, address = facts(x, tensor)
+    readonly = flags is None or bool(flags & READ_ONLY)
+    row = _dtypes.DTYPES[name]
+    if row.numpy is None:
+        raise Obstacle("unknown dtype", f"{type(x).__name__} {name}")
+    carrier = np.dtype(row.carrier) if row.carrier else row.numpy
+    try:
+        if 0 in shape:
+            return np.empty(shape, row.numpy)
+        memory = _numpy.Memory(address, shape, strides, carrier.str, readonly, _Taken(capsule, x))
+        return np.asarray(memory).view(row.numpy)
+    except (ValueError, OverflowError) as error:
+        raise malformed(x, f"shape {shape} with strides of {strides} bytes: {error}") from error

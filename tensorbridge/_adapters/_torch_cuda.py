@@ -1,0 +1,184 @@
+"""torch on CUDA: memory of CuPy and of others under a lease, and blocks over the bus by the roads of `_staging`.
+
+torch's import keeps the exporter alive until the storage dies, which says nothing about work still queued on a stream:
+`_lease` does. Streams are ordered before (Op.ORDER), so the exporter is told -1, "order nothing": it would do it again,
+through streams of whatever device is current. `.to` and `.cpu` keep a graph, lazy bits and odd layouts, and wait for
+the stream; whole blocks of plain bytes go through the ring.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tensorbridge import _dtypes, _lease, _staging, _streams
+from tensorbridge._adapters import _numpy
+from tensorbridge._array import CPU, Traits
+from tensorbridge._errors import ProducerError
+from tensorbridge._plan import Step, Want
+from tensorbridge._roads import PINNED, RING
+
+
+def from_cupy(before: Traits) -> Callable[[Any], Tensor]:
+    """A CuPy array as a tensor over the same memory, which CuPy's pool gets back when torch's stream is done."""
+    index = before.device.index
+    dtype = getattr(torch, before.dtype)
+    carrier = _dtypes.DTYPES[before.dtype].carrier
+
+    def share(x: Any) -> Tensor:
+        _lease.settle()
+        if not x.size:  # CuPy's null pointers have no place in a capsule
+            return torch.empty(x.shape, dtype=dtype, device=f"cuda:{index}")
+        number = _streams.current("torch", index)
+        capsule = (x.view(carrier) if carrier else x).__dlpack__(stream=-1, max_version=(1, 0))
+        t = _imported(capsule, index)
+        _lease.lend_storage(t, x, number, index)
+        return t.view(dtype) if carrier else t
+
+    return share
+
+
+def _imported(capsule: Any, index: int) -> Tensor:
+    if torch.cuda.current_device() == index:
+        return torch.utils.dlpack.from_dlpack(capsule)
+    with torch.cuda.device(index):
+        return torch.utils.dlpack.from_dlpack(capsule)
+
+
+class _Interface:
+    """The array interface of a producer as it was read, so that torch sees the same facts."""
+
+    def __init__(self, x: Any) -> None:
+        dtype: Any = _dtypes.DTYPES[x.dtype].numpy
+        self.producer = x.producer
+        self.__cuda_array_interface__ = {
+            "version": 2,  # torch orders by no stream, whatever the version
+            "shape": x.shape,
+            "strides": x.strides,
+            "typestr": dtype.str,
+            "data": (x.address, False),
+        }
+
+
+def imported(x: Any) -> Tensor:
+    """Device memory of another library, ordered here, and kept until torch's stream is done with it."""
+    index = x.device.index
+    _lease.settle()
+    number = _streams.current("torch", index)
+    if x.stream is not None:
+        _streams.wait("torch", x.stream, index)
+    if x.capsule is not None:
+        t = _imported(x.capsule, index)
+    else:
+        with torch.cuda.device(index):
+            t = torch.as_tensor(_Interface(x), device=f"cuda:{index}")
+    if t.numel() and t.data_ptr() != x.address:  # torch copies what it finds on another device
+        raise ProducerError(f"{type(x.producer).__name__} is a malformed producer: its memory is not on {x.device}.")
+    _lease.lend_storage(t, x.producer, number, index)
+    return t
+
+
+# -- Over the bus
+
+
+def flat(t: Tensor) -> Tensor:
+    """The memory of a dense tensor, in whatever order its axes lie, as bytes; with its version counter."""
+    return t.detach().as_strided((t.numel(),), (1,)).view(torch.uint8)
+
+
+def bytes_of(t: Tensor) -> Any:
+    """The memory of a dense host tensor as a NumPy array of bytes. `Tensor.numpy` would freeze its storage for good."""
+    return np.asarray(_numpy.Memory(t.data_ptr(), (t.nbytes,), (1,), "|u1", False, t))
+
+
+def _mark(index: int) -> _streams.Mark:
+    return _streams.mark(_streams.current("torch", index), index)
+
+
+def to_host(before: Traits, step: Step) -> Callable[[Tensor], Tensor]:
+    index = before.device.index
+
+    def through_ring(t: Tensor) -> Tensor:
+        host = _staging.download(flat(t), framework="torch", index=index)
+        return torch.from_numpy(host).view(t.dtype).as_strided(t.shape, t.stride())
+
+    def into_pinned(t: Tensor) -> Tensor:
+        out = torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="cpu", pin_memory=True)
+        out.copy_(t, non_blocking=True)
+        _mark(index).synchronize()
+        return out
+
+    return {RING: through_ring, PINNED: into_pinned}.get(step.by, lambda t: t.cpu())
+
+
+def to_device(before: Traits, step: Step, want: Want) -> Callable[[Tensor], Tensor]:
+    device, index = str(step.after.device), step.after.device.index
+
+    def through_ring(t: Tensor) -> Tensor:
+        out = torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=device)
+        _staging.upload(bytes_of(t), framework="torch", index=index, into=flat(out))
+        return out
+
+    def from_pinned(t: Tensor) -> Tensor:
+        out = torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=device)
+        out.copy_(t, non_blocking=True)
+        _done_with(t, index, want)
+        return out
+
+    def plain(t: Tensor) -> Tensor:
+        out = t.to(device, non_blocking=want.non_blocking)
+        if want.non_blocking and before.device == CPU:
+            _done_with(t, index, want)  # it may be pinned without anybody knowing
+        return out
+
+    return {RING: through_ring, PINNED: from_pinned}.get(step.by, plain)
+
+
+def _done_with(source: Tensor, index: int, want: Want) -> None:
+    """The source of a transfer under way: waited for, or kept until it is done."""
+    if want.non_blocking:
+        _lease.keep(source, _streams.current("torch", index), index)
+    else:
+        _mark(index).synchronize()
+
+
+def filler(before: Traits, want: Want) -> Callable[[Tensor, Tensor], object] | None:
+    """Fill a tensor on the other side of the bus; None where no bus is crossed."""
+    out = want.out
+    assert out is not None
+    if (before.device == CPU) == (out.device == CPU):
+        return None
+    same = before.dtype == out.dtype and before.spacing == out.spacing == "dense" and not before.lazy
+    index = (out if before.device == CPU else before).device.index
+
+    def fill(target: Tensor, source: Tensor) -> None:
+        block = same and source.stride() == target.stride()
+        host = target if out.device == CPU else source
+        if not block or (not host.is_pinned() and before.size != "large"):
+            target.copy_(source)
+        elif host.is_pinned():
+            target.copy_(source, non_blocking=True)
+            _done_with(source, index, want)
+        elif out.device == CPU:
+            _staging.download(flat(source), framework="torch", index=index, out=bytes_of(target))
+            torch.autograd.graph.increment_version(target)  # the ring's writes are not seen by autograd
+        else:
+            _staging.upload(bytes_of(source), framework="torch", index=index, into=flat(target))
+
+    return fill
+
+
+def ordered(before: Traits) -> Callable[[Any], Any]:
+    """The other framework's stream waits for that of the framework which has the array."""
+    giver, receiver = (before.framework, "cupy" if before.framework == "torch" else "torch")
+    index = before.device.index
+
+    def order(x: Any) -> Any:
+        _streams.order(giver, receiver, index)
+        return x
+
+    return order

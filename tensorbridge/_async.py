@@ -1,0 +1,219 @@
+"""Device memory to the host while the program goes on: a worker converts, and a handle gives out what it made.
+
+One thread converts one transfer after the other, on each device's side stream, which first waits for what was queued on
+the caller's current streams at the call. It is the ordinary conversion, under the caller's guard: so a tree is packed,
+and an error worded, as everywhere else. The worker waits for its events, so it is done when the bytes are there, and it
+holds the source until then; the handle holds nothing but the outcome, and may be dropped.
+"""
+
+from __future__ import annotations
+
+import contextvars
+import os
+import sys
+import threading
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from tensorbridge import _convert, _dtypes, _staging, _streams, _watch, tree
+from tensorbridge._array import CPU, ArrayInfo
+from tensorbridge._containers import ARRAY, OTHER, flatten, kind_of
+from tensorbridge._eager import eager
+from tensorbridge._errors import DeviceError
+
+if TYPE_CHECKING:
+    from concurrent.futures import Future, ThreadPoolExecutor
+
+_worker: ThreadPoolExecutor | None = None
+_lock = threading.Lock()
+
+
+class Transfer:
+    """Arrays on their way to the host. They cannot be reached before their bytes are there."""
+
+    __slots__ = ("_future",)
+
+    def __init__(self, future: Future[Any]) -> None:
+        self._future = future
+
+    def done(self) -> bool:
+        """Whether `result` returns, or raises, at once."""
+        return self._future.done()
+
+    def result(self, timeout: float | None = None) -> Any:
+        """The arrays, waited for.
+
+        Raises
+        ------
+        TimeoutError
+            They are not there after `timeout` seconds; ask again.
+        BridgeError
+            What the conversion raised.
+        """
+        from concurrent import futures  # brings logging along, and only transfers need it
+
+        try:
+            return self._future.result(timeout)
+        except futures.TimeoutError:
+            if self._future.done():
+                raise
+            raise TimeoutError(f"the transfer is not done after {timeout} s; it goes on") from None
+
+    def __repr__(self) -> str:
+        return f"<tensorbridge.Transfer: {'done' if self.done() else 'under way'}>"
+
+
+@eager
+def to_numpy_async(x: Any, *, pinned: bool = False) -> Transfer:
+    """Start to bring `x` to the host, and return at once.
+
+    Do not write to `x` before the transfer is done: its bytes are read meanwhile. It may be dropped: it is kept.
+
+    Parameters
+    ----------
+    x : array of any framework, or a tree of them
+        As for `to_numpy` and `tree.to_numpy`.
+    pinned : bool
+        The results lie in page-locked memory (views of one block): the fastest road, and as fast back to a device.
+        Page-locked memory is scarce and slow to make, and may not be used in a forked child.
+
+    Returns
+    -------
+    Transfer
+        ``done()``, ``result(timeout=None)``. The result is what `to_numpy` returns. Of memory on the host there is
+        nothing to transfer: it is done at once, and shares as `to_numpy` does.
+
+    Raises
+    ------
+    TypeError
+        `pinned` is not a bool. All other errors come from ``result()``.
+
+    Cost
+    ----
+    That of `to_numpy`, in a thread of its own and on a side stream; the call waits for nothing. A CUDA graph captured
+    meanwhile in "global" mode may break: capture with ``capture_error_mode="thread_local"``.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> transfer = to_numpy_async({"loss": np.zeros(2)})
+    >>> transfer.done(), transfer.result()
+    (True, {'loss': array([0., 0.])})
+    """
+    if pinned is not True and pinned is not False:
+        raise TypeError(f"to_numpy_async(pinned={pinned!r}): pinned is True or False")
+    is_tree = kind_of(x) not in (ARRAY, OTHER)
+    job = tree.to_numpy if is_tree else _convert.to_numpy
+    from concurrent.futures import Future
+
+    outcome: Future[Any] = Future()
+    try:
+        places = _places(flatten(x).leaves if is_tree else [x])
+        if not places:
+            outcome.set_result(job(x))
+            return Transfer(outcome)
+        if _streams.forked() or _streams.capturing():  # refused before CUDA is touched
+            why = "in a forked process" if _streams.forked() else "while a CUDA graph is being captured"
+            raise DeviceError(f"to_numpy_async: device memory cannot be transferred {why}.\nDo it before or after.")
+        for framework, index in places:
+            side = _streams.identify(_streams.side_stream(index))[0]
+            _streams.link(_streams.current(framework, index), side, index)
+    except BaseException as error:
+        if not isinstance(error, Exception):
+            raise
+        outcome.set_exception(error)  # like the errors of a transfer under way
+        return Transfer(outcome)
+    indices = sorted({index for _, index in places}, reverse=True)
+    return Transfer(_started(_into_pinned if pinned else job, x, indices))
+
+
+def _places(leaves: Iterable[Any]) -> list[tuple[str, int]]:
+    """The frameworks and devices on which leaves lie. A foreign producer orders its own work when it is asked."""
+    found: dict[tuple[str, int], None] = {}
+    torch, cupy = sys.modules.get("torch"), sys.modules.get("cupy")
+    reader = "torch" if torch is not None else "cupy"
+    for leaf in leaves:
+        if torch is not None and isinstance(leaf, torch.Tensor):
+            if leaf.is_cuda:
+                found["torch", leaf.device.index] = None
+        elif cupy is not None and isinstance(leaf, cupy.ndarray):
+            found["cupy", leaf.data.device_id] = None
+        elif not isinstance(leaf, np.ndarray) and hasattr(leaf, "__dlpack_device__"):
+            kind, index = leaf.__dlpack_device__()
+            if int(kind) in (2, 13):
+                found[reader, int(index)] = None
+        elif not isinstance(leaf, np.ndarray) and hasattr(leaf, "__cuda_array_interface__"):
+            found[reader, _streams.current_device()] = None
+    return list(found)
+
+
+def _started(job: Callable[[Any], Any], x: Any, indices: list[int]) -> Future[Any]:
+    global _worker
+    from concurrent.futures import ThreadPoolExecutor
+
+    with _lock:
+        if _worker is None:
+            _worker = ThreadPoolExecutor(1, "tensorbridge-transfer")
+        return _worker.submit(contextvars.copy_context().run, _on_side_streams, job, x, indices)
+
+
+def _on_side_streams(job: Callable[[Any], Any], x: Any, indices: list[int]) -> Any:
+    with ExitStack() as stack:
+        stack.enter_context(_watch.inherited())
+        for index in indices:
+            stack.enter_context(_streams.use_stream(_streams.side_stream(index)))
+        return job(x)
+
+
+def _forked() -> None:
+    global _worker, _lock
+    _worker, _lock = None, threading.Lock()
+
+
+os.register_at_fork(after_in_child=_forked)
+
+
+# -- Into page-locked memory
+
+
+def _into_pinned(x: Any) -> Any:
+    """Device arrays into views of one page-locked block; the same memory twice stays one."""
+    is_tree = kind_of(x) not in (ARRAY, OTHER)
+    flat = flatten(x) if is_tree else None
+    leaves = [x] if flat is None else flat.leaves
+    infos = [_convert.describe(leaf) for leaf in leaves]
+    places: dict[Any, int] = {}
+    end = 0
+    for info in infos:
+        if info.device != CPU and _key(info) not in places:
+            places[_key(info)] = end
+            end += -(-info.nbytes // ALIGN) * ALIGN
+    block = _staging.pinned_empty(end)
+    filled: dict[Any, Any] = {}
+    for leaf, info in zip(leaves, infos, strict=True):
+        if _key(info) not in filled:
+            start = places.get(_key(info))
+            out = None if start is None else _laid_out(block[start : start + info.nbytes], info)
+            filled[_key(info)] = _convert.to_numpy(leaf, out=out)
+    results = [filled[_key(info)] for info in infos]
+    return results[0] if flat is None else flat.built(results)
+
+
+ALIGN = 256  # bytes: what CUDA gives any array of its own
+
+
+def _key(info: ArrayInfo) -> tuple[Any, ...]:
+    return info.framework, info.device, info.address, info.dtype, info.shape, info.strides, info.lazy
+
+
+def _laid_out(block: Any, info: ArrayInfo) -> Any:
+    """A block as an array like this one, in its memory order; None if NumPy has no such elements, to be refused."""
+    dtype = _dtypes.DTYPES[info.dtype].numpy
+    if dtype is None:
+        return None
+    axes = sorted(range(len(info.shape)), key=lambda i: (-abs(info.strides[i]), i))
+    dense = block.view(dtype).reshape([info.shape[axis] for axis in axes])
+    return dense.transpose(np.argsort(axes)) if axes else dense

@@ -1,0 +1,209 @@
+"""`python -m tensorbridge bench`: check what can fail, measure row by row, write what there is, even when stopped."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Callable, Sequence
+from datetime import datetime, timezone
+from importlib.util import find_spec
+from pathlib import Path
+from typing import IO
+
+from tensorbridge._bench import (
+    _calls,
+    _changes,
+    _compare,
+    _copies,
+    _cuda,
+    _cuda_batches,
+    _cuda_crossings,
+    _machine,
+    _plots,
+    _report,
+    _results,
+    _sizes,
+    _trees,
+)
+from tensorbridge._bench._measure import QUICK, Settings, measure
+from tensorbridge._bench._results import Result, Run
+from tensorbridge._bench._rows import Question, Row, Scope, Unavailable, WrongResult, bytes_name
+from tensorbridge._errors import BridgeError
+
+QUESTIONS: tuple[Question, ...] = (
+    *_calls.QUESTIONS,
+    *_sizes.QUESTIONS,
+    *_copies.QUESTIONS,
+    *_changes.QUESTIONS,
+    *_trees.QUESTIONS,
+    *_cuda_crossings.QUESTIONS,
+    *_cuda.QUESTIONS,
+    *_cuda_batches.QUESTIONS,
+    _calls.PEER_QUESTION,  # last: other libraries change the process that they are imported into
+)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--quick", action="store_true", help="fewer sizes and shorter rounds: about a minute")
+    parser.add_argument("--out", type=Path, default=Path("bench-report"), metavar="DIR", help="default: ./bench-report")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="cuda: the rows of a CUDA device too")
+    parser.add_argument(
+        "--compare", type=Path, metavar="OLD.json", help="say what changed since an earlier results.json"
+    )
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="these questions alone, as A1 B2 C")
+
+
+def main(args: argparse.Namespace) -> int:
+    """0; 1 if a row failed its own check; 2 if nothing could be measured; 130 after Ctrl-C, with a partial report."""
+    old = None
+    try:
+        writable(args.out)
+        if args.compare is not None:
+            old = _results.load(args.compare)
+        asked = chosen(args.only)
+    except (OSError, ValueError) as error:
+        print(f"bench: {error}", file=sys.stderr)
+        return 2
+    if find_spec("torch") is None:
+        print("bench: torch is not installed, and every row needs it: pip install torch", file=sys.stderr)
+        return 2
+    if _plots.missing():
+        print(f"bench: there will be no plots: {_plots.missing()}", file=sys.stderr)
+    settings = QUICK if args.quick else Settings()
+    progress = Progress(sys.stderr)
+    run, stop = measured(asked, Scope(args.quick), args.device, settings, progress)
+    progress.end()
+    write(run, args.out, asked)
+    print(
+        f"{args.out / 'report.md'}: {sum(not r.missing for r in run.results)} rows"
+        + (f"; {run.stopped}" if run.stopped else "")
+    )
+    if old is not None:
+        print(_compare.compare(old, run, str(args.compare)))
+    if stop is None:
+        return 1 if any(r.wrong for r in run.results) else 0
+    if isinstance(stop, KeyboardInterrupt):
+        return 130
+    raise stop
+
+
+def writable(out: Path) -> None:
+    """Raises OSError, with the reason, where a report could not be written after minutes of measuring."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        probe = out / ".writable"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise OSError(f"--out {out} cannot be written: {error.strerror}") from error
+
+
+def chosen(only: Sequence[str] | None) -> tuple[Question, ...]:
+    if not only:
+        return QUESTIONS
+    unknown = [name for name in only if not any(q.name.startswith(name) for q in QUESTIONS)]
+    if unknown:
+        raise ValueError(f"--only {unknown[0]}: choose from {', '.join(q.name for q in QUESTIONS)}")
+    return tuple(q for q in QUESTIONS if any(q.name.startswith(name) for name in only))
+
+
+def measured(
+    questions: Sequence[Question], scope: Scope, device: str, settings: Settings, progress: Progress
+) -> tuple[Run, BaseException | None]:
+    """The run, and what stopped it early, if anything did. Everything that was timed until then is in it."""
+    facts = _machine.machine()
+    facts["peers"] = _calls.peer_versions() or "none installed"
+    rows = [(question, row) for question in questions for row in question.rows(scope)]
+    results: list[Result] = []
+    stop: BaseException | None = None
+    begun = time.monotonic()
+    try:
+        for number, (question, row) in enumerate(rows):
+            progress.show(number, len(rows), f"{question.name} {row.title}")
+            results.append(one(question, row, device, settings))
+    except BaseException as error:  # whatever it is: the rows until here are written before it goes on its way
+        stop = error
+    facts["load after"] = _machine.load_now()
+    facts["measured"] = f"{datetime.now(timezone.utc):%Y-%m-%d %H:%M} UTC, in {time.monotonic() - begun:.0f} s"
+    told = {
+        **settings._asdict(),
+        "quick": scope.quick,
+        "command": "`python -m tensorbridge bench" + (" --quick`" if scope.quick else "`"),
+    }
+    return Run(facts, told, tuple(results), stopped(stop, len(results), rows)), stop
+
+
+def stopped(stop: BaseException | None, done: int, rows: Sequence[tuple[Question, Row]]) -> str:
+    if stop is None:
+        return ""
+    at = f"after {done} of {len(rows)} rows"
+    if isinstance(stop, KeyboardInterrupt):
+        return f"stopped by Ctrl-C {at}"
+    question, row = rows[done]
+    return f"stopped {at}, by {type(stop).__name__} in {question.name} · {row.title}: {stop}"
+
+
+def one(question: Question, row: Row, device: str, settings: Settings) -> Result:
+    """One row, or why there is none. Errors of the program measured are rows; anything else is the caller's."""
+    result = Result(question.name, row.title, question.device)
+    missing = no_device(question, device)
+    free = _machine.available_bytes()
+    if not missing and row.needs > 0.8 * free:
+        missing = f"needs {bytes_name(row.needs)} of memory, and {bytes_name(free)} are free"
+    if missing:
+        return result._replace(missing=missing)
+    try:
+        case = row.build()
+        timings = measure(case, settings)
+    except Unavailable as reason:
+        return result._replace(missing=str(reason))
+    except (WrongResult, BridgeError) as error:
+        return result._replace(missing=f"{type(error).__name__}: {error}", wrong=True)
+    except MemoryError as error:
+        return result._replace(missing=f"out of memory: {error}")
+    return result._replace(nbytes=case.nbytes, timings=tuple(timings), goals=case.goals)
+
+
+def no_device(question: Question, device: str) -> str:
+    if question.device == "cpu":
+        return ""
+    return _machine.gpu_missing() or ("" if device == "cuda" else "not asked for: --device cuda measures it")
+
+
+def write(run: Run, out: Path, questions: Sequence[Question]) -> None:
+    _results.dump(run, out / "results.json")
+    missing = _plots.missing()
+    plots = [] if missing else _plots.draw(run, out)
+    (out / "report.md").write_text(_report.report(run, questions, plots, missing), encoding="utf-8")
+
+
+class Progress:
+    """A bar that redraws itself on a terminal; elsewhere a line for each tenth of the way."""
+
+    WIDTH = 24
+
+    def __init__(self, stream: IO[str], clock: Callable[[], float] = time.monotonic) -> None:
+        self._stream, self._clock, self._begun = stream, clock, clock()
+        self._live = stream.isatty()
+        self._tenth = -1
+
+    def show(self, done: int, total: int, what: str) -> None:
+        spent = self._clock() - self._begun
+        left = f"{spent / done * (total - done):.0f} s left" if done > 2 else ""
+        if self._live:
+            full = self.WIDTH * done // total
+            bar = "#" * full + "." * (self.WIDTH - full)
+            self._stream.write(f"\r\x1b[K[{bar}] {done}/{total} {left:>11}  {what[:70]}")
+            self._stream.flush()
+        elif 10 * done // total > self._tenth:
+            self._tenth = 10 * done // total
+            print(f"bench: {done}/{total} rows {left}  {what}", file=self._stream)
+
+    def end(self) -> None:
+        if self._live:
+            self._stream.write("\r\x1b[K")
+            self._stream.flush()
+
+
+__all__ = ["add_arguments", "main"]

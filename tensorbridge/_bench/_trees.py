@@ -1,0 +1,145 @@
+"""What a tree of many small arrays costs: one call for all of it, against one call a leaf in a comprehension."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib import import_module
+from typing import Any
+
+from tensorbridge._bench._rows import (
+    FRESH,
+    SHARED,
+    Case,
+    Goal,
+    Question,
+    Row,
+    Scope,
+    Unavailable,
+    Way,
+    expect,
+    random_array,
+)
+
+LEAVES = 1000
+LEAF = (16, 16)  # float32: 1 KiB
+
+
+def tree_module() -> Any:
+    try:
+        return import_module("tensorbridge._tree")
+    except ModuleNotFoundError as error:
+        raise Unavailable(f"not built yet: {error.name}") from error
+
+
+def flat() -> dict[str, Any]:
+    return {f"leaf{i}": a for i, a in enumerate(random_array("float32", LEAVES, *LEAF).copy())}
+
+
+def owned(tree: dict[str, Any]) -> dict[str, Any]:
+    """The same values, each leaf with memory of its own."""
+    return {key: leaf.copy() for key, leaf in tree.items()}
+
+
+def nested(tree: dict[str, Any]) -> list[dict[str, Any]]:
+    """Ten samples, each a dict with a tuple, as a data set hands them out."""
+    leaves = list(tree.values())
+    return [
+        {"image": part[0], "label": i, "boxes": tuple(part[1:50]), "more": {"masks": part[50:]}}
+        for i, part in enumerate(leaves[i : i + LEAVES // 10] for i in range(0, LEAVES, LEAVES // 10))
+    ]
+
+
+def leaves_of(tree: Any) -> list[Any]:
+    if isinstance(tree, dict):
+        return [leaf for value in tree.values() for leaf in leaves_of(value)]
+    if isinstance(tree, (list, tuple)):
+        return [leaf for value in tree for leaf in leaves_of(value)]
+    return [] if isinstance(tree, int) else [tree]
+
+
+def tree_check(source: Any) -> Callable[[Way, Any], None]:
+    def check(way: Way, result: Any) -> None:
+        import tensorbridge as tb
+        from tensorbridge._bench._rows import same_values
+
+        pairs = list(zip(leaves_of(source), leaves_of(result), strict=True))
+        expect(len(pairs) == LEAVES, f"{len(pairs)} leaves")
+        expect(all(same_values(a, b) for a, b in pairs), f"{way.name}: other values")
+        expect(all(tb.shares_memory(a, b) == (way.state == SHARED) for a, b in pairs), f"{way.name}: not {way.state}")
+
+    return check
+
+
+def with_modules() -> dict[str, Any]:
+    import torch
+
+    import tensorbridge as tb
+
+    return {"tree": tree_module(), "tb": tb, "torch": torch}
+
+
+COPIED = Goal("B3", ("torch.tensor, leaf by leaf",), "speed", 2.2)
+COPIED_BEST = Goal("B3", ("from_numpy of a copy, leaf by leaf",), "speed", 0.65)
+SHARES = Goal("B3", ("from_numpy, leaf by leaf",), "speed", 0.5)
+
+
+def _rows(scope: Scope) -> list[Row]:
+    nbytes = LEAVES * LEAF[0] * LEAF[1] * 4
+
+    def copied() -> Case:
+        names = with_modules() | {"x": owned(flat())}
+        ways = (
+            Way("tensorbridge", "tree.to_torch(x, copy=True)", "bridge", FRESH),
+            Way("torch.tensor, leaf by leaf", "{k: torch.tensor(v) for k, v in x.items()}", "baseline", FRESH),
+            Way(
+                "from_numpy of a copy, leaf by leaf", "{k: torch.from_numpy(v.copy()) for k, v in x.items()}", "limit",
+                FRESH,
+            ),
+        )  # fmt: skip
+        return Case(ways, names, tree_check(names["x"]), nbytes, (COPIED, COPIED_BEST))
+
+    def shared() -> Case:
+        names = with_modules() | {"x": owned(flat())}
+        ways = (
+            Way("tensorbridge", "tree.to_torch(x)", "bridge", SHARED),
+            Way("to_torch, leaf by leaf", "{k: tb.to_torch(v) for k, v in x.items()}", "bridge", SHARED),
+            Way("from_numpy, leaf by leaf", "{k: torch.from_numpy(v) for k, v in x.items()}", "limit", SHARED),
+        )
+        return Case(ways, names, tree_check(names["x"]), 0, (SHARES,))
+
+    def to_numpy() -> Case:
+        names = with_modules()
+        names["x"] = {k: names["torch"].from_numpy(v) for k, v in owned(flat()).items()}
+        ways = (
+            Way("tensorbridge", "tree.to_numpy(x)", "bridge", SHARED),
+            Way("by hand, leaf by leaf", "{k: v.detach().cpu().numpy() for k, v in x.items()}", "baseline", SHARED),
+        )
+        return Case(ways, names, tree_check(names["x"]))
+
+    def deep() -> Case:
+        names = with_modules() | {"x": nested(owned(flat()))}
+        names["tree_map"] = import_module("torch.utils._pytree").tree_map
+        names["leaf"] = lambda v: v if isinstance(v, int) else names["torch"].from_numpy(v)
+        ways = (
+            Way("tensorbridge", "tree.to_torch(x)", "bridge", SHARED),
+            Way("torch's tree_map of from_numpy", "tree_map(leaf, x)", "baseline", SHARED),
+        )
+        return Case(ways, names, tree_check(names["x"]))
+
+    return [
+        Row("flat dict, copied to torch", copied),
+        Row("flat dict, shared with torch", shared),
+        Row("flat dict, shared with NumPy", to_numpy),
+        Row("list of dicts with tuples and dicts, shared with torch", deep),
+    ]
+
+
+QUESTIONS = (
+    Question(
+        "B3",
+        "What does a tree of many small arrays cost?",
+        "1000 float32 arrays of 1 KiB, each with memory of its own. The comprehensions know that the tree is a flat "
+        "dict; tree.to_torch finds that out, keeps every container's type, and keeps shared leaves shared.",
+        _rows,
+    ),
+)

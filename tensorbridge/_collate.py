@@ -1,0 +1,161 @@
+"""collate: samples into a batch, for `torch.utils.data.DataLoader`: one allocation a leaf, one copy of every element.
+
+In a worker process the batch is made in shared memory, so that it goes to the main process without another copy, as
+torch's own collate function does it.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from tensorbridge import _convert, _options, _watch
+from tensorbridge._adapters import _SCALARS
+from tensorbridge._array import shape_text
+from tensorbridge._containers import Flat, Frame, flatten, is_array
+from tensorbridge._eager import eager, mark
+from tensorbridge._errors import BridgeError, GraphError, UnsupportedArrayError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@eager
+def collate(samples: Sequence[Any]) -> Any:
+    """Return a batch: the tree of the samples, with the arrays at each place stacked into one tensor.
+
+    Parameters
+    ----------
+    samples : sequence of trees of arrays, all of one structure
+        Arrays of any framework, numbers, and anything else: for each place in the tree one of these, with one shape
+        and dtype.
+
+    Returns
+    -------
+    tree of torch.Tensor, shape ``(len(samples), *s)``
+        Containers as in the first sample. Arrays and numbers become tensors, which share no memory with the samples
+        and keep their dtype (a Python int is int64, a float float64); what is neither is a list, in order.
+
+    Raises
+    ------
+    UnsupportedArrayError
+        The samples differ in structure, shape, dtype or device; the message names the leaf and the sample.
+    GraphError
+        In a worker process, a sample requires grad: a graph cannot go to another process.
+    ValueError
+        There are no samples.
+
+    Cost
+    ----
+    Every element is copied once. In a worker process the batch lies in shared memory.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> batch = collate([{"x": np.zeros(2), "y": 0, "name": "a"}, {"x": np.ones(2), "y": 1, "name": "b"}])
+    >>> batch["x"].shape, batch["y"], batch["name"]
+    (torch.Size([2, 2]), tensor([0, 1]), ['a', 'b'])
+    """
+    _options.require("torch")
+    if not len(samples):
+        raise ValueError("collate: there are no samples")
+    first, *others = [flatten(sample, everything=True) for sample in samples]
+    paths = first.paths()
+    columns = zip(first.leaves, *(_aligned(first, flat, paths, i) for i, flat in enumerate(others, 1)), strict=True)
+    results = []
+    for path, values in zip(paths, columns, strict=True):
+        try:
+            results.append(_stacked(list(values)))
+        except BridgeError as error:
+            error.args = (f"collate: {path}: {error}",)
+            raise
+    return first.built(results)
+
+
+def _aligned(first: Flat, other: Flat, paths: list[str], number: int) -> list[Any]:
+    """The leaves of a sample in the order of the first sample's, which has the same ones."""
+    if [_shape_of(frame) for frame in first.frames] == [_shape_of(frame) for frame in other.frames]:
+        return other.leaves
+    leaves = dict(zip(other.paths(), other.leaves, strict=True))
+    lacks = next((path for path in paths if path not in leaves), None)
+    has = next((path for path in leaves if path not in set(paths)), None)
+    if lacks or has:
+        how = f"sample {number} has no {lacks}" if lacks else f"sample {number} has {has}, and sample 0 has not"
+        cure = "Give all samples one structure, and pad lists to one length."
+        raise UnsupportedArrayError(f"collate: the samples are not alike: {how}.\n{cure}")
+    return [leaves[path] for path in paths]
+
+
+def _shape_of(frame: Frame) -> tuple[Any, ...]:
+    keys = frame.keys if isinstance(frame.keys, list) else None
+    return type(frame.node), keys, frame.count, frame.where, frame.inner
+
+
+def _stacked(values: list[Any]) -> Any:
+    """One place of the tree, over all samples."""
+    kinds = [_kind(value) for value in values]
+    if len(set(kinds)) > 1:
+        odd = next(i for i, kind in enumerate(kinds) if kind != kinds[0])
+        what = f"sample 0 has {type(values[0]).__name__}, sample {odd} {type(values[odd]).__name__}"
+        raise UnsupportedArrayError(f"{what}.\nMake them one kind: arrays, numbers, or neither.")
+    if kinds[0] == "other":
+        return values
+    if kinds[0] == "number":
+        numbers = _convert.to_torch(values)
+        return _empty(tuple(numbers.shape), numbers.dtype).copy_(numbers) if _in_worker() else numbers
+    tensors = [_convert.to_torch(value, share_readonly=True) for value in values]
+    _check_alike(tensors)
+    if _in_worker() and any(t.requires_grad for t in tensors):
+        raise GraphError("a sample requires grad, and a graph cannot go to another process.\nReturn x.detach().")
+    if not _watch.watching:
+        return _stack(tensors)
+    return _watch.perform(_convert.plan(tensors, "torch"), "collate", lambda: _stack(tensors))
+
+
+def _kind(value: Any) -> str:
+    if is_array(value):
+        return "array"
+    return "number" if isinstance(value, _SCALARS) and not isinstance(value, (str, bytes)) else "other"
+
+
+def _stack(tensors: list[Tensor]) -> Tensor:
+    torch: Any = sys.modules["torch"]
+    if not tensors[0].is_cpu or any(t.requires_grad for t in tensors):
+        return torch.stack(tensors)  # type: ignore[no-any-return]
+    out = _empty((len(tensors), *tensors[0].shape), tensors[0].dtype)
+    return torch.stack(tensors, out=out)  # type: ignore[no-any-return]
+
+
+_ALIKE: dict[str, tuple[Callable[[Any], str], str]] = {
+    "shape": (lambda t: shape_text(tuple(t.shape)), "Pad the samples to one shape"),
+    "dtype": (lambda t: str(t.dtype).removeprefix("torch."), "Cast them to one dtype"),
+    "device": (lambda t: str(t.device), "Bring them to one device"),
+}
+
+
+def _check_alike(tensors: list[Tensor]) -> None:
+    for what, (read, cure) in _ALIKE.items():
+        found = [read(t) for t in tensors]
+        odd = next((i for i, value in enumerate(found) if value != found[0]), None)
+        if odd is not None:
+            text = f"sample 0 has {what} {found[0]}, sample {odd} has {found[odd]}"
+            raise UnsupportedArrayError(f"{text}.\n{cure}, in the dataset or in a function around collate.")
+
+
+def _in_worker() -> bool:
+    data = sys.modules.get("torch.utils.data")
+    return data is not None and data.get_worker_info() is not None
+
+
+def _empty(shape: tuple[int, ...], dtype: Any) -> Tensor:
+    """Memory for a batch: shared where it goes to another process."""
+    torch: Any = sys.modules["torch"]
+    if not _in_worker():
+        return torch.empty(shape, dtype=dtype)  # type: ignore[no-any-return]
+    storage = torch.UntypedStorage._new_shared(math.prod(shape) * dtype.itemsize, device="cpu")
+    return torch.empty(0, dtype=dtype).set_(storage, 0, shape)  # type: ignore[no-any-return]
+
+
+mark()  # torch may be there already

@@ -1,0 +1,399 @@
+"""Containers: which values are trees of arrays, how one is opened into its children, how its like is built again.
+
+A tree is walked with a stack of its own, so that depth costs nothing. Exact built-in types are known at once; then come
+types registered with torch's pytrees or with optree, tables, subclasses of the built-in containers, and dataclasses.
+Sets are not containers here: arrays cannot be hashed.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import sys
+from collections import OrderedDict, UserDict, UserList, defaultdict, deque
+from collections.abc import Callable, Iterator, Mapping
+from enum import Enum
+from functools import cached_property
+from mmap import mmap
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from tensorbridge import _tables
+from tensorbridge._errors import UnsupportedArrayError
+
+
+class Kind(NamedTuple):
+    """What is done with containers of one type."""
+
+    open: Callable[[Any], tuple[list[Any], Any]]  # its children, and what is needed to build and to name
+    build: Callable[[Any, Any, list[Any]], Any]  # the original, what `open` kept, new children: its like
+    name: Callable[[Any, Any, int], str] = lambda node, keys, i: f"[{keys[i]!r}]"  # of child i, as a person writes it
+    exotic: bool = True  # kept as it is where nothing in it is an array
+
+
+def _at(node: Any, keys: Any, i: int) -> str:
+    return f"[{i}]"
+
+
+def _mapping_open(node: Any) -> tuple[list[Any], list[Any]]:
+    keys = list(node)
+    return [node[key] for key in keys], keys
+
+
+def _mapping_build(node: Any, keys: list[Any], children: list[Any]) -> Any:
+    """The copy of `node` that its class makes, with every value replaced: factories and attributes are kept.
+
+    A mapping that keeps its items in an object of its own has to say how it is copied: a shallow copy would share that
+    object, and be written through. Failing that, its class makes one from a dict, or it is an error.
+    """
+    cls: Any = type(node)
+    if isinstance(node, (dict, UserDict)) or hasattr(cls, "__copy__"):
+        like = _copied(node, keys, children)
+        if like is not None:
+            return like
+    like = cls(dict(zip(keys, children, strict=True)))
+    if list(like) != keys or any(like[key] is not child for key, child in zip(keys, children, strict=True)):
+        raise TypeError(f"{cls.__name__}(dict) does not hold the items of the dict")
+    return like
+
+
+def _copied(node: Any, keys: list[Any], children: list[Any]) -> Any:
+    """A copy with new values; None where items cannot be set, or a copy is the mapping itself: it is immutable."""
+    try:
+        like = copy.copy(node)
+        if like is node:
+            return None
+        for key, child in zip(keys, children, strict=True):
+            like[key] = child
+    except TypeError:
+        return None
+    if getattr(node, "__dict__", None) is node:  # the idiom `self.__dict__ = self`: items are attributes
+        like.__dict__ = like
+    return like
+
+
+def _list_build(node: Any, _: Any, children: list[Any]) -> Any:
+    like = copy.copy(node)
+    like[:] = children
+    return like
+
+
+def _deque_build(node: Any, _: Any, children: list[Any]) -> Any:
+    like = copy.copy(node)
+    like.clear()
+    like.extend(children)
+    return like
+
+
+def _tuple_build(node: Any, _: Any, children: list[Any]) -> Any:
+    if hasattr(type(node), "n_sequence_fields"):  # a C struct sequence makes itself from one sequence
+        return type(node)(children)
+    like = tuple.__new__(type(node), children)
+    if getattr(node, "__dict__", None):
+        like.__dict__.update(node.__dict__)
+    return like
+
+
+def _namedtuple_name(node: Any, _: Any, i: int) -> str:
+    return f".{node._fields[i]}"
+
+
+_UNSET = object()
+
+
+def _dataclass_open(node: Any) -> tuple[list[Any], list[str]]:
+    found = [(f.name, getattr(node, f.name, _UNSET)) for f in dataclasses.fields(node)]
+    found = [(name, value) for name, value in found if value is not _UNSET]
+    return [value for _, value in found], [name for name, _ in found]
+
+
+def _dataclass_build(node: Any, names: list[str], children: list[Any]) -> Any:
+    """An instance made without ``__init__``: its fields are not arguments of it (init=False), or were changed since."""
+    cls: Any = type(node)
+    like = cls.__new__(cls) if cls.__new__ is object.__new__ else copy.copy(node)
+    for name, value in getattr(node, "__dict__", {}).items():
+        if not isinstance(getattr(cls, name, None), cached_property):  # derived from the old arrays
+            object.__setattr__(like, name, value)
+    for slot in (slot for base in cls.__mro__ for slot in getattr(base, "__slots__", ())):
+        if slot not in ("__dict__", "__weakref__", *names) and hasattr(node, slot):
+            object.__setattr__(like, slot, getattr(node, slot))
+    for name, child in zip(names, children, strict=True):
+        object.__setattr__(like, name, child)
+    return like
+
+
+def _dot(node: Any, names: list[str], i: int) -> str:
+    return f".{names[i]}"
+
+
+def _dict_open(node: Any) -> tuple[list[Any], list[Any]]:
+    return list(node.values()), list(node)
+
+
+def _sequence_open(node: Any) -> tuple[list[Any], None]:
+    return list(node), None
+
+
+DICT = Kind(_dict_open, lambda node, keys, children: dict(zip(keys, children, strict=True)), exotic=False)
+LIST = Kind(_sequence_open, lambda node, _, children: children, _at, exotic=False)
+TUPLE = Kind(_sequence_open, lambda node, _, children: tuple(children), _at, exotic=False)
+MAPPING = Kind(_mapping_open, _mapping_build)
+DATACLASS = Kind(_dataclass_open, _dataclass_build, _dot)
+ROOT = Kind(lambda node: ([node], None), lambda node, _, children: children[0], lambda node, _, i: "batch")
+
+# What a value is: a Kind of container, an array, or anything else, which is kept as it is.
+ARRAY, OTHER = "array", "other"
+_exact: dict[type, Any] = {
+    dict: DICT,
+    list: LIST,
+    tuple: TUPLE,
+    OrderedDict: MAPPING._replace(exotic=False),
+    defaultdict: MAPPING._replace(exotic=False),
+    deque: Kind(_sequence_open, _deque_build, _at, exotic=False),
+    np.ndarray: ARRAY,
+    **dict.fromkeys([str, bytes, bytearray, bool, int, float, complex, type(None), range, slice, type], OTHER),
+}
+# Numbers, text and raw bytes are kept, though NumPy's scalars speak array protocols and bytes are buffers.
+_KEPT = (str, bytes, bytearray, mmap, int, float, complex, np.generic, Enum, type)
+_PROTOCOLS = ("__dlpack__", "__cuda_array_interface__", "__array_interface__", "__array__")
+
+
+def kind_of(x: Any) -> Any:
+    """The Kind of a container, ARRAY or OTHER."""
+    cls = type(x)
+    return _exact.get(cls) or _registered(cls) or _by_class(x, cls)
+
+
+def is_array(x: Any) -> bool:
+    return kind_of(x) is ARRAY
+
+
+def _registered(cls: type) -> Kind | None:
+    """As torch's pytrees or optree open it, where they are loaded and know exactly this class."""
+    pytree = sys.modules.get("torch.utils._pytree")
+    node = None if pytree is None else pytree.SUPPORTED_NODES.get(cls)
+    if node is not None:
+        return Kind(
+            lambda x: _opened(node.flatten_fn(x)),
+            lambda x, kept, children: node.unflatten_fn(children, kept[0]),
+            lambda x, kept, i: _pytree_name(node, x, i),
+        )
+    optree = sys.modules.get("optree")
+    entry = None if optree is None else optree.register_pytree_node.get(cls)
+    if entry is None:
+        return None
+    return Kind(
+        lambda x: _opened(entry.flatten_func(x)),
+        lambda x, kept, children: entry.unflatten_func(kept[0], children),
+        lambda x, kept, i: f"[{kept[1][i]!r}]" if len(kept) > 1 and kept[1] is not None else f"[{i}]",
+    )
+
+
+def _opened(flattened: Any) -> tuple[list[Any], tuple[Any, ...]]:
+    children, *kept = flattened
+    return list(children), tuple(kept)
+
+
+def _pytree_name(node: Any, x: Any, i: int) -> str:
+    if node.flatten_with_keys_fn is None:
+        return f"[{i}]"
+    return str(node.flatten_with_keys_fn(x)[0][i][0])
+
+
+def _by_class(x: Any, cls: type) -> Any:
+    if _is_framework_array(cls):
+        _exact[cls] = ARRAY
+        return ARRAY
+    if issubclass(cls, _KEPT):
+        return OTHER
+    torch: Any = sys.modules.get("torch")
+    if issubclass(cls, tuple):
+        if torch is not None and issubclass(cls, getattr(torch, "Size", ())):
+            return OTHER
+        return Kind(_sequence_open, _tuple_build, _namedtuple_name if hasattr(cls, "_fields") else _at)
+    if issubclass(cls, (list, UserList)):
+        return Kind(_sequence_open, _list_build, _at)
+    if issubclass(cls, deque):
+        return Kind(_sequence_open, _deque_build, _at)
+    columns = _tables.opener(x)
+    if columns is not None:
+        return Kind(columns, DICT.build)
+    if issubclass(cls, Mapping):
+        return MAPPING
+    if _is_array(x, cls):
+        return ARRAY
+    return DATACLASS if dataclasses.is_dataclass(cls) else OTHER
+
+
+def _is_framework_array(cls: type) -> bool:
+    frameworks = ((sys.modules.get("torch"), "Tensor"), (sys.modules.get("cupy"), "ndarray"))
+    return issubclass(cls, (np.ndarray, *(getattr(module, name, ()) for module, name in frameworks if module)))
+
+
+def _is_array(x: Any, cls: type) -> bool:
+    own = getattr(x, "__dict__", ())
+    if any(hasattr(cls, name) or name in own for name in _PROTOCOLS):
+        return True
+    try:
+        memoryview(x).release()
+    except (TypeError, BufferError, ValueError):
+        return False
+    return True
+
+
+# -- The walk
+
+
+class Frame:
+    """One container of a tree while it is walked: its children, which of them are leaves, which are containers.
+
+    Frames know one another by number: references would be cycles, and keep arrays alive until they are collected.
+    """
+
+    __slots__ = (
+        "built",
+        "children",
+        "count",
+        "first",
+        "inner",
+        "keys",
+        "kind",
+        "node",
+        "open",
+        "parent",
+        "place",
+        "where",
+    )
+
+    def __init__(self, node: Any, kind: Kind, parent: int, place: int) -> None:
+        self.node, self.kind, self.parent, self.place = node, kind, parent, place
+        self.children, self.keys = kind.open(node)
+        self.first = self.count = 0  # its own leaves are leaves[first : first + count] of the tree
+        self.where: list[int] | None = None  # among its children; None: all of them
+        self.inner: list[tuple[int, int]] = []  # place among the children, number of the frame
+        self.open = True  # not yet walked to its end
+        self.built: Any = None
+
+
+class Flat(NamedTuple):
+    """A tree taken apart: its leaves, its containers, and in which order to build them: inner ones first."""
+
+    leaves: list[Any]
+    frames: list[Frame]
+    order: list[int]
+
+    def path(self, leaf: int) -> str:
+        """How a person writes the way to a leaf: ``batch['obs'][1].mask``."""
+        number = next(n for n, f in enumerate(self.frames) if f.first <= leaf < f.first + f.count)
+        return self._to(number) + _leaf_name(self.frames[number], leaf - self.frames[number].first)
+
+    def paths(self) -> list[str]:
+        """The ways to all leaves."""
+        found = [""] * len(self.leaves)
+        for number, frame in enumerate(self.frames):
+            before = self._to(number) if frame.count else ""
+            for i in range(frame.count):
+                found[frame.first + i] = before + _leaf_name(frame, i)
+        return found
+
+    def _to(self, number: int) -> str:
+        names: list[str] = []
+        while number > 0:
+            frame = self.frames[number]
+            parent = self.frames[frame.parent]
+            names.append(parent.kind.name(parent.node, parent.keys, frame.place))
+            number = frame.parent
+        return "".join(reversed(names))
+
+    def built(self, results: list[Any]) -> Any:
+        """The tree with `results` for leaves. Only once: the children are handed over."""
+        frames = self.frames
+        full: set[int] = set()  # frames with an array in them, or below
+        for number in self.order:
+            frame = frames[number]
+            children, kind = frame.children, frame.kind
+            if frame.count:
+                mine = results[frame.first : frame.first + frame.count]
+                if frame.where is None:
+                    children = mine
+                else:
+                    for place, result in zip(frame.where, mine, strict=True):
+                        children[place] = result
+            filled = frame.count > 0
+            for place, inner in frame.inner:
+                children[place] = frames[inner].built
+                filled = filled or inner in full
+            if filled:
+                full.add(number)
+            elif kind.exotic:
+                frame.built = frame.node
+                continue
+            try:
+                frame.built = kind.build(frame.node, frame.keys, children)
+            except (TypeError, ValueError, AttributeError, LookupError, RuntimeError) as error:
+                name = type(frame.node).__name__
+                text = f"{self._to(number) or 'batch'}: a {name} cannot be built from converted values"
+                cure = "Register it with torch.utils._pytree.register_pytree_node, or convert its arrays one by one."
+                raise UnsupportedArrayError(f"{text}: {type(error).__name__}: {error}.\n{cure}") from error
+        return frames[0].built
+
+
+def _leaf_name(frame: Frame, i: int) -> str:
+    return frame.kind.name(frame.node, frame.keys, i if frame.where is None else frame.where[i])
+
+
+def flatten(tree: Any, *, everything: bool = False) -> Flat:
+    """Take a tree apart into its arrays; with `everything`, into all values that are no containers."""
+    root = Frame(tree, ROOT, -1, 0)
+    flat = Flat([], [root], [])
+    stack = [(0, _inner(root, flat.leaves, everything))]
+    seen: dict[int, int] = {}
+    while stack:
+        number, inner = stack[-1]
+        frame = flat.frames[number]
+        for place, kind in inner:
+            child = frame.children[place]
+            known = seen.get(id(child))
+            if known is None:
+                known = seen[id(child)] = len(flat.frames)
+                frame.inner.append((place, known))
+                flat.frames.append(Frame(child, kind, number, place))
+                stack.append((known, _inner(flat.frames[known], flat.leaves, everything)))
+                break
+            if flat.frames[known].open:
+                here = flat._to(number) + frame.kind.name(frame.node, frame.keys, place)
+                text = f"{here} is {flat._to(known)} again: a tree that contains itself has no end"
+                raise UnsupportedArrayError(f"{text}.\nTake the cycle out first.")
+            frame.inner.append((place, known))
+        else:
+            stack.pop()
+            frame.open = False
+            flat.order.append(number)
+    return flat
+
+
+def _inner(frame: Frame, leaves: list[Any], everything: bool) -> Iterator[tuple[int, Kind]]:
+    """Take the leaves of a container, all at once; then its inner containers."""
+    children = frame.children
+    frame.first = len(leaves)
+    classes = set(map(type, children))
+    if len(classes) == 1:
+        only = _exact.get(classes.pop())
+        if only is ARRAY or (everything and only is OTHER):
+            leaves.extend(children)
+            frame.count = len(children)
+            return iter(())
+        if only is OTHER:
+            return iter(())
+    where: list[int] = []
+    inner: list[tuple[int, Kind]] = []
+    for place, child in enumerate(children):
+        kind = _exact.get(type(child)) or kind_of(child)
+        if kind is ARRAY or (everything and kind is OTHER):
+            where.append(place)
+            leaves.append(child)
+        elif kind is not OTHER:
+            inner.append((place, kind))
+    frame.where, frame.count = where, len(where)
+    return iter(inner)

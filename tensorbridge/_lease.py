@@ -1,0 +1,210 @@
+"""How long memory is kept once it is used across streams: the only place that knows.
+
+DLPack and the array interface order the *start* of foreign use. Nothing orders its *end*: when the last reference dies,
+kernels may still be queued on the borrower's stream, and the owner's allocator may give the memory out again.
+
+* torch's memory, lent to CuPy: `record_stream`, always (it does nothing on the stream of the allocation, and the
+  current stream need not be that one). torch records an event on that stream when the block is freed, so the stream is
+  held for the life of the process. It does nothing, silently, for memory that torch did not allocate: there the storage
+  is not resizable, and a lease does it.
+* CuPy's memory, lent to torch, and memory of neither: a lease. A weak reference on what the borrower holds (a storage,
+  or the owner object in a CuPy array) is told when the last view is gone; an event is then recorded on every stream
+  that the memory was used on, and the owner is dropped once those have passed: at once, or at the next crossing. CuPy
+  cannot be asked which of its arenas a block goes back to, and an event that has *passed* is right for all of them.
+
+The weak reference's callback runs on any thread, at any time, even while another one runs here: so there is no lock,
+and the only shared things are a dict and a deque, whose single operations are atomic. During a graph capture nothing is
+recorded or asked; what is released meanwhile waits. At exit, and in a forked child, owners are kept, not touched.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import weakref
+from collections import deque
+from typing import Any
+
+from tensorbridge import _streams
+
+_leases: dict[int, Lease] = {}  # by the identity of what the borrower holds
+_pending: deque[_Ending] = deque()
+_disowned = False  # a forked child: CUDA may not be touched
+
+
+class Loan:
+    """What a CuPy array holds instead of the memory's owner: it dies with the array's last view."""
+
+    __slots__ = ("__weakref__",)
+
+
+class Lease(weakref.ref[Any]):
+    """One loan of memory: its owner, and the streams, as (number, device), that it is used on."""
+
+    __slots__ = ("key", "owner", "uses")
+
+    key: int
+    owner: Any
+    uses: set[tuple[int, int]]
+
+
+class _Ending:
+    """A loan that is over for the host: the owner is kept until the work on its streams has been done too."""
+
+    __slots__ = ("_marks", "_owner", "_uses")
+
+    def __init__(self, owner: Any, uses: set[tuple[int, int]]) -> None:
+        self._owner, self._uses = owner, uses
+        self._marks: list[_streams.Mark] | None = None
+
+    def passed(self) -> bool:
+        try:
+            if _streams.capturing():
+                return False
+            if self._marks is None:
+                if any(_streams.capturing_on(*use) for use in self._uses):
+                    return False  # an event recorded there would belong to the graph
+                self._marks = [_streams.mark(*use) for use in self._uses]
+            return all(mark.passed() for mark in self._marks)
+        except RuntimeError:  # a capture in another thread forbids to ask, or the device is lost: not known to be over
+            return False
+
+
+def lend(hook: Any, key: int, owner: Any, number: int, index: int) -> None:
+    """Keep `owner` while `hook` lives, and then until the work on stream `number` of device `index` has been done."""
+    lease = Lease(hook, _released)
+    lease.key, lease.owner, lease.uses = key, owner, {(number, index)}
+    _leases[key] = lease
+
+
+def lend_storage(tensor: Any, owner: Any, number: int, index: int) -> None:
+    """`owner`'s memory is in the hands of torch, as `tensor`, which uses it on stream `number`."""
+    storage = tensor.untyped_storage()
+    lend(storage, storage._cdata, owner, number, index)
+
+
+def lend_array(owner: Any, number: int, index: int) -> Loan:
+    """`owner`'s memory is in the hands of CuPy, which uses it on stream `number`: what its array is to hold."""
+    loan = Loan()
+    lend(loan, id(loan), owner, number, index)
+    return loan
+
+
+def lend_tensor(tensor: Any, number: int, index: int, stream: object, *, capturing: bool = False) -> Any:
+    """The memory of `tensor`, an alias, is in the hands of CuPy on its stream `number`: what its array is to hold."""
+    if not tensor.untyped_storage().resizable():
+        return lend_array(tensor, number, index)
+    if not capturing:
+        _streams.hold(number, index, stream)
+        tensor.record_stream(_streams.wrapped("torch", number, index))
+    return tensor
+
+
+def keep(owner: Any, number: int, index: int) -> None:
+    """Keep `owner` until the work that is on stream `number` now has been done."""
+    ending = _Ending(owner, {(number, index)})
+    if not ending.passed():
+        _pending.append(ending)
+
+
+def settle() -> int:
+    """Drop the owners whose last use has passed; return how many are still waited for. Called at every crossing."""
+    if _disowned or not _pending or _streams.capturing():
+        return len(_pending)
+    for _ in range(len(_pending)):
+        try:
+            ending = _pending.popleft()
+        except IndexError:  # another thread settles too
+            break
+        if not ending.passed():
+            _pending.append(ending)
+    return len(_pending)
+
+
+def _released(lease: Lease) -> None:
+    """The borrower's last view is gone. Runs in whatever thread dropped it; must not raise."""
+    _leases.pop(lease.key, None)
+    ending = _Ending(lease.owner, lease.uses)
+    if _disowned or sys.is_finalizing():
+        _pending.append(ending)
+
+
+def _forked() -> None:
+    global _disowned
+    _disowned = True
+
+
+os.register_at_fork(after_in_child=_forked)
+
+
+def used_on(x: Any, stream: Any) -> None:
+    """Say that the memory of `x` is also used on `stream`: keep it until that work is done.
+
+    A crossing keeps memory for the stream that was current when it crossed. Kernels that read or write it on further
+    streams are to be named with this, once a stream, before the array is dropped. It orders nothing: a stream that must
+    not start before another has finished still needs an event.
+
+    Parameters
+    ----------
+    x : torch.Tensor or cupy.ndarray on a CUDA device
+    stream : torch.cuda.Stream, cupy.cuda.Stream, cuda.core.Stream, anything with ``__cuda_stream__``, or int
+        As for `use_stream`; it is kept for the life of the process.
+
+    Raises
+    ------
+    TypeError, ValueError
+        `x` is no array on a CUDA device, or one whose memory came from elsewhere without `to_torch` or `to_cupy`;
+        `stream` is no CUDA stream.
+
+    Cost
+    ----
+    Moves nothing, waits for nothing.
+
+    Examples
+    --------
+    ::
+
+        t = tensorbridge.to_torch(c)          # kept for torch's current stream
+        with torch.cuda.stream(side):
+            side.wait_stream(torch.cuda.current_stream())
+            y = t * 2
+        tensorbridge.used_on(t, side)         # and for this one
+    """
+    is_tensor = isinstance(x, getattr(sys.modules.get("torch"), "Tensor", ()))
+    if not is_tensor and not isinstance(x, getattr(sys.modules.get("cupy"), "ndarray", ())):
+        raise TypeError(f"used_on: {type(x).__name__} is neither a tensor nor a CuPy array")
+    if is_tensor and not x.is_cuda:
+        raise ValueError(f"used_on: the tensor is on {x.device}, where no CUDA stream uses it")
+    number, index = _streams.identify(stream)
+    _streams.hold(number, index, stream)
+    if is_tensor:
+        _tensor_used_on(x, number, index)
+    else:
+        _array_used_on(x, number, index)
+
+
+def _tensor_used_on(t: Any, number: int, index: int) -> None:
+    storage = t.untyped_storage()
+    lease = _leases.get(storage._cdata)
+    if lease is not None:
+        lease.uses.add((number, index))
+    elif storage.resizable():
+        t.detach().record_stream(_streams.wrapped("torch", number, index))
+    else:
+        raise ValueError(
+            "used_on: this tensor stands on memory of another library, whose owner is not known here.\n"
+            "Let it cross with tensorbridge.to_torch, which keeps the owner."
+        )
+
+
+def _array_used_on(x: Any, number: int, index: int) -> None:
+    owner = getattr(x.data.mem, "_owner", None)
+    if isinstance(owner, getattr(sys.modules.get("torch"), "Tensor", ())):
+        _tensor_used_on(owner, number, index)
+        return
+    base = owner if isinstance(owner, Loan) else x if x.base is None else x.base
+    lease = _leases.get(id(base))
+    if lease is not None:
+        lease.uses.add((number, index))
+    else:  # CuPy's own memory: views hold their base, and the pointer holds the memory
+        lend(base, id(base), x.data, number, index)

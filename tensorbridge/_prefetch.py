@@ -1,0 +1,389 @@
+"""prefetch: a worker thread reads and converts batches ahead, while the consumer computes.
+
+At most `depth` batches are ahead of the consumer, the one that is being read included. The worker runs in a copy of the
+caller's context (copy guards hold in it) and in the caller's grad mode. It holds no reference to the iterator, so that
+dropping the iterator ends it; the source is closed by the worker, which alone knows that it is not in the middle of it.
+
+On CUDA the worker's stream is the device's side stream, and host arrays go through pinned memory (`_staging`, `_pack`).
+The consumer's current stream waits for its batch by an event; the memory is kept for that stream too (`_lease`).
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+import sys
+import threading
+import time
+import weakref
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from contextvars import copy_context
+from types import TracebackType
+from typing import Any, Literal, NamedTuple, TypeVar
+
+from tensorbridge import _lease, _leaves, _options, _streams, _watch
+from tensorbridge._array import CPU, Traits
+from tensorbridge._containers import flatten
+from tensorbridge._eager import eager, mark
+from tensorbridge._plan import Want
+
+_T = TypeVar("_T")
+PATIENCE = 1.0  # seconds that close() waits for a worker whose source does not answer
+
+
+@eager
+def prefetch(
+    batches: Iterable[_T],
+    *,
+    to: Literal["numpy", "torch", "cupy"] = "torch",
+    device: Any = "cuda",
+    depth: int = 2,
+    transform: Callable[[_T], Any] | None = None,
+) -> Prefetch:
+    """Return an iterator over `batches`, converted and on their device before they are asked for.
+
+    Parameters
+    ----------
+    batches : iterable of trees of arrays
+        A list, a generator, a DataLoader. Read by a thread, in order.
+    to : "torch", "cupy" or "numpy"
+    device : as for `to_torch` and `to_cupy`
+        "cpu" converts on the host (for NumPy the only choice).
+    depth : int
+        How many batches may be ahead of the consumer, at most. They are all in memory at once, on the device too.
+    transform : callable, optional
+        Called by the thread with each batch before it is converted; returns the batch to convert.
+
+    Returns
+    -------
+    Prefetch
+        An iterator and a context manager, with ``close()``. Batches keep their structure, as with `tree.to_torch`; on
+        the device they are ordered after the transfer, for the stream that is current when they are asked for.
+
+    Raises
+    ------
+    DeviceError, MissingFrameworkError, ValueError, TypeError
+        At the call: no such device or framework; `depth`, `to` or `transform` make no sense.
+    Exception
+        From ``next()``: what the source, `transform` or the conversion raised, at its place in the order, with its
+        traceback. The iteration ends there.
+
+    Cost
+    ----
+    One thread. On CUDA, host arrays are copied once into pinned memory; the consumer waits for nothing that is done.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> batches = ({"x": np.full(2, i)} for i in range(3))
+    >>> with prefetch(batches, device="cpu") as ready:
+    ...     [batch["x"].tolist() for batch in ready]
+    [[0, 0], [1, 1], [2, 2]]
+    """
+    want = _want(to, device, depth, transform)
+    source = iter(batches)
+    road = _road(want)
+    state = _State(depth)
+    context = copy_context()
+    where = _watch._caller()[0]
+    worker = threading.Thread(
+        target=context.run,
+        args=(_work, state, source, transform, want, road, _grad_mode()),
+        name=f"prefetch {where}",
+        daemon=True,  # a source that hangs must not keep the interpreter from ending
+    )
+    iterator = Prefetch(state, worker, road)
+    _open.add(state)
+    worker.start()
+    return iterator
+
+
+def _want(to: str, device: Any, depth: int, transform: Any) -> Want:
+    if to not in _options.WANTS:
+        raise ValueError(f'prefetch(to={to!r}): choose "numpy", "torch" or "cupy"')
+    if isinstance(depth, bool) or not isinstance(depth, int):
+        raise TypeError(f"prefetch(depth={depth!r}): a number of batches, as an int")
+    if depth < 1:
+        raise ValueError(f"prefetch(depth={depth}): at least 1 batch")
+    if transform is not None and not callable(transform):
+        raise TypeError(f"prefetch(transform={transform!r}): a callable or None")
+    if to == "numpy":
+        if _options._device(device, to) != CPU:
+            raise ValueError(f'prefetch(to="numpy", device={device!r}): NumPy arrays are on the host; say device="cpu"')
+        return _options.want_numpy(None, None, None, True, None)
+    _options.require(to)
+    if to == "cupy":
+        want = _options.want_cupy(device, None, None, False, True, False, None)
+    else:
+        want = _options.want_torch(device, None, None, False, False, False, False, None)
+    return _options.placed(want, Traits("numpy"))
+
+
+# -- What the thread and the iterator share
+
+
+class _Batch(NamedTuple):
+    value: Any
+    mark: Any = None  # what the consumer's stream has to wait for
+    memory: Sequence[Any] = ()  # arrays whose memory the consumer's stream will use
+
+
+class _Failure(NamedTuple):
+    error: BaseException
+
+
+class _State:
+    """A bounded shelf between the worker and the consumer."""
+
+    def __init__(self, depth: int) -> None:
+        self.changed = threading.Condition()
+        self.ready: deque[_Batch | _Failure] = deque()
+        self.room = depth  # batches that may still be read before the consumer takes one
+        self.closed = False  # the consumer wants no more
+        self.ended = False  # the worker gives no more
+        self.failure: BaseException | None = None  # of closing the source
+        self.process = os.getpid()
+
+    def wait_for_room(self) -> bool:
+        """Whether another batch is wanted; waits until one may be read."""
+        with self.changed:
+            self.changed.wait_for(lambda: self.room > 0 or self.closed)
+            self.room -= 1
+            return not self.closed
+
+    def put(self, item: _Batch | _Failure) -> None:
+        with self.changed:
+            if not self.closed:
+                self.ready.append(item)
+                self.changed.notify_all()
+
+    def take(self) -> _Batch | _Failure | None:
+        """The next batch or failure; None at the end."""
+        if os.getpid() != self.process:
+            raise RuntimeError("prefetch: the worker thread is in the parent process; make the iterator after the fork")
+        with self.changed:
+            self.changed.wait_for(lambda: self.ready or self.ended or self.closed)
+            if self.closed or not self.ready:
+                return None
+            self.room += 1
+            self.changed.notify_all()
+            return self.ready.popleft()
+
+    def close(self) -> None:
+        with self.changed:
+            self.closed = True
+            self.ready.clear()
+            self.changed.notify_all()
+
+    def wait_for_end(self, seconds: float) -> None:
+        with self.changed:
+            self.changed.wait_for(lambda: self.ended, seconds)
+
+    def end(self, failure: BaseException | None) -> None:
+        with self.changed:
+            self.ended, self.failure = True, failure
+            self.changed.notify_all()
+
+
+class Prefetch(Iterator[Any]):
+    """Batches that were read and converted ahead. Made by `prefetch`; ``close()`` it, or use it in a ``with`` block."""
+
+    def __init__(self, state: _State, worker: threading.Thread, road: _Host) -> None:
+        self._state, self._worker, self._road = state, worker, road
+        self._dropped = weakref.finalize(self, _State.close, state)
+        self._dropped.atexit = False
+
+    @eager
+    def __next__(self) -> Any:
+        item = self._state.take()
+        if item is None:
+            self.close()
+            raise StopIteration
+        if isinstance(item, _Failure):
+            self.close()
+            try:
+                raise item.error
+            finally:
+                del item  # the traceback holds this frame
+        return self._road.handed_over(item)
+
+    def close(self) -> None:
+        """Stop the worker and close the source. Waits a moment for a source that is busy, and not for one that hangs:
+        its thread ends when it answers.
+        """
+        self._state.close()
+        if self._worker is not threading.current_thread():
+            self._worker.join(PATIENCE)
+        failure, self._state.failure = self._state.failure, None
+        if failure is not None:
+            raise failure
+
+    def __enter__(self) -> Prefetch:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+# -- The worker
+
+
+def _work(
+    state: _State, source: Iterator[Any], transform: Any, want: Want, road: _Host, grad_mode: Callable[[], Any]
+) -> None:
+    failure: BaseException | None = None
+    try:
+        with _watch.inherited(), grad_mode(), road.entered():
+            _read(state, source, transform, want, road)
+    finally:
+        try:
+            close = getattr(source, "close", None)
+            if close is not None:
+                close()
+        except BaseException as error:  # for close() to raise: nobody hears it here
+            failure = error
+        del source
+        state.end(failure)
+        _open.discard(state)
+
+
+def _read(state: _State, source: Iterator[Any], transform: Any, want: Want, road: _Host) -> None:
+    number = 0
+    while state.wait_for_room():
+        try:
+            batch = next(source)
+            if transform is not None:
+                batch = _transformed(transform, batch, number)
+            item: Any = road.converted(batch, want)
+            del batch
+        except StopIteration:
+            return
+        except BaseException as error:
+            state.put(_Failure(error))
+            del error
+            return
+        state.put(item)
+        del item
+        number += 1
+
+
+def _transformed(transform: Any, batch: Any, number: int) -> Any:
+    try:
+        made = transform(batch)
+    except StopIteration as error:  # would end the iteration as if the source were at its end
+        raise RuntimeError(f"prefetch: transform raised StopIteration for batch {number}") from error
+    if made is None or not flatten(made).leaves:
+        what = "None" if made is None else f"{type(made).__name__} without an array in it"
+        raise TypeError(f"prefetch: transform returned {what} for batch {number}; return the batch to convert")
+    return made
+
+
+def _grad_mode() -> Callable[[], AbstractContextManager[Any]]:
+    """torch's grad mode is each thread's own: the worker gets the caller's."""
+    torch = sys.modules.get("torch")
+    if torch is None:
+        return nullcontext
+    enabled = torch.is_grad_enabled()
+    return lambda: torch.set_grad_enabled(enabled)
+
+
+_open: weakref.WeakSet[_State] = weakref.WeakSet()
+
+
+@atexit.register
+def _close_all() -> None:
+    """No thread may be in the middle of a framework when the interpreter ends; one whose source hangs is given up."""
+    states = [state for state in _open if state.process == os.getpid()]
+    for state in states:
+        state.close()
+    until = time.monotonic() + PATIENCE
+    for state in states:
+        state.wait_for_end(max(0.0, until - time.monotonic()))
+
+
+# -- Where the batches go
+
+
+class _Host:
+    """Batches stay on the host: nothing is to be ordered."""
+
+    def entered(self) -> AbstractContextManager[Any]:
+        """What the worker runs in."""
+        return nullcontext()
+
+    def converted(self, batch: Any, want: Want) -> _Batch:
+        """Called by the worker."""
+        return _Batch(_leaves.converted(batch, want))
+
+    def handed_over(self, batch: _Batch) -> Any:
+        """Called by the consumer."""
+        return batch.value
+
+
+class _Cuda(_Host):
+    """Batches go to a device, on its side stream: transfers overlap with the consumer's work on other streams."""
+
+    def __init__(self, framework: str, index: int) -> None:
+        self.framework, self.index = framework, index
+        self.stream = _streams.side_stream(index)
+        self.number = _streams.identify(self.stream)[0]
+        # What the caller has queued may have made arrays that the source holds.
+        _streams.link(_streams.current(framework, index), self.number, index)
+
+    def entered(self) -> AbstractContextManager[Any]:
+        return _streams.use_stream(self.stream)
+
+    def converted(self, batch: Any, want: Want) -> _Batch:
+        for array in _on_device(batch):  # read on this stream, and perhaps dropped before that is done
+            _lease.used_on(array, self.stream)
+        made = _leaves.converted(batch, want)
+        return _Batch(made, _streams.mark(self.number, self.index), _on_device(made))
+
+    def handed_over(self, batch: _Batch) -> Any:
+        stream = _current_stream(self.framework, self.index)
+        number = _streams.identify(stream)[0]
+        if number != self.number:
+            _wait(batch.mark, number, self.index)
+            for array in batch.memory:
+                _lease.used_on(array, stream)
+        return batch.value
+
+
+def _wait(mark: _streams.Mark, number: int, index: int) -> None:
+    """What is queued on a stream from now on waits for an event; the host does not."""
+    event = mark._event
+    if hasattr(event, "query"):
+        _streams.wrapped("torch", number, index).wait_event(event)
+        return
+    with sys.modules["cupy"].cuda.Device(index):  # the default stream is that of the current device
+        _streams.wrapped("cupy", number, index).wait_event(event)
+
+
+def _current_stream(framework: str, index: int) -> Any:
+    cuda = sys.modules[framework].cuda
+    return cuda.current_stream(index) if framework == "torch" else cuda.get_current_stream(index)
+
+
+def _on_device(batch: Any) -> list[Any]:
+    """The arrays of a batch on CUDA devices, one for each storage."""
+    found: dict[int, Any] = {}
+    cupy_array = getattr(sys.modules.get("cupy"), "ndarray", ())
+    for leaf in flatten(batch).leaves:
+        if getattr(leaf, "is_cuda", False):
+            found[leaf.untyped_storage()._cdata] = leaf
+        elif isinstance(leaf, cupy_array):
+            found[id(leaf)] = leaf
+    return list(found.values())
+
+
+def _road(want: Want) -> _Host:
+    if want.device is None or want.device == CPU:
+        return _Host()
+    return _Cuda(want.framework, want.device.index)
+
+
+mark()  # torch may be there already

@@ -1,0 +1,46 @@
+"""Roads over the bus: which way the bytes of a transfer go. Pure, like _plan, which asks it; `_staging` builds them.
+
+A whole block of plain bytes goes through the ring of pinned slots from 4 MiB on, and straight where the host side is
+page-locked already. Everything else takes the framework's own road: small blocks, where the ring costs more than it
+gains, and tensors in a graph or with lazy bits, which only torch can move with what hangs on them.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from tensorbridge._array import Traits
+
+PLAIN, RING, PINNED = "", "ring", "pinned"  # names of roads
+CAPTURED = "captured"  # a crossing inside a graph capture, where nothing is recorded
+
+
+class Road(NamedTuple):
+    by: str
+    why: str = ""  # what the plan adds to "cuda:0 to the host"
+
+
+_RING = Road(RING, ", through the ring of pinned slots")
+
+
+def down(now: Traits, *, pinned: bool) -> Road:
+    """From the device; `pinned` asks for a page-locked result."""
+    if not _plain_bytes(now):
+        return Road(PLAIN)
+    if pinned and now.framework == "torch":
+        return Road(PINNED, ", straight into pinned memory")
+    return _RING if now.size == "large" else Road(PLAIN)
+
+
+def up(now: Traits, *, pinned: bool) -> Road:
+    """To the device, from host memory that is known to be `pinned` or not."""
+    if not _plain_bytes(now):
+        return Road(PLAIN)
+    if pinned:
+        return Road(PINNED, ", straight from pinned memory")
+    return _RING if now.size == "large" else Road(PLAIN)
+
+
+def _plain_bytes(now: Traits) -> bool:
+    return now.spacing == "dense" and not now.overlap and not now.graph and not now.lazy

@@ -1,0 +1,393 @@
+"""Transfers between host and device: a small ring of pinned slots, and threads that fill and empty it.
+
+Ordinary host memory crosses the bus at full speed only through page-locked memory, which costs half a second a GiB to
+make: so there is a ring of four slots of 8 MiB, made once, and reused. A slot is used again only after the event behind
+its last transfer has passed. What limits the host side is the first touch of fresh pages: threads copy parts of a slot
+side by side (`np.copyto` lets the GIL go; torch's kernels would bring a pool of threads each).
+
+Everything runs on the framework's current stream, so a result needs no ordering. `download` returns when the bytes are
+there; it waits for events, not for the device. `upload` returns when the source has been read into slots, while the
+last transfers may still be under way: the source may be changed, and work on the current stream sees the bytes.
+
+For the other modules, in bytes (uint8, one dimension), for `framework` "torch" or "cupy" (`link_of`):
+
+    upload(source, index)      -> a fresh device block;  `pinned=True`: straight from page-locked memory
+    download(block, out=None)  -> `out`, or fresh ordinary memory
+    pinned_empty(nbytes)       -> page-locked memory that the caller owns
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+from collections import deque
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
+
+import numpy as np
+
+from tensorbridge import _lease, _streams
+from tensorbridge._array import LARGE
+from tensorbridge._errors import DeviceError
+
+if TYPE_CHECKING:
+    from concurrent.futures import Future, ThreadPoolExecutor
+
+Bytes: TypeAlias = "np.ndarray[Any, np.dtype[np.uint8]]"
+
+SLOT = 8 * 1024 * 1024  # bytes: long enough for full speed on the bus
+SLOTS = 4
+PART = 4 * 1024 * 1024  # bytes that one thread copies at a time: whole huge pages, and far above the cost of a task
+THREADS = 8
+
+
+class Link(Protocol):
+    """The few CUDA calls of a transfer: asynchronous copies on the stream current in one framework on one device."""
+
+    index: int
+
+    def fresh(self, nbytes: int) -> Any:
+        """A device block."""
+
+    def down(self, block: Any, start: int, host: Bytes) -> None:
+        """Start to copy bytes of the block, from `start` on, to `host`."""
+
+    def up(self, block: Any, start: int, host: Bytes) -> None:
+        """Start to copy `host` to the block, from byte `start` on."""
+
+    def stream(self) -> int:
+        """The number of the current stream."""
+
+
+class TorchLink:
+    """Blocks are uint8 tensors of one dimension."""
+
+    def __init__(self, index: int) -> None:
+        self.index = index
+        self.torch = sys.modules["torch"]
+
+    def fresh(self, nbytes: int) -> Any:
+        return self.torch.empty(nbytes, dtype=self.torch.uint8, device=f"cuda:{self.index}")
+
+    def down(self, block: Any, start: int, host: Bytes) -> None:
+        self.torch.from_numpy(host).copy_(block[start : start + host.size], non_blocking=True)
+
+    def up(self, block: Any, start: int, host: Bytes) -> None:
+        block[start : start + host.size].copy_(self.torch.from_numpy(host), non_blocking=True)
+
+    def stream(self) -> int:
+        return _streams.current("torch", self.index)
+
+
+class CupyLink:
+    """Blocks are dense CuPy arrays of any dtype and shape: only their address is used."""
+
+    def __init__(self, index: int) -> None:
+        self.index = index
+        self.cupy = sys.modules["cupy"]
+
+    def fresh(self, nbytes: int) -> Any:
+        with self.cupy.cuda.Device(self.index):
+            return self.cupy.empty(nbytes, dtype=np.uint8)
+
+    def down(self, block: Any, start: int, host: Bytes) -> None:
+        runtime = self.cupy.cuda.runtime
+        self._copy(_address(host), block.data.ptr + start, host.size, runtime.memcpyDeviceToHost)
+
+    def up(self, block: Any, start: int, host: Bytes) -> None:
+        runtime = self.cupy.cuda.runtime
+        self._copy(block.data.ptr + start, _address(host), host.size, runtime.memcpyHostToDevice)
+
+    def _copy(self, target: int, source: int, nbytes: int, kind: int) -> None:
+        with self.cupy.cuda.Device(self.index):
+            self.cupy.cuda.runtime.memcpyAsync(target, source, nbytes, kind, self.stream())
+
+    def stream(self) -> int:
+        return _streams.current("cupy", self.index)
+
+
+def link_of(framework: str, index: int) -> Link:
+    return TorchLink(index) if framework == "torch" else CupyLink(index)
+
+
+def mark(link: Link) -> _streams.Mark:
+    return _streams.mark(link.stream(), link.index)
+
+
+def _address(host: Bytes) -> int:
+    return int(host.__array_interface__["data"][0])
+
+
+# -- Page-locked memory
+
+
+def pinned_empty(nbytes: int) -> Bytes:
+    """Fresh page-locked host memory that the array owns: from torch's caching allocator, else from CuPy's."""
+    try:
+        if _streams.usable("torch"):
+            torch = sys.modules["torch"]
+            host = torch.empty(nbytes, dtype=torch.uint8, device="cpu", pin_memory=True)
+            return host.numpy()  # type: ignore[no-any-return]
+        memory = sys.modules["cupy"].cuda.alloc_pinned_memory(nbytes)
+    except RuntimeError as error:
+        raise DeviceError(f"no page-locked host memory ({nbytes} B) for a transfer: {error}") from error
+    return np.frombuffer(memory, dtype=np.uint8, count=nbytes)
+
+
+class Slot:
+    """A piece of page-locked memory, and the event behind its last transfer."""
+
+    __slots__ = ("mark", "memory")
+
+    def __init__(self, memory: Bytes) -> None:
+        self.memory = memory
+        self.mark: _streams.Mark | None = None
+
+
+class Ring:
+    """Slots, shared by all threads. Whoever holds one may not wait for another: two would wait for each other."""
+
+    def __init__(self, allocate: Callable[[int], Bytes], count: int = SLOTS, nbytes: int = SLOT) -> None:
+        self.nbytes = nbytes
+        self._allocate, self._count, self._made = allocate, count, 0
+        self._free: deque[Slot] = deque()  # the longest free first
+        self._changed = threading.Condition()
+
+    def take(self, *, wait: bool) -> Slot | None:
+        """A slot that no transfer uses; None if there is none just now and the caller does not `wait`."""
+        with self._changed:
+            while True:
+                found = self._idle()
+                if found is not None:
+                    return found
+                if self._made < self._count:
+                    made = Slot(self._allocate(self.nbytes))
+                    self._made += 1
+                    return made
+                if not wait:
+                    return None
+                if self._free:
+                    slot = self._free.popleft()
+                    break
+                self._changed.wait()
+        try:
+            if slot.mark is not None:
+                slot.mark.synchronize()
+        except BaseException:
+            self.give(slot)
+            raise
+        slot.mark = None
+        return slot
+
+    def _idle(self) -> Slot | None:
+        for slot in self._free:
+            if slot.mark is None or slot.mark.passed():
+                slot.mark = None
+                self._free.remove(slot)
+                return slot
+        return None
+
+    def give(self, slot: Slot) -> None:
+        """Back into the ring; its memory is used again once its mark has passed."""
+        with self._changed:
+            self._free.append(slot)
+            self._changed.notify()
+
+    def lose(self, slot: Slot) -> None:
+        """Not back into the ring: a transfer failed that may still write to it."""
+        with self._changed:
+            self._made -= 1
+            self._changed.notify()
+
+
+_ring: Ring | None = None
+_threads: ThreadPoolExecutor | None = None
+_inherited: list[object] = []  # a forked child can neither use nor free what its parent pinned
+_lock = threading.Lock()
+
+
+def ring() -> Ring:
+    global _ring
+    with _lock:
+        if _ring is None:
+            _ring = Ring(pinned_empty)
+        return _ring
+
+
+def _forked() -> None:
+    global _ring, _threads, _lock
+    _inherited.append(_ring)
+    _ring, _threads, _lock = None, None, threading.Lock()
+
+
+os.register_at_fork(after_in_child=_forked)
+
+
+# -- Threads that copy
+
+
+def _copying(target: Bytes, source: Bytes) -> list[Future[None]]:
+    """Copy in parts, on threads of their own where there is more than one part."""
+    if target.size > PART and (pool := _copiers()) is not None:
+        starts = range(0, target.size, PART)
+        try:
+            return [pool.submit(np.copyto, target[i : i + PART], source[i : i + PART]) for i in starts]
+        except RuntimeError:  # the interpreter is shutting down, and starts no threads
+            pass
+    np.copyto(target, source)
+    return []
+
+
+def _copiers() -> ThreadPoolExecutor | None:
+    global _threads
+    from concurrent.futures import ThreadPoolExecutor  # brings logging along, and only transfers need it
+
+    with _lock:
+        if _threads is None and (count := min(THREADS, _cores())) > 1:
+            _threads = ThreadPoolExecutor(count, "tensorbridge-copy")
+        return _threads
+
+
+def _cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _when_done(copies: list[Future[None]], then: Callable[[], None]) -> None:
+    left, lock = len(copies), threading.Lock()
+
+    def one_less(_: object) -> None:
+        nonlocal left
+        with lock:
+            left -= 1
+            last = not left
+        if last:
+            then()
+
+    for copy in copies:
+        copy.add_done_callback(one_less)
+    if not copies:
+        then()
+
+
+# -- The two ways
+
+
+def _pieces(nbytes: int, size: int) -> list[tuple[int, int]]:
+    return [(start, min(start + size, nbytes)) for start in range(0, nbytes, size)]
+
+
+def fill_host(link: Link, block: Any, out: Bytes, *, through: Ring | None = None) -> None:
+    """Bytes of a device block into ordinary memory, through the ring; returns when they are there."""
+    slots = through or ring()
+    flying: deque[tuple[Slot, int, int]] = deque()
+    copies: list[Future[None]] = []
+
+    def land() -> None:
+        slot, start, stop = flying[0]
+        assert slot.mark is not None
+        slot.mark.synchronize()
+        slot.mark = None
+        flying.popleft()
+        started = _copying(out[start:stop], slot.memory[: stop - start])
+        copies.extend(started)
+        _when_done(started, lambda: slots.give(slot))
+
+    try:
+        for start, stop in _pieces(out.size, slots.nbytes):
+            slot = slots.take(wait=not flying)
+            while slot is None:
+                land()
+                slot = slots.take(wait=not flying)
+            try:
+                link.down(block, start, slot.memory[: stop - start])
+                slot.mark = mark(link)
+            except BaseException:
+                slots.lose(slot)
+                raise
+            flying.append((slot, start, stop))
+        while flying:
+            land()
+    finally:
+        for slot, _, _ in flying:
+            slots.give(slot)
+        for copy in copies:
+            copy.result()
+
+
+def fill_device(link: Link, block: Any, source: Bytes, *, through: Ring | None = None) -> None:
+    """Ordinary memory into a device block, through the ring; returns when `source` has been read."""
+    slots = through or ring()
+    filling: deque[tuple[Slot, int, int, list[Future[None]]]] = deque()
+
+    def lift() -> None:
+        slot, start, stop, copies = filling.popleft()
+        try:
+            for copy in copies:
+                copy.result()
+            link.up(block, start, slot.memory[: stop - start])
+            slot.mark = mark(link)
+        except BaseException:
+            slots.lose(slot)
+            raise
+        slots.give(slot)
+
+    try:
+        for start, stop in _pieces(source.size, slots.nbytes):
+            slot = slots.take(wait=not filling)
+            while slot is None:
+                lift()
+                slot = slots.take(wait=not filling)
+            filling.append((slot, start, stop, _copying(slot.memory[: stop - start], source[start:stop])))
+        while filling:
+            lift()
+    finally:
+        for slot, _, _, copies in filling:
+            for copy in copies:
+                copy.exception()
+            slots.give(slot)
+
+
+def download(block: Any, *, framework: str, index: int, out: Bytes | None = None, pinned: bool = False) -> Bytes:
+    """The bytes of a device block in `out`, or in fresh ordinary memory; returns when they are there.
+
+    `pinned` says that `out` is page-locked: one transfer then fills it.
+    """
+    link = link_of(framework, index)
+    _lease.settle()
+    if out is None:
+        out = np.empty(int(block.nbytes), np.uint8)
+    if pinned or out.size < LARGE:
+        link.down(block, 0, out)
+        mark(link).synchronize()
+    else:
+        fill_host(link, block, out)
+    return out
+
+
+def upload(
+    source: Bytes,
+    *,
+    framework: str,
+    index: int,
+    into: Any = None,
+    pinned: bool = False,
+    non_blocking: bool = False,
+) -> Any:
+    """A device block with these bytes (`into`, or a fresh one), for work on the current stream.
+
+    Returns when `source` may be changed; with `non_blocking` and `pinned` at once, and `source` is kept until then.
+    """
+    link = link_of(framework, index)
+    _lease.settle()
+    block = link.fresh(source.size) if into is None else into
+    if not pinned and source.size >= LARGE:
+        fill_device(link, block, source)
+        return block
+    link.up(block, 0, source)
+    if pinned and non_blocking:
+        _lease.keep(source, link.stream(), index)
+    else:
+        mark(link).synchronize()
+    return block

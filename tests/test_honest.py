@@ -1,0 +1,244 @@
+"""What a plan says is what is done: every step on every named array, described after it was run."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+import torch
+from arrays import ARRAYS, numbers
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd import forward_ad
+
+import tensorbridge as tb
+from tensorbridge import _convert, _options
+from tensorbridge._adapters import adapter_of
+from tensorbridge._plan import Want, bind, decide
+
+# torch says once a process that complex32 is experimental; nothing else may warn.
+silent = pytest.mark.filterwarnings("error", "ignore:ComplexHalf support is experimental")
+
+HOW: dict[str, dict[str, dict[str, Any]]] = {
+    "numpy": {
+        "as it is": {},
+        "copied": {"copy": True},
+        "never copied": {"copy": False},
+        "writable": {"writable": True},
+        "read-only": {"writable": False},
+        "copied, read-only": {"copy": True, "writable": False},
+        "not detached": {"detach": False},
+        "as float32": {"dtype": "float32"},
+        "as complex128": {"dtype": "complex128"},
+        "as bfloat16": {"dtype": "bfloat16", "copy": True},
+        "as float8": {"dtype": "float8_e5m2"},
+        "as int16": {"dtype": "int16", "writable": False},
+        "as longdouble": {"dtype": "longdouble"},
+        "as int4": {"dtype": "int4"},
+    },
+    "torch": {
+        "as it is": {},
+        "copied": {"copy": True},
+        "never copied": {"copy": False},
+        "shared, read-only or not": {"share_readonly": True},
+        "detached": {"detach": True},
+        "detached, copied": {"detach": True, "copy": True},
+        "as float32": {"dtype": torch.float32},
+        "as complex128": {"dtype": "complex128"},
+        "as bfloat16": {"dtype": "bfloat16", "copy": True},
+        "as float8": {"dtype": "float8_e5m2", "share_readonly": True},
+        "as int16": {"dtype": "int16"},
+        "as complex32": {"dtype": "complex32"},
+        "as float4": {"dtype": "float4_e2m1fn_x2"},
+        "on the host": {"device": "cpu"},
+    },
+}
+OF_LARGE = {"as it is", "copied", "writable", "as float32", "as bfloat16"}
+CONVERT = {"numpy": tb.to_numpy, "torch": tb.to_torch}
+DEFAULTS = {name: {**inspect.signature(function).parameters} for name, function in CONVERT.items()}
+REFUSALS = (tb.BridgeError, ValueError, TypeError)
+ITSELF = (np.ndarray, torch.Tensor)
+
+
+def wanted(target: str, options: dict[str, Any]) -> Want:
+    """The canonical wish behind options, as the public function makes it."""
+    given = {name: p.default for name, p in DEFAULTS[target].items() if p.kind is p.KEYWORD_ONLY}
+    return _options.WANTS[target](**(given | options))
+
+
+def facts(x: Any) -> Any:
+    """What a step promises. The size class is the source's; page-locking is asked only where the bus is crossed."""
+    _, traits = adapter_of(type(x)).open(x, Want("numpy"))
+    return promised(traits)
+
+
+def promised(traits: Any) -> Any:
+    known = traits.origin != "unknown" and traits.size != "empty"  # an empty array has no memory behind it
+    return traits._replace(size="", pinned=None, origin=traits.origin if known else "")
+
+
+def address(x: Any) -> int:
+    return x.data_ptr() if isinstance(x, torch.Tensor) else x.__array_interface__["data"][0]
+
+
+def values_as(values: Any, dtype: str) -> Any:
+    """The values of the source in another dtype, by NumPy's own cast of small numbers (exact in each of them)."""
+    name = dtype.lstrip(">")
+    if name.startswith("complex") or name in ("clongdouble", "float4_e2m1fn_x2"):
+        return values
+    return numbers(values.real.astype(getattr(ml_dtypes, name, name)))
+
+
+def assert_honest(array: Any, values: Any, target: str, options: dict[str, Any]) -> None:
+    try:
+        plan = tb.plan(array, target, **options)
+    except REFUSALS as refusal:
+        with pytest.raises(type(refusal)) as raised:
+            CONVERT[target](array, **options)
+        assert str(raised.value) == str(refusal)
+        return
+    adapter, want = adapter_of(type(array)), wanted(target, options)
+    result, traits = adapter.open(array, want)
+    source = adapter.describe(result, traits)
+    steps = decide(traits, want, _convert._here(traits, want)).steps
+    assert bind(steps, source, want) == plan
+    stacked = traits.framework.endswith(" list") and traits.order == "K"  # in which order is the framework's choice
+    for step, function in zip(steps, _convert.compiled(steps, traits, want), strict=True):
+        before, result = result, function(result)
+        assert isinstance(result, ITSELF), step
+        assert stacked or facts(result) == promised(step.after), step
+        if source.nbytes and isinstance(before, ITSELF):
+            assert (address(before) != address(result)) == bool(step.kind), step
+        if step.kind or step.op in ("share", "restride"):
+            assert np.array_equal(numbers(result), values_as(values, step.after.dtype)), step
+    public = CONVERT[target](array, **options)
+    assert facts(public) == facts(result)
+    assert np.array_equal(numbers(public), numbers(result))
+    assert tuple(public.shape) == plan.source.shape
+    assert isinstance(public, np.ndarray if target == "numpy" else torch.Tensor)
+    assert type(public) is np.ndarray or target == "torch"
+    if source.nbytes and source.address:
+        assert tb.shares_memory(array, public) == plan.zero_copy
+        assert plan.zero_copy == (plan.bytes_moved == 0)
+
+
+@silent
+@pytest.mark.parametrize("target", HOW)
+@pytest.mark.parametrize("name", ARRAYS)
+def test_every_step_makes_what_it_promised(name, target):
+    values = numbers(ARRAYS[name]())
+    for how, options in HOW[target].items():
+        if "-large" in name and how not in OF_LARGE:
+            continue
+        array = ARRAYS[name]()
+        try:
+            assert_honest(array, values, target, options)
+        except Exception as error:
+            error.args = (f"{how}: {error}",)
+            raise
+        assert np.array_equal(numbers(array), values), how
+
+
+# -- The fast lanes
+
+
+def looks(x: Any) -> tuple[Any, ...]:
+    """All that a caller can see of a result, but its values and its address."""
+    if isinstance(x, torch.Tensor):
+        storage = x.untyped_storage()
+        return (
+            type(x),
+            x.dtype,
+            x.shape,
+            x.stride(),
+            x.storage_offset(),
+            x.requires_grad,
+            x._is_view(),
+            storage.nbytes(),
+        )
+    return type(x), x.dtype, x.dtype.isnative, x.shape, x.strides, x.flags.writeable, x.flags.aligned
+
+
+@silent
+@pytest.mark.parametrize("target", CONVERT)
+@pytest.mark.parametrize("name", ARRAYS)
+def test_fast_lanes_give_what_the_full_road_gives(name, target):
+    array = ARRAYS[name]()
+    convert = CONVERT[target]
+    try:
+        full = convert.__wrapped__(array)
+    except REFUSALS as refusal:
+        with pytest.raises(type(refusal)):
+            convert(array)
+        return
+    result = convert(array)
+    assert looks(result) == looks(full)
+    assert np.array_equal(numbers(result), numbers(full))
+    if not name.startswith("python"):
+        assert tb.shares_memory(array, result) == tb.shares_memory(array, full)
+    if tb.shares_memory(result, full):
+        assert address(result) == address(full)
+
+
+NO_MEMORY_OF_ITS_OWN = {
+    "vmap": lambda see: torch.func.vmap(see)(torch.ones(2, 3)),
+    "grad": lambda see: torch.func.grad(lambda x: (see(x), x.sum())[1])(torch.ones(3)),
+    "jvp": lambda see: torch.func.jvp(see, (torch.ones(3),), (torch.ones(3),)),
+    "functionalize": lambda see: torch.func.functionalize(see)(torch.ones(3)),
+    "functional by hand": lambda see: see(torch._to_functional_tensor(torch.ones(3))),
+    "fake": lambda see: in_fake_mode(see),
+}
+
+
+def in_fake_mode(see):
+    with FakeTensorMode():
+        see(torch.ones(3))
+
+
+@pytest.mark.parametrize("where", NO_MEMORY_OF_ITS_OWN)
+@pytest.mark.parametrize("road", [tb.to_numpy, tb.to_numpy.__wrapped__], ids=["lane", "full road"])
+def test_tensors_without_memory_of_their_own_are_refused_on_either_road(where, road):
+    def see(x):
+        with pytest.raises(tb.UnsupportedArrayError):
+            road(x)
+        seen.append(x)
+        return x * 1
+
+    seen: list[Any] = []
+    NO_MEMORY_OF_ITS_OWN[where](see)
+    assert seen
+
+
+@pytest.mark.parametrize("where", ["grad", "jvp"])
+def test_tensors_that_outlived_a_derivative_are_plain_again_on_either_road(where):
+    leaked: list[Any] = []
+    NO_MEMORY_OF_ITS_OWN[where](lambda x: (leaked.append(x), x * 1)[1])
+    for road in (tb.to_numpy, tb.to_numpy.__wrapped__, tb.to_torch):
+        assert road(leaked[0]).tolist() == [1, 1, 1]
+
+
+@pytest.mark.parametrize("road", [tb.to_numpy, tb.to_numpy.__wrapped__], ids=["lane", "full road"])
+def test_forward_mode_numbers_are_guarded_as_a_graph_is(road):
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(torch.ones(3), torch.ones(3))
+        assert not road(dual).flags.writeable
+        assert tb.shares_memory(road(dual), dual)
+        with pytest.raises(tb.GraphError):
+            road(dual, detach=False)
+        assert road(torch.ones(3)).flags.writeable
+
+
+def test_a_plain_tensor_that_a_transform_closes_over_is_shared():
+    outside = torch.ones(3)
+    seen: list[Any] = []
+    torch.func.vmap(lambda x: (seen.append(tb.to_numpy(outside)), x)[1])(torch.ones(2))
+    assert tb.shares_memory(seen[0], outside)
+
+
+def test_a_trace_sees_what_would_go_by_a_fast_lane():
+    with tb.trace() as seen:
+        tb.to_numpy(torch.ones(3))
+        tb.to_torch(np.ones(3))
+    assert [event.target for event in seen.events] == ["numpy float32 on cpu", "torch float64 on cpu"]
