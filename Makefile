@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 comma := ,
 
-.PHONY: demo test check bench test-gpu clean
+.PHONY: demo test test-integrations check bench test-gpu clean
 
 .venv/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -15,6 +15,11 @@ demo: .venv/.installed
 
 test: .venv/.installed
 	$(BIN)/python -m pytest -q
+
+# Against the real JAX, pandas, polars and pyarrow; `make test` needs none of them.
+test-integrations: .venv/.installed
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[test,integrations]'
+	TENSORBRIDGE_REQUIRE_INTEGRATIONS=1 $(BIN)/python -m pytest -q tests/integrations
 
 # Measures this machine: bench-report/report.md. PEERS=1 adds the rows of other libraries (large downloads).
 bench: .venv/.installed

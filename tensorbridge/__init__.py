@@ -1,10 +1,10 @@
 """tensorbridge: NumPy, PyTorch and CuPy arrays into one another; every conversion is decided before it is done."""
 
 from tensorbridge import tree
+from tensorbridge._api import describe, plan, shares_memory, to_cupy, to_numpy, to_torch
 from tensorbridge._array import ArrayInfo, Device, Traits
 from tensorbridge._async import Transfer, to_numpy_async
 from tensorbridge._collate import collate
-from tensorbridge._convert import describe, plan, shares_memory, to_cupy, to_numpy, to_torch
 from tensorbridge._editing import editing
 from tensorbridge._errors import (
     BridgeError,
@@ -19,9 +19,9 @@ from tensorbridge._errors import (
 from tensorbridge._graph import Graph, autograd_graph
 from tensorbridge._info import Info, info
 from tensorbridge._lease import used_on
-from tensorbridge._plan import Plan, Step
 from tensorbridge._pool import share_memory_pool
 from tensorbridge._prefetch import prefetch
+from tensorbridge._step import Plan, Step
 from tensorbridge._streams import use_stream
 from tensorbridge._watch import Event, Trace, copy_guard, trace
 

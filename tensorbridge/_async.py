@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from tensorbridge import _convert, _dtypes, _staging, _streams, _watch, tree
+from tensorbridge import _api, _dtypes, _staging, _streams, _watch, tree
 from tensorbridge._array import CPU, ArrayInfo
 from tensorbridge._containers import ARRAY, OTHER, flatten, kind_of
 from tensorbridge._eager import eager
@@ -106,7 +106,7 @@ def to_numpy_async(x: Any, *, pinned: bool = False) -> Transfer:
     if pinned is not True and pinned is not False:
         raise TypeError(f"to_numpy_async(pinned={pinned!r}): pinned is True or False")
     is_tree = kind_of(x) not in (ARRAY, OTHER)
-    job = tree.to_numpy if is_tree else _convert.to_numpy
+    job = tree.to_numpy if is_tree else _api.to_numpy
     from concurrent.futures import Future
 
     outcome: Future[Any] = Future()
@@ -184,7 +184,7 @@ def _into_pinned(x: Any) -> Any:
     is_tree = kind_of(x) not in (ARRAY, OTHER)
     flat = flatten(x) if is_tree else None
     leaves = [x] if flat is None else flat.leaves
-    infos = [_convert.describe(leaf) for leaf in leaves]
+    infos = [_api.describe(leaf) for leaf in leaves]
     places: dict[Any, int] = {}
     end = 0
     for info in infos:
@@ -197,7 +197,7 @@ def _into_pinned(x: Any) -> Any:
         if _key(info) not in filled:
             start = places.get(_key(info))
             out = None if start is None else _laid_out(block[start : start + info.nbytes], info)
-            filled[_key(info)] = _convert.to_numpy(leaf, out=out)
+            filled[_key(info)] = _api.to_numpy(leaf, out=out)
     results = [filled[_key(info)] for info in infos]
     return results[0] if flat is None else flat.built(results)
 

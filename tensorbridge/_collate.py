@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from tensorbridge import _convert, _options, _watch
+from tensorbridge import _api, _options, _watch
 from tensorbridge._adapters import _SCALARS
 from tensorbridge._array import shape_text
 from tensorbridge._containers import Flat, Frame, flatten, is_array
@@ -103,15 +103,15 @@ def _stacked(values: list[Any]) -> Any:
     if kinds[0] == "other":
         return values
     if kinds[0] == "number":
-        numbers = _convert.to_torch(values)
+        numbers = _api.to_torch(values)
         return _empty(tuple(numbers.shape), numbers.dtype).copy_(numbers) if _in_worker() else numbers
-    tensors = [_convert.to_torch(value, share_readonly=True) for value in values]
+    tensors = [_api.to_torch(value, share_readonly=True) for value in values]
     _check_alike(tensors)
     if _in_worker() and any(t.requires_grad for t in tensors):
         raise GraphError("a sample requires grad, and a graph cannot go to another process.\nReturn x.detach().")
     if not _watch.watching:
         return _stack(tensors)
-    return _watch.perform(_convert.plan(tensors, "torch"), "collate", lambda: _stack(tensors))
+    return _watch.perform(_api.plan(tensors, "torch"), "collate", lambda: _stack(tensors))
 
 
 def _kind(value: Any) -> str:

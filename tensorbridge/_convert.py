@@ -1,32 +1,20 @@
-"""describe, decide, perform: the three verbs in a row, and the public functions that run them."""
+"""describe, decide, perform: the three verbs in a row."""
 
 from __future__ import annotations
 
 import os
 import sys
 from collections.abc import Callable
-from inspect import signature
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar, overload
-
-import numpy as np
+from typing import Any, NamedTuple
 
 from tensorbridge import _lanes, _options, _streams, _watch
 from tensorbridge import _words as words
 from tensorbridge._adapters import Adapter, adapter_of, performer
 from tensorbridge._array import CPU, ArrayInfo, Traits
-from tensorbridge._eager import eager, mark
 from tensorbridge._errors import BridgeError, UnsupportedArrayError
-from tensorbridge._memory import infos_share
-from tensorbridge._plan import HERE, Decision, Here, Op, Plan, Want, bind, decide
+from tensorbridge._plan import decide
 from tensorbridge._refuse import Obstacle, holder
-
-if TYPE_CHECKING:
-    import cupy
-    import torch
-    from numpy.typing import NDArray
-
-_Out = TypeVar("_Out", bound="NDArray[Any]")
-_Scalar = TypeVar("_Scalar", bound=np.generic)
+from tensorbridge._step import HERE, Decision, Here, Op, Want, bind
 
 
 class Road(NamedTuple):
@@ -42,374 +30,23 @@ _WITH_TORCH = HERE._replace(torch=True)
 _imported_in = os.getpid()
 
 
-@overload
-def to_numpy(
-    x: Any, *, dtype: Any = ..., copy: bool | None = ..., writable: bool | None = ..., detach: bool = ..., out: _Out
-) -> _Out: ...
-@overload
-def to_numpy(
-    x: Any,
-    *,
-    dtype: type[_Scalar] | np.dtype[_Scalar],
-    copy: bool | None = ...,
-    writable: bool | None = ...,
-    detach: bool = ...,
-    out: None = ...,
-) -> NDArray[_Scalar]: ...
-@overload
-def to_numpy(
-    x: Any,
-    *,
-    dtype: Any = ...,
-    copy: bool | None = ...,
-    writable: bool | None = ...,
-    detach: bool = ...,
-    out: None = ...,
-) -> NDArray[Any]: ...
-@_lanes.plain_tensor_to_numpy
-@eager
-def to_numpy(
-    x: Any,
-    *,
-    dtype: Any = None,
-    copy: bool | None = None,
-    writable: bool | None = None,
-    detach: bool = True,
-    out: Any = None,
-) -> Any:
-    """Return `x` as a NumPy array on the host, sharing memory whenever that is safe.
-
-    Parameters
-    ----------
-    x : array of any framework, shape ``(*s)``
-        NumPy, torch, CuPy; anything with DLPack, an array interface, the buffer protocol or ``__array__``; a number;
-        a list of numbers or of equal-shaped arrays.
-    dtype : dtype of any framework, or its name, optional
-        Cast to it, on the side where fewer bytes cross a bus. Default: the dtype of `x`; bfloat16 and float8 arrive as
-        ml_dtypes types of the same bits.
-    copy : bool or None
-        None shares when no promise is broken, else copies once. False never moves a byte. True returns fresh memory in
-        the memory order of `x`.
-    writable : bool or None
-        None: fresh memory is writable; shared memory is as the source, and read-only if the source requires grad, is
-        immutable, or overlaps itself. True: writable; a read-only or overlapping source is copied; a tensor that
-        requires grad is shared, on your word. False: a read-only view.
-    detach : bool
-        False refuses a tensor that requires grad instead of leaving its graph behind.
-    out : numpy.ndarray, shape ``(*s)``, optional
-        Filled and returned. Its dtype is the dtype asked for, narrowing included.
-
-    Returns
-    -------
-    numpy.ndarray, shape ``(*s)``
-        Shares memory with `x` unless ``plan(x, "numpy")`` says otherwise. On the host a shared result stays valid
-        whatever happens to `x`, but for ``x.share_memory_()``, which moves the memory and cannot be prevented.
-
-    Raises
-    ------
-    CopyRequiredError
-        `copy` is False and bytes would have to move; ``error.plan`` says which and why.
-    GraphError
-        `detach` is False and `x` requires grad.
-    UnsupportedArrayError, ProducerError, DeviceError
-        `x` has no NumPy equal, described itself wrongly, or lies on a device that cannot be reached.
-
-    Cost
-    ----
-    Shared: 0 bytes. A copy: ``x.nbytes``. From a GPU: ``x.nbytes`` over the bus; waits for the copy.
-
-    Examples
-    --------
-    >>> import torch
-    >>> t = torch.ones(3, requires_grad=True)
-    >>> to_numpy(t).flags.writeable
-    False
-    >>> to_numpy(t.to(torch.bfloat16)).dtype
-    dtype(bfloat16)
-    """
-    return _convert(x, _options.want_numpy(dtype, copy, writable, detach, out), out)
-
-
-@_lanes.plain_array_to_torch
-@eager
-def to_torch(
-    x: Any,
-    *,
-    device: Any = None,
-    dtype: Any = None,
-    copy: bool | None = None,
-    share_readonly: bool = False,
-    detach: bool = False,
-    pin_memory: bool = False,
-    non_blocking: bool = False,
-    out: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """Return `x` as a torch tensor, sharing memory whenever that is safe.
-
-    Parameters
-    ----------
-    x : array of any framework, shape ``(*s)``
-        As for `to_numpy`. A NumPy view of a tensor comes back as an alias of that tensor, with its version counter.
-    device : "cpu", "cuda", "cuda:1", torch.device, cupy.cuda.Device or int (CUDA index), optional
-        Default: where `x` is.
-    dtype : dtype of any framework, or its name, optional
-        Default: the dtype of `x`, never torch's default dtype.
-    copy : bool or None
-        None shares when no promise is broken, else copies once; False never moves a byte, the bus included; True
-        returns fresh memory in the memory order of `x`.
-    share_readonly : bool
-        A tensor cannot be read-only, so a read-only source is copied. True shares it instead: you will not write.
-    detach : bool
-        True leaves the graph of a tensor behind; the default keeps it.
-    pin_memory : bool
-        The result lies in page-locked host memory.
-    non_blocking : bool
-        To a device, return before the transfer is done; then leave `x` alone until it is.
-    out : torch.Tensor, shape ``(*s)``, optional
-        Filled and returned; it fixes dtype and device.
-
-    Returns
-    -------
-    torch.Tensor, shape ``(*s)``
-        Shares memory with `x` unless ``plan(x, "torch")`` says otherwise; `x` is kept alive by it.
-
-    Raises
-    ------
-    CopyRequiredError
-        `copy` is False and bytes would have to move; ``error.plan`` says which and why.
-    MissingFrameworkError, DeviceError
-        torch is not installed; the device does not exist or cannot be used from this process.
-    UnsupportedArrayError, ProducerError
-        torch has no such dtype or layout; a foreign object described itself wrongly.
-
-    Cost
-    ----
-    Shared: 0 bytes. A copy: ``x.nbytes``. To a GPU: ``x.nbytes`` over the bus, and the host waits until `x` may be
-    changed, unless `non_blocking`.
-
-    Examples
-    --------
-    >>> a = np.zeros(3)
-    >>> t = to_torch(a)
-    >>> t[0] = 1.0
-    >>> a
-    array([1., 0., 0.])
-    >>> to_torch(a[::-1], copy=False)
-    Traceback (most recent call last):
-    ...
-    tensorbridge._errors.CopyRequiredError: to_torch(copy=False): numpy float64 (3,) on cpu cannot be shared.
-      pack   24 B   torch has no negative strides
-      share   0 B   torch.from_numpy: the same memory
-    Allow the copy with copy=None, or reverse on the torch side: to_torch(a[::-1]).flip(0).
-    """
-    _options.require("torch")
-    want = _options.want_torch(device, dtype, copy, share_readonly, detach, pin_memory, non_blocking, out)
-    return _convert(x, want, out)  # type: ignore[no-any-return]
-
-
-@eager
-def to_cupy(
-    x: Any,
-    *,
-    device: Any = None,
-    dtype: Any = None,
-    copy: bool | None = None,
-    share_readonly: bool = False,
-    detach: bool = True,
-    non_blocking: bool = False,
-    out: cupy.ndarray | None = None,
-) -> cupy.ndarray:
-    """Return `x` as a CuPy array on a CUDA device, sharing device memory whenever that is safe.
-
-    Parameters
-    ----------
-    x : array of any framework, shape ``(*s)``
-        As for `to_numpy`.
-    device : "cuda", "cuda:1", cupy.cuda.Device, torch.device or int (CUDA index), optional
-        Default: where `x` is; for host memory the current device.
-    dtype : dtype of any framework, or its name, optional
-        Default: the dtype of `x`. Cast on the side where fewer bytes cross the bus.
-    copy : bool or None
-        None shares when no promise is broken, else copies once; False never moves a byte, the bus included; True
-        returns fresh memory in the memory order of `x`.
-    share_readonly : bool
-        A CuPy array cannot be read-only, so memory that must not be written (a tensor that requires grad, an
-        overlapping view) is copied on the device. True shares it instead: you will not write.
-    detach : bool
-        False refuses a tensor that requires grad instead of leaving its graph behind.
-    non_blocking : bool
-        From the host, return before the transfer is done; then leave `x` alone until it is.
-    out : cupy.ndarray, shape ``(*s)``, optional
-        Filled and returned; it fixes dtype and device.
-
-    Returns
-    -------
-    cupy.ndarray, shape ``(*s)``
-        Shares memory with a torch tensor on CUDA unless ``plan(x, "cupy")`` says otherwise; ordered after the
-        tensor's current stream.
-
-    Raises
-    ------
-    CopyRequiredError
-        `copy` is False and bytes would have to move; ``error.plan`` says which and why.
-    MissingFrameworkError, DeviceError
-        CuPy is not installed; there is no usable CUDA device, or not from this process.
-    GraphError, UnsupportedArrayError, ProducerError
-        As for `to_numpy`.
-
-    Cost
-    ----
-    Shared: 0 bytes, no wait on the host. From the host: ``x.nbytes`` over the bus.
-
-    Examples
-    --------
-    >>> print(plan(np.zeros(3), "cupy"))
-    numpy float64 (3,) on cpu
-      -> cupy float64 on cuda:0: 24 B moved; the host waits for the transfer
-      to_device  24 B   the host to cuda:0
-    """
-    _options.require("cupy")
-    return _convert(x, _options.want_cupy(device, dtype, copy, share_readonly, detach, non_blocking, out), out)
-
-
-_FUNCTIONS: dict[str, Callable[..., Any]] = {"numpy": to_numpy, "torch": to_torch, "cupy": to_cupy}
-
-
-@eager
-def describe(x: Any) -> ArrayInfo:
-    """Return the facts about `x`: where it is, what its elements are, how they lie, who may write, what hangs on it.
-
-    Parameters
-    ----------
-    x : anything that can be converted
-
-    Returns
-    -------
-    ArrayInfo
-        framework, device, dtype, shape, strides in bytes, nbytes, order, writable, requires_grad, grad_fn, lazy bits,
-        pinned (None: not asked), stream (None off the GPU), address.
-
-    Raises
-    ------
-    UnsupportedArrayError, ProducerError
-        `x` cannot be converted, or described itself wrongly.
-
-    Cost
-    ----
-    No element is read; waits for nothing.
-
-    Examples
-    --------
-    >>> info = describe(np.zeros((2, 3))[:, ::-1])
-    >>> info.strides, info.order
-    ((24, -8), 'reversed C')
-    """
-    adapter, handle, traits = _opened(x, Want("numpy"), "describe")
-    return adapter.describe(handle, traits)
-
-
-@eager
-def plan(x: Any, to: Literal["numpy", "torch", "cupy"], **options: Any) -> Plan:
-    """Return the very steps that ``to_numpy``, ``to_torch`` or ``to_cupy`` would perform, and perform none.
-
-    Parameters
-    ----------
-    x : anything that can be converted
-    to : "numpy", "torch" or "cupy"
-    **options
-        Those of the function of that name.
-
-    Returns
-    -------
-    Plan
-        ``source``, ``target``, ``steps`` (op, why, nbytes, kind), ``zero_copy``, ``bytes_moved``, ``blocking``;
-        ``str(plan)`` is a table.
-
-    Raises
-    ------
-    BridgeError, ValueError, TypeError
-        What the conversion would raise; but a device or framework that is missing here is planned for.
-
-    Cost
-    ----
-    No element is read; waits for nothing.
-
-    Examples
-    --------
-    >>> print(plan(np.zeros(3)[::-1], "torch"))
-    numpy float64 (3,) on cpu
-      -> torch float64 on cpu: 24 B moved
-      pack   24 B   torch has no negative strides
-      share   0 B   torch.from_numpy: the same memory
-    """
-    if to not in _FUNCTIONS:
-        raise ValueError(f'plan(to={to!r}): choose "numpy", "torch" or "cupy"')
-    defaults = {name: p.default for name, p in signature(_FUNCTIONS[to]).parameters.items() if name != "x"}
-    unknown = sorted(options.keys() - defaults.keys())
-    if unknown:
-        raise TypeError(f"plan(to={to!r}): to_{to} has no option {unknown[0]!r}; it has {', '.join(defaults)}")
-    out = options.get("out")
-    want = _options.WANTS[to](**(defaults | options))
-    adapter, handle, traits = _opened(x, want, "")
-    want = _options.placed(want, traits, planning=True)
-    info = adapter.describe(handle, traits)
-    if out is not None:
-        _options.check_out(info, describe(out), want)
-    decision = decide(traits, want, _here(traits, want))
-    if decision.refusal is not None:
-        raise words.refused(decision, info, want)
-    return bind(decision.steps, info, want)
-
-
-@eager
-def shares_memory(a: Any, b: Any) -> bool:
-    """Return whether writing one array can change the other, across frameworks and devices, views included.
-
-    Parameters
-    ----------
-    a, b : anything that can be converted
-
-    Returns
-    -------
-    bool
-        Exact for the usual layouts; True where bounded work cannot exclude it. Empty arrays share nothing. Two mappings
-        of one physical page are not seen.
-
-    Raises
-    ------
-    UnsupportedArrayError, ProducerError
-        As for `describe`.
-
-    Cost
-    ----
-    No element is read, device memory included; waits for nothing.
-
-    Examples
-    --------
-    >>> a = np.zeros(4)
-    >>> shares_memory(a[::2], to_torch(a)), shares_memory(a[::2], to_torch(a)[1::2])
-    (True, False)
-    """
-    return infos_share(describe(a), describe(b))
-
-
-def _convert(x: Any, want: Want, out: Any = None) -> Any:
-    adapter, handle, traits = _opened(x, want, "")
+def convert(x: Any, want: Want, out: Any = None) -> Any:
+    adapter, handle, traits = opened(x, want, "")
     if want.device is not None or want.pin_memory or want.framework == "cupy":
         want = _options.placed(want, traits)
     if out is not None:
-        _options.check_out(adapter.describe(handle, traits), describe(out), want)
-    here = _here(traits, want)
-    road = _roads.get((traits, want, here)) or _build(traits, want, here)
+        _options.check_out(adapter.describe(handle, traits), described(out), want)
+    here = moment(traits, want)
+    road = road_for(traits, want, here)
     if road.decision.refusal is not None:
         raise words.refused(road.decision, adapter.describe(handle, traits), want)
     if _watch.watching:
         plan = bind(road.decision.steps, adapter.describe(handle, traits), want)
-        return _watch.perform(plan, words.call(want), lambda: _perform(road, handle, out))
-    return _perform(road, handle, out)
+        return _watch.perform(plan, words.call(want), lambda: perform(road, handle, out))
+    return perform(road, handle, out)
 
 
-def _perform(road: Road, handle: Any, out: Any) -> Any:
+def perform(road: Road, handle: Any, out: Any) -> Any:
     result = handle
     if out is None:
         for function in road.functions:
@@ -420,7 +57,7 @@ def _perform(road: Road, handle: Any, out: Any) -> Any:
     return result
 
 
-def _opened(x: Any, want: Want, call: str) -> tuple[Adapter, Any, Traits]:
+def opened(x: Any, want: Want, call: str) -> tuple[Adapter, Any, Traits]:
     """The facts, and the handle on which steps are performed (a foreign array is imported once, here)."""
     adapter = adapter_of(type(x))
     try:
@@ -435,10 +72,19 @@ def _opened(x: Any, want: Want, call: str) -> tuple[Adapter, Any, Traits]:
     return adapter, handle, traits
 
 
-def _build(traits: Traits, want: Want, here: Here) -> Road:
+def described(x: Any) -> ArrayInfo:
+    adapter, handle, traits = opened(x, Want("numpy"), "describe")
+    return adapter.describe(handle, traits)
+
+
+def road_for(traits: Traits, want: Want, here: Here) -> Road:
+    """The road of this kind of array; built once a kind."""
+    found = _roads.get((traits, want, here))
+    if found is not None:
+        return found
     decision = decide(traits, want, here)
     functions = () if decision.refusal is not None else compiled(decision.steps, traits, want)
-    _open_lanes()
+    open_lanes()
     if len(_roads) >= _ROADS_KEPT:
         _roads.clear()
     road = _roads[traits, want, here] = Road(decision, functions)
@@ -451,7 +97,7 @@ def compiled(steps: tuple[Any, ...], traits: Traits, want: Want) -> tuple[Callab
     return tuple(performer(step, before, want) for step, before in zip(steps, befores, strict=False))
 
 
-def _open_lanes() -> None:
+def open_lanes() -> None:
     tensor = getattr(sys.modules.get("torch"), "Tensor", None)
     if tensor is not None and _lanes._Tensor is None:
         _lanes.open(adapter_of(tensor))
@@ -466,7 +112,7 @@ def _starts_threads() -> bool:
     return torch is not None and bool(torch.get_num_threads() > 1)
 
 
-def _here(traits: Traits, want: Want) -> Here:
+def moment(traits: Traits, want: Want) -> Here:
     """Facts of the moment: a constant on the CPU, read once a call where a GPU or a forked process is involved."""
     target = want.device or traits.device
     on_host = _WITH_TORCH if want.framework == "torch" or "torch" in sys.modules else HERE
@@ -488,6 +134,3 @@ def _here(traits: Traits, want: Want) -> Here:
         torch="torch" in sys.modules,
         per_thread=lent and "cupy" in sys.modules and _streams.per_thread(index),
     )
-
-
-mark()  # torch may be there already

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 import tensorbridge as tb
-from tensorbridge._plan import bytes_text
+from tensorbridge._step import bytes_text
 
 SIZES = (64, 4 << 10, 256 << 10, 16 << 20, 128 << 20)  # bytes
 EPOCHS = 60

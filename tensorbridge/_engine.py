@@ -13,7 +13,7 @@ from tensorbridge import _dtypes
 
 if TYPE_CHECKING:
     from tensorbridge._array import Traits
-    from tensorbridge._plan import Here
+    from tensorbridge._step import Here
 
 _HALF = frozenset(name for name in _dtypes.DTYPES if name in ("float16", "bfloat16") or name.startswith("float8"))
 

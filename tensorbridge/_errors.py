@@ -16,7 +16,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from tensorbridge._plan import Plan
+    from tensorbridge._step import Plan
 
 
 class CopyWarning(UserWarning):

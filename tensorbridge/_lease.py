@@ -109,7 +109,7 @@ def keep(owner: Any, number: int, index: int) -> None:
 
 def settle() -> int:
     """Drop the owners whose last use has passed; return how many are still waited for. Called at every crossing."""
-    if _disowned or not _pending or _streams.capturing():
+    if _disowned:
         return len(_pending)
     for _ in range(len(_pending)):
         try:
@@ -125,7 +125,7 @@ def _released(lease: Lease) -> None:
     """The borrower's last view is gone. Runs in whatever thread dropped it; must not raise."""
     _leases.pop(lease.key, None)
     ending = _Ending(lease.owner, lease.uses)
-    if _disowned or sys.is_finalizing():
+    if _disowned or sys.is_finalizing() or not ending.passed():
         _pending.append(ending)
 
 

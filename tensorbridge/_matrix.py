@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from tensorbridge._array import Device, Traits
-from tensorbridge._plan import HERE, Want, decide
+from tensorbridge._plan import decide
+from tensorbridge._step import HERE, Want
 
 CUDA = Device("cuda:0")
 TARGETS = ("numpy", "torch", "cupy")

@@ -13,7 +13,8 @@ from tensorbridge._adapters import adapter_of
 from tensorbridge._array import CPU, ArrayInfo, Device, Traits
 from tensorbridge._errors import DeviceError, MissingFrameworkError
 from tensorbridge._memory import infos_share
-from tensorbridge._plan import Want
+from tensorbridge._refuse import Obstacle
+from tensorbridge._step import Want
 
 
 def want_numpy(dtype: Any, copy: Any, writable: Any, detach: Any, out: Any) -> Want:
@@ -108,7 +109,9 @@ def placed(want: Want, traits: Traits, *, planning: bool = False) -> Want:
         device = Device("cuda")
     if device is None or device == CPU:
         if want.pin_memory and not planning and not sys.modules["torch"].cuda.is_available():
-            raise DeviceError(f"{words.call(want)}: pinned memory needs a CUDA device, and torch sees none here.")
+            raise DeviceError(
+                f"{words.call(want)}: pinned memory needs a CUDA device, and torch sees none here.\nLeave it out."
+            )
         return want
     count, current, why = _cuda(want.framework)
     if device == "cuda":
@@ -157,7 +160,10 @@ def _with_out(want: Want, out: Any) -> Want:
     cls = getattr(sys.modules.get(want.framework), {"torch": "Tensor"}.get(want.framework, "ndarray"), ())
     if not isinstance(out, cls):
         raise TypeError(f"{call}: out is {type(out).__name__}, not an array of {want.framework}")
-    _, traits = adapter_of(type(out)).open(out, Want("numpy"))
+    try:
+        _, traits = adapter_of(type(out)).open(out, Want("numpy"))
+    except Obstacle as obstacle:
+        raise ValueError(f"{call}: out is {obstacle.what}: {obstacle.why}") from None
     if want.copy is False:
         raise ValueError(f"{call}: filling out moves bytes, which copy=False forbids")
     if want.pin_memory:
@@ -171,10 +177,22 @@ def _with_out(want: Want, out: Any) -> Want:
         (not traits.writable, "out is read-only"),
         (traits.graph, "out requires grad; fill out.detach(), or use copy_ under autograd's eyes"),
         (traits.overlap, "out overlaps itself: two of its elements are one"),
+        (traits.lazy == "zero", "out is a zero tensor, which has no memory; fill out.clone()"),
+        (
+            _is_frozen(out),
+            "out is an inference tensor, which torch writes only inside inference_mode; fill out.clone()",
+        ),
     ):
         if bad:
             raise ValueError(f"{call}: {why}")
     return want._replace(dtype=name, device=None if want.framework == "numpy" else traits.device, out=traits)
+
+
+def _is_frozen(out: Any) -> bool:
+    torch = sys.modules.get("torch")
+    if torch is None or not isinstance(out, torch.Tensor):
+        return False
+    return bool(out.is_inference() and not torch.is_inference_mode_enabled())
 
 
 def check_out(source: ArrayInfo, target: ArrayInfo, want: Want) -> None:

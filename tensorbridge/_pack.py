@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 
 from tensorbridge import _dtypes
-from tensorbridge._array import SMALL, Device, Traits
-from tensorbridge._plan import Op, Plan, Step, bytes_text
+from tensorbridge._array import Device, Traits
+from tensorbridge._step import Op, Plan, Step, bytes_text
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -25,98 +26,111 @@ BLOCK = 4 * 1024 * 1024  # bytes: what one kept leaf keeps at most
 ALIGN = 256  # bytes: what CUDA's allocator gives any array of its own
 
 
-class Crossing(NamedTuple):
-    """What packing sees of a leaf: the one step with which it crosses the bus, and what lies in memory then."""
+class Route(NamedTuple):
+    """How leaves of one kind cross the bus: what packing sees of them, but for the shape."""
 
-    step: int  # its index among the leaf's steps
+    step: int  # which of the leaf's steps is the crossing
     kind: str  # "h2d" or "d2h"
     giver: str  # the framework that holds it before; "" on the host, where bytes are bytes
     receiver: str
     device: Device
     dtype: str
+
+
+class Run(NamedTuple):
+    """Leaves of one dtype and shape in a block, in equal steps."""
+
+    leaves: tuple[int, ...]
+    route: Route  # of the first
     shape: tuple[int, ...]
-
-    @property
-    def nbytes(self) -> int:
-        return math.prod(self.shape) * _dtypes.DTYPES[self.dtype].itemsize
-
-
-class Part(NamedTuple):
-    """One leaf's place in a block."""
-
-    leaf: int
     offset: int  # bytes
-    dtype: str
-    shape: tuple[int, ...]
-    nbytes: int
+    step: int  # bytes
+    nbytes: int  # of one leaf
 
 
 class Block(NamedTuple):
-    """Leaves that cross together. Parts of one dtype and shape follow one another in equal steps."""
+    """Leaves that cross together."""
 
-    crossing: Crossing  # of the first leaf
-    parts: tuple[Part, ...]
+    runs: tuple[Run, ...]
     nbytes: int  # padding included
 
+    @property
+    def members(self) -> list[int]:
+        return [i for run in self.runs for i in run.leaves]
 
-def crossing(traits: Traits, steps: Sequence[Step], shape: tuple[int, ...]) -> Crossing | None:
-    """How a leaf crosses the bus, if it may do so in a block with others.
+    @property
+    def route(self) -> Route:
+        return self.runs[0].route
 
-    It must be small, lie in C order (a block knows no strides), cross once, and leave no graph behind that is wanted.
+
+def route(traits: Traits, steps: Sequence[Step]) -> Route | None:
+    """How arrays of a kind cross the bus, if they may do so in a block with others.
+
+    They must be small, lie in C order (a block knows no strides), cross once, leave no graph behind that is wanted, and
+    not be wanted in page-locked memory.
     """
     moves = [i for i, step in enumerate(steps) if step.kind in ("h2d", "d2h")]
-    if len(moves) != 1 or steps[moves[0]].op not in (Op.TO_DEVICE, Op.TO_HOST):
+    if traits.size != "small" or len(moves) != 1 or steps[moves[0]].op not in (Op.TO_DEVICE, Op.TO_HOST):
         return None
     step = steps[moves[0]]
     before = steps[moves[0] - 1].after if moves[0] else traits
-    if before.graph or before.lazy or before.overlap or (before.order, before.spacing) != ("C", "dense"):
-        return None
     row = _dtypes.DTYPES.get(before.dtype)  # swapped bytes have no row
     if row is None or row.numpy is None or any(later.op == Op.FILL for later in steps):
         return None
+    if before.graph or before.lazy or before.overlap or (before.order, before.spacing) != ("C", "dense"):
+        return None
+    if step.kind == "d2h" and step.after.pinned:
+        return None
     up = step.op == Op.TO_DEVICE
     device = step.after.device if up else before.device
-    found = Crossing(
-        moves[0], step.kind, "" if up else before.framework, step.after.framework, device, before.dtype, tuple(shape)
-    )
-    return found if found.nbytes < SMALL else None
+    giver = "" if up else before.framework
+    return Route(moves[0], step.kind, giver, step.after.framework, device, before.dtype)
 
 
-def blocks(leaves: Sequence[Crossing | None]) -> list[Block]:
-    """The blocks in which these leaves cross; those that are in none cross by themselves."""
-    routes: dict[tuple[Any, ...], list[int]] = {}
+def blocks(leaves: Sequence[tuple[Route, tuple[int, ...]] | None]) -> list[Block]:
+    """The blocks in which leaves cross, by route and shape; those that are in none cross by themselves."""
+    kinds: dict[tuple[int, tuple[int, ...]], list[int]] = {}
     for i, leaf in enumerate(leaves):
         if leaf is not None:
-            routes.setdefault((leaf.kind, leaf.giver, leaf.receiver, leaf.device), []).append(i)
+            kinds.setdefault((id(leaf[0]), leaf[1]), []).append(i)  # leaves of one kind have one Route object, mostly
+    ways: dict[tuple[Any, ...], dict[tuple[str, tuple[int, ...]], tuple[Route, list[int]]]] = {}
+    for members in kinds.values():
+        route, shape = leaves[members[0]]  # type: ignore[misc]
+        way = ways.setdefault((route.kind, route.giver, route.receiver, route.device), {})
+        way.setdefault((route.dtype, shape), (route, []))[1].extend(members)
     found: list[Block] = []
-    for members in routes.values():
-        members.sort(key=lambda i: (leaves[i].dtype, leaves[i].shape))  # type: ignore[union-attr]
-        parts: list[Part] = []
-        end = 0
-        for i in members:
-            leaf = leaves[i]
-            assert leaf is not None
-            if end + leaf.nbytes > BLOCK:
-                found.append(_block(leaves, parts, end))
-                parts, end = [], 0
-            parts.append(Part(i, end, leaf.dtype, leaf.shape, leaf.nbytes))
-            end += -(-leaf.nbytes // ALIGN) * ALIGN
-        found.append(_block(leaves, parts, end))
-    return [block for block in found if len(block.parts) > 1]
+    for way in ways.values():
+        found += _filled([(route, shape, members) for (_, shape), (route, members) in way.items()])
+    return [block for block in found if len(block.members) > 1]
 
 
-def _block(leaves: Sequence[Crossing | None], parts: list[Part], end: int) -> Block:
-    first = leaves[parts[0].leaf]
-    assert first is not None
-    return Block(first, tuple(parts), end)
+def _filled(kinds: list[tuple[Route, tuple[int, ...], list[int]]]) -> list[Block]:
+    """One block after the other, each as full as the cap allows."""
+    found: list[Block] = []
+    runs: list[Run] = []
+    end = 0
+    for route, shape, members in kinds:
+        nbytes = math.prod(shape) * _dtypes.DTYPES[route.dtype].itemsize
+        step = -(-nbytes // ALIGN) * ALIGN
+        left = members
+        while left:
+            room = (BLOCK - end) // step
+            if room:
+                runs.append(Run(tuple(left[:room]), route, shape, end, step, nbytes))
+                end += step * len(left[:room])
+                left = left[room:]
+            if left:
+                found.append(Block(tuple(runs), end))
+                runs, end = [], 0
+    return [*found, Block(tuple(runs), end)]
 
 
 def planned(plan: Plan, at: int, block: Block) -> Plan:
     """The plan of a leaf that crosses at step `at`, with what packing adds to it."""
     step = plan.steps[at]
     before = plan.steps[at - 1].after if at else Traits(plan.source.framework, plan.source.device)
-    others = f"a block of {bytes_text(block.nbytes)} with {len(block.parts) - 1} more"
-    if block.crossing.kind == "h2d":
+    others = f"a block of {bytes_text(block.nbytes)} with {len(block.members) - 1} more"
+    if block.route.kind == "h2d":
         packed = Step(Op.PACK, f"into {others}: one transfer", step.nbytes, "h2h", before)
         steps = (*plan.steps[:at], packed, *plan.steps[at:])
         return plan._replace(steps=steps, bytes_moved=plan.bytes_moved + step.nbytes, blocking=False)
@@ -142,26 +156,12 @@ class Bus(Protocol):
     def down(self, block: Any, device: Device) -> Any: ...  # the block on the host, as a flat uint8 array
 
 
-class _Run(NamedTuple):
-    """Parts of one dtype and shape, in equal steps."""
-
-    parts: tuple[Part, ...]
-    step: int  # bytes
-
-    @property
-    def first(self) -> Part:
-        return self.parts[0]
-
-    @property
-    def dtype(self) -> _dtypes.Dtype:
-        return _dtypes.DTYPES[self.first.dtype]
-
-    def rows(self, block: Any) -> Any:
-        """A view of the block, (parts, \\*shape), of the carrier type."""
-        carrier = np.dtype(self.dtype.carrier or self.dtype.numpy)
-        shape = (len(self.parts), *self.first.shape)
-        strides = (self.step, *_c_strides(self.first.shape, carrier.itemsize))
-        return np.ndarray(shape, carrier, block, self.first.offset, strides)
+def _rows(run: Run, block: Any) -> Any:
+    """The leaves of a run as rows of the host block, of the carrier type."""
+    row = _dtypes.DTYPES[run.route.dtype]
+    carrier = np.dtype(row.carrier or row.numpy)
+    shape = (len(run.leaves), *run.shape)
+    return np.ndarray(shape, carrier, block, run.offset, (run.step, *_c_strides(run.shape, carrier.itemsize)))
 
 
 def _c_strides(shape: tuple[int, ...], itemsize: int) -> tuple[int, ...]:
@@ -171,107 +171,96 @@ def _c_strides(shape: tuple[int, ...], itemsize: int) -> tuple[int, ...]:
     return tuple(strides)
 
 
-def _runs(block: Block) -> list[_Run]:
-    found: list[_Run] = []
-    start = 0
-    for i in range(1, len(block.parts) + 1):
-        first = block.parts[start]
-        if i == len(block.parts) or (block.parts[i].dtype, block.parts[i].shape) != (first.dtype, first.shape):
-            found.append(_Run(block.parts[start:i], -(-first.nbytes // ALIGN) * ALIGN))
-            start = i
-    return found
-
-
-def upload(block: Block, arrays: Sequence[Any], bus: Bus) -> list[Any]:
-    """The parts of a block, host arrays of NumPy or torch, as arrays of the receiver on the device, in order."""
+def upload(block: Block, arrays: Sequence[Sequence[Any]], bus: Bus) -> list[Sequence[Any]]:
+    """Host arrays of NumPy or torch, run by run, as arrays of the receiver on the device."""
     host = bus.host_block(block.nbytes)
-    runs = _runs(block)
-    start = 0
-    for run in runs:
-        rows = run.rows(host)
-        for i in range(len(run.parts)):
-            rows[i] = _carried(arrays[start + i], run.dtype)
-        start += len(run.parts)
-    there = bus.up(host, block.crossing.device)
-    cut = _torch_parts if block.crossing.receiver == "torch" else _cupy_parts
-    return [part for run in runs for part in cut(there, run)]
+    for run, members in zip(block.runs, arrays, strict=True):
+        rows, carrier = _rows(run, host), _dtypes.DTYPES[run.route.dtype].carrier
+        for i, array in enumerate(members):
+            rows[i] = array if type(array) is np.ndarray and not carrier else _carried(array, carrier)
+    there = bus.up(host, block.route.device)
+    cut = _torch_leaves if block.route.receiver == "torch" else _cupy_leaves
+    return [cut(there, run) for run in block.runs]
 
 
-def _carried(array: Any, dtype: _dtypes.Dtype) -> Any:
+def _carried(array: Any, carrier: str) -> Any:
     """A host array as NumPy, under its carrier type."""
     if isinstance(array, np.ndarray):
-        return array.view(dtype.carrier) if dtype.carrier else array
+        return array.view(carrier) if carrier else array
     import torch
 
-    return (array.view(getattr(torch, dtype.carrier)) if dtype.carrier else array).numpy()
+    return (array.view(getattr(torch, carrier)) if carrier else array).numpy()
 
 
-def _torch_parts(block: Tensor, run: _Run) -> list[Tensor]:
-    """Tensors over the block's storage, each with a version counter of its own, which is what `Tensor.data` gives."""
+def _torch_leaves(block: Tensor, run: Run) -> Sequence[Tensor]:
+    """Tensors over the block's storage, each with a version counter of its own.
+
+    Below autograd's dispatch a view is just a tensor. Where that is no longer so, `Tensor.data` makes it one.
+    """
     import torch
 
-    dtype = getattr(torch, run.dtype.torch)
-    return [row.data for row in _torch_rows(block, run, dtype).unbind(0)]
+    rows = _torch_rows(block, run, getattr(torch, _dtypes.DTYPES[run.route.dtype].torch))
+    below: Any = getattr(torch._C, "_AutoDispatchBelowADInplaceOrView", nullcontext)
+    with below():
+        leaves = rows.unbind(0)
+    return leaves if leaves[0]._base is None else [leaf.data for leaf in leaves]
 
 
-def _torch_rows(block: Tensor, run: _Run, dtype: Any) -> Tensor:
-    itemsize = run.dtype.itemsize
-    shape = (len(run.parts), *run.first.shape)
-    strides = (run.step // itemsize, *_c_strides(run.first.shape, 1))
-    return block.view(dtype).as_strided(shape, strides, run.first.offset // itemsize)
+def _torch_rows(block: Tensor, run: Run, dtype: Any) -> Tensor:
+    itemsize = dtype.itemsize
+    shape = (len(run.leaves), *run.shape)
+    strides = (run.step // itemsize, *_c_strides(run.shape, 1))
+    return block.view(dtype).as_strided(shape, strides, run.offset // itemsize)
 
 
-def _cupy_parts(block: Any, run: _Run) -> list[Any]:
+def _cupy_leaves(block: Any, run: Run) -> Sequence[Any]:
     import cupy
 
-    return [cupy.ndarray(part.shape, run.dtype.numpy, block.data + part.offset) for part in run.parts]
+    dtype, start = _dtypes.DTYPES[run.route.dtype].numpy, block.data + run.offset
+    return [cupy.ndarray(run.shape, dtype, start + i * run.step) for i in range(len(run.leaves))]
 
 
-def download(block: Block, arrays: Sequence[Any], bus: Bus) -> list[Any]:
-    """The parts of a block, arrays on the device, as NumPy arrays with memory of their own, in order."""
-    giver = block.crossing.giver
-    there = _torch_block(block, arrays) if giver == "torch" else _cupy_block(block, arrays)
-    host = bus.down(there, block.crossing.device)
-    out: list[Any] = []
-    for run in _runs(block):
-        rows = run.rows(host)
-        own = [rows[i, ...].copy() for i in range(len(run.parts))]
-        out.extend([a.view(run.dtype.numpy) for a in own] if run.dtype.carrier else own)
-    return out
-
-
-def _torch_block(block: Block, arrays: Sequence[Tensor]) -> Tensor:
-    """One kernel for the parts of one dtype and shape."""
-    import torch
-
-    there = torch.empty(block.nbytes, dtype=torch.uint8, device=arrays[0].device)
-    start = 0
-    for run in _runs(block):
-        parts = list(arrays[start : start + len(run.parts)])
-        plain = _OPAQUE.get(run.first.dtype) or run.dtype.carrier
-        dtype = getattr(torch, plain or run.dtype.torch)
-        if plain:
-            parts = [t.view(dtype) for t in parts]
-        torch.stack(parts, out=_torch_rows(there, run, dtype))
-        start += len(run.parts)
-    return there
+def download(block: Block, arrays: Sequence[Sequence[Any]], bus: Bus) -> list[Sequence[Any]]:
+    """Arrays on the device, run by run, as NumPy arrays with memory of their own."""
+    fill = _fill_torch_block if block.route.giver == "torch" else _fill_cupy_block
+    host = bus.down(fill(block, arrays), block.route.device)
+    found: list[Sequence[Any]] = []
+    for run in block.runs:
+        rows, row = _rows(run, host), _dtypes.DTYPES[run.route.dtype]
+        own = [rows[i, ...].copy() for i in range(len(run.leaves))]
+        found.append([a.view(row.numpy) for a in own] if row.carrier else own)
+    return found
 
 
 _OPAQUE = {"uint16": "int16", "uint32": "int32", "uint64": "int64"}  # of which torch's kernels know few
 
 
-def _cupy_block(block: Block, arrays: Sequence[Any]) -> Any:
+def _fill_torch_block(block: Block, arrays: Sequence[Sequence[Tensor]]) -> Tensor:
+    """One kernel a run."""
+    import torch
+
+    there = torch.empty(block.nbytes, dtype=torch.uint8, device=arrays[0][0].device)
+    for run, members in zip(block.runs, arrays, strict=True):
+        row = _dtypes.DTYPES[run.route.dtype]
+        plain = _OPAQUE.get(row.name) or row.carrier
+        dtype = getattr(torch, plain or row.torch)
+        parts = [t.view(dtype) for t in members] if plain else list(members)
+        torch.stack(parts, out=_torch_rows(there, run, dtype))
+    return there
+
+
+def _fill_cupy_block(block: Block, arrays: Sequence[Sequence[Any]]) -> Any:
     import cupy
 
-    with arrays[0].device:
+    with arrays[0][0].device:
         there = cupy.empty(block.nbytes, dtype=cupy.uint8)
-        start = 0
-        for run in _runs(block):
-            shape = (len(run.parts), *run.first.shape)
-            strides = (run.step, *_c_strides(run.first.shape, run.dtype.itemsize))
-            rows = cupy.ndarray(shape, run.dtype.numpy, there.data + run.first.offset, strides)
-            cupy.stack(arrays[start : start + len(run.parts)], out=rows)
-            start += len(run.parts)
+        for run, members in zip(block.runs, arrays, strict=True):
+            dtype = _dtypes.DTYPES[run.route.dtype].numpy
+            assert dtype is not None
+            shape = (len(run.leaves), *run.shape)
+            strides = (run.step, *_c_strides(run.shape, dtype.itemsize))
+            rows = cupy.ndarray(shape, dtype, there.data + run.offset, strides)
+            cupy.stack(members, out=rows)
     return there
 
 
@@ -298,4 +287,4 @@ class Staging:
 
 
 def bus_for(block: Block) -> Bus:
-    return Staging(block.crossing.giver or block.crossing.receiver)
+    return Staging(block.route.giver or block.route.receiver)

@@ -27,7 +27,7 @@ from tensorbridge import _lease, _leaves, _options, _streams, _watch
 from tensorbridge._array import CPU, Traits
 from tensorbridge._containers import flatten
 from tensorbridge._eager import eager, mark
-from tensorbridge._plan import Want
+from tensorbridge._step import Want
 
 _T = TypeVar("_T")
 PATIENCE = 1.0  # seconds that close() waits for a worker whose source does not answer

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from tensorbridge import _dtypes
 from tensorbridge._array import CPU, Traits
 from tensorbridge._errors import DeviceError, GraphError, UnsupportedArrayError
+from tensorbridge._step import Here, Refusal, Step, Want
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-
-    from tensorbridge._plan import Here, Step, Want
 
 
 class Obstacle(Exception):
@@ -24,13 +23,6 @@ class Obstacle(Exception):
         super().__init__(name, what, detail)
         self.refusal, self.what = OBSTACLES[name], what
         self.why = detail or self.refusal.why
-
-
-class Refusal(NamedTuple):
-    error: type[Exception]
-    why: str
-    cure: str
-    cast: str = ""  # the dtype of the copy that the cure makes
 
 
 def _unsupported(why: str, cure: str) -> Refusal:
@@ -103,8 +95,9 @@ OBSTACLES: dict[str, Refusal] = {
     ),
     "not an array": _unsupported(
         "it is no array of NumPy, torch or CuPy, and has no __dlpack__, array interface, buffer or __array__",
-        "Convert the array inside it.",
+        "Give an array, a number or a list of them; of an object that holds an array, that array.",
     ),
+    "set": _unsupported("the elements of a set have no order", "Convert list(x), or each element."),
     "empty list": _unsupported("an empty list has no dtype", 'Say which: numpy.empty(0, dtype="float32").'),
 }
 
@@ -141,8 +134,11 @@ def before(traits: Traits, want: Want, here: Here) -> Refusal | None:
     sides = {holder(traits, want, here), want.framework}
     if source != wanted and not any(_dtypes.can_cast(side, source, wanted) for side in sides):
         who = f"{CALLED[sides.pop()]} cannot" if len(sides) == 1 else "neither side can"
-        packed = "float4_e2m1fn_x2" in (source, wanted)
-        cure = "Convert x.view(torch.uint8), two elements a byte." if packed else "Cast in two calls, by way of float32."
+        cure = "Cast in two calls, by way of float32."
+        if source == "float4_e2m1fn_x2":
+            cure = "Convert x.view(torch.uint8), two elements a byte."
+        elif wanted == "float4_e2m1fn_x2":
+            cure = "Pack two elements a byte, as uint8, and view the tensor: t.view(torch.float4_e2m1fn_x2)."
         return _unsupported(f"{who} cast {source} to {wanted}", cure)
     if _dtypes.is_complex(source) and not _dtypes.is_complex(wanted):
         return _unsupported(f"{source} to {wanted} would drop the imaginary part", "Convert x.real, or abs(x).")

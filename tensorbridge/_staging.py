@@ -161,9 +161,7 @@ class Ring:
                 found = self._idle()
                 if found is not None:
                     return found
-                if self._made < self._count:
-                    made = Slot(self._allocate(self.nbytes))
-                    self._made += 1
+                if self._made < self._count and (made := self._another()) is not None:
                     return made
                 if not wait:
                     return None
@@ -179,6 +177,18 @@ class Ring:
             raise
         slot.mark = None
         return slot
+
+    def _another(self) -> Slot | None:
+        """One slot more; where page-locked memory has run out, those that there are have to do."""
+        try:
+            made = Slot(self._allocate(self.nbytes))
+        except DeviceError:
+            if not self._made:
+                raise
+            self._count = self._made
+            return None
+        self._made += 1
+        return made
 
     def _idle(self) -> Slot | None:
         for slot in self._free:

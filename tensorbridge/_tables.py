@@ -13,11 +13,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from tensorbridge import _adapters, _convert, _dtypes
+from tensorbridge import _adapters, _api, _dtypes
 from tensorbridge._adapters import _columns, _numpy
 from tensorbridge._array import CPU, ArrayInfo, Traits, size_class
 from tensorbridge._errors import UnsupportedArrayError
-from tensorbridge._plan import Step, Want
+from tensorbridge._step import Step, Want
 
 Open = Callable[[Any], tuple[list[Any], list[Any]]]
 
@@ -75,7 +75,7 @@ def leaf(x: Any) -> Any:
     parts = [_part(arrow, chunk) for chunk in x.chunks] or [_part(arrow, arrow.array([], x.type))]
     if len(parts) == 1:
         return parts[0]
-    arrays = [part.join() if isinstance(part, Joined) else _convert.to_numpy(part) for part in parts]
+    arrays = [part.join() if isinstance(part, Joined) else _api.to_numpy(part) for part in parts]
     shape = (sum(map(len, arrays)), *arrays[0].shape[1:])
     return Joined(shape, arrays[0].dtype, lambda: np.concatenate(arrays))
 
@@ -91,7 +91,7 @@ def _part(arrow: Any, chunk: Any) -> Any:
     if types.is_fixed_size_list(chunk.type):
         return _rows(arrow, chunk, chunk.type.list_size)
     if types.is_list(chunk.type) or types.is_large_list(chunk.type):
-        lengths = np.diff(_convert.to_numpy(chunk.offsets))
+        lengths = np.diff(_api.to_numpy(chunk.offsets))
         if len(lengths) and (lengths != lengths[0]).any():
             raise UnsupportedArrayError(
                 f"{type(chunk).__name__} is ragged: its lists have {lengths.min()} to {lengths.max()} elements.\n"
@@ -109,7 +109,7 @@ def _rows(arrow: Any, lists: Any, length: int) -> Any:
     if isinstance(part, Joined):
         shape = (len(lists), length, *part.shape[1:])
         return Joined(shape, part.dtype, lambda: part.join().reshape(shape))
-    flat = _convert.to_numpy(part)
+    flat = _api.to_numpy(part)
     return flat.reshape(len(lists), length, *flat.shape[1:])
 
 

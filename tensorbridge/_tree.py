@@ -7,12 +7,13 @@ from collections.abc import Callable, Sequence
 from inspect import signature
 from typing import Any, Literal, NamedTuple
 
-from tensorbridge import _convert, _eager, _options
+from tensorbridge import _api, _eager, _options
 from tensorbridge._array import ArrayInfo, Traits
 from tensorbridge._containers import Flat, flatten
-from tensorbridge._leaves import NAMED, aligned, blocks_of, converted, decided, name, plan_of
+from tensorbridge._leaf import NAMED, decided, name
+from tensorbridge._leaves import aligned, blocks_of, converted, outside, plan_of
 from tensorbridge._pack import Block
-from tensorbridge._plan import Plan, bytes_text, step_lines
+from tensorbridge._step import Plan, bytes_text, step_lines
 
 
 @_eager.outermost
@@ -206,7 +207,7 @@ class TreePlan(NamedTuple):
     def __str__(self) -> str:
         own = [leaf for leaf in self.leaves if not leaf.same_as]
         crossing = sum(any(step.kind in ("h2d", "d2h") for step in leaf.plan.steps) for leaf in own)
-        transfers = crossing - sum(len(block.parts) - 1 for block in self.blocks)
+        transfers = crossing - sum(len(block.members) - 1 for block in self.blocks)
         end = "zero copy" if self.zero_copy else f"{bytes_text(self.bytes_moved)} moved"
         end += f", {transfers} transfer{'s' * (transfers != 1)}" if transfers else ""
         end += "; the host waits" if self.blocking else ""
@@ -303,15 +304,15 @@ def plan(tree: Any, to: Literal["numpy", "torch", "cupy"], *, pack: bool = True,
         return _tree_plan(to, [_leaf_plan(flat, paths, i, to, options | {"out": x}) for i, x in enumerate(into.leaves)])
     leaves, same = decided(flat, want, range(len(paths)), {}, planning=True)
     blocks = blocks_of(leaves) if pack else []
-    packed = {part.leaf: block for block in blocks for part in block.parts}
-    plans = {leaf.place: plan_of(leaf, packed.get(i)) for i, leaf in enumerate(leaves)}
+    plans = {leaf.place: plan_of(leaf, None) for leaf in outside(blocks, leaves, flat, want, planning=True)}
+    plans |= {leaves[i].place: plan_of(leaves[i], block) for block in blocks for i in block.members}
     found = [LeafPlan(paths[i], plans[same.get(i, i)], paths[same[i]] if i in same else "") for i in range(len(paths))]
     return _tree_plan(to, found, blocks)
 
 
 def _leaf_plan(flat: Flat, paths: list[str], i: int, to: Any, options: dict[str, Any]) -> LeafPlan:
     try:
-        return LeafPlan(paths[i], _convert.plan(flat.leaves[i], to, **options))
+        return LeafPlan(paths[i], _api.plan(flat.leaves[i], to, **options))
     except NAMED as error:
         name(error, flat, i)
         raise

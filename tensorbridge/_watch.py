@@ -19,7 +19,7 @@ from typing import Any, Literal, NamedTuple
 
 from tensorbridge._eager import eager
 from tensorbridge._errors import CopyRequiredError, CopyWarning
-from tensorbridge._plan import Plan, Step, bytes_text, step_lines
+from tensorbridge._step import Plan, Step, bytes_text, step_lines
 
 KINDS = ("h2h", "h2d", "d2h", "d2d")
 

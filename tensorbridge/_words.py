@@ -5,8 +5,7 @@ from __future__ import annotations
 from tensorbridge import _dtypes
 from tensorbridge._array import ArrayInfo, Device
 from tensorbridge._errors import BridgeError
-from tensorbridge._plan import Decision, Want, bind, bytes_text, step_lines
-from tensorbridge._refuse import Refusal
+from tensorbridge._step import Decision, Refusal, Want, bind, bytes_text, step_lines
 
 
 def call(want: Want) -> str:
@@ -16,7 +15,8 @@ def call(want: Want) -> str:
         f"{name}={str(value) if isinstance(value, Device) else value!r}"
         for name, value, usual in zip(Want._fields, want, defaults, strict=True)
         if value != usual and name not in ("framework", "out")
-    ]
+        and not (want.out is not None and name in ("dtype", "device"))  # said by `out`
+    ]  # fmt: skip
     if want.out is not None:
         given.append("out=...")
     return f"to_{want.framework}({', '.join(given)})" if given else f"to_{want.framework}"
@@ -28,13 +28,15 @@ def refused(decision: Decision, info: ArrayInfo, want: Want) -> Exception:
     assert refusal is not None
     asked = call(want)
     made = bind(decision.steps, info, want) if decision.steps else None
+    source = str(info)
+    source += "," * (", " in source.partition(" on ")[2])  # closes what was said of it in passing
     if not refusal.why:
-        lines = [f"{asked}: {info} cannot be shared.", *step_lines(made.steps if made else ())]
+        lines = [f"{asked}: {source} cannot be shared.", *step_lines(made.steps if made else ())]
         lines.append("Allow the copy with copy=None" + (f", or {refusal.cure}." if refusal.cure else "."))
         text = "\n".join(lines)
     else:
         why = refusal.why.replace("{grad_fn}", f" ({info.grad_fn})" if info.grad_fn else "")
-        text = f"{asked}: {info} cannot be converted: {why}.\n{_cure(refusal, info)}"
+        text = f"{asked}: {source} cannot be converted: {why}.\n{_cure(refusal, info)}"
     error = refusal.error(text)
     if isinstance(error, BridgeError):
         error.plan = made

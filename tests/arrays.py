@@ -10,6 +10,7 @@ import array
 import ctypes
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import ml_dtypes
 import numpy as np
 import torch
 
+from tensorbridge import BridgeError
 from tensorbridge._dtypes import DTYPES
 
 SIX = (2, 3)
@@ -150,6 +152,17 @@ def numbers(x: Any) -> Any:
     return a.astype("complex128") if a.dtype != "float8_e8m0fnu" else a.astype("float32").astype("complex128")
 
 
+REFUSALS = (BridgeError, ValueError, TypeError)
+
+
+def attempt(call: Callable[[], Any]) -> tuple[Any, Exception | None]:
+    """What a call returns, or how it refuses."""
+    try:
+        return call(), None
+    except REFUSALS as refusal:
+        return None, refusal
+
+
 # -- The names
 
 Build = Callable[[], Any]
@@ -219,11 +232,7 @@ NUMPY: dict[str, Build] = {
     "subclass-read-only": lambda: frozen(digits(*SIX).view(Tagged)),
     "matrix": lambda: digits(*SIX).view(np.matrix),
     "record-array-field": lambda: np.rec.fromarrays([digits(6), digits(6)], names="a,b").b,
-} | {
-    f"dtype-{name}": (lambda row: lambda: digits(*SIX, dtype=row.numpy))(row)
-    for name, row in DTYPES.items()
-    if row.numpy is not None
-}
+} | {f"dtype-{name}": partial(digits, *SIX, dtype=row.numpy) for name, row in DTYPES.items() if row.numpy is not None}
 
 TENSOR_VIEWS: dict[str, Build] = {
     "view-of-tensor": lambda: tensor(*SIX).numpy(),
@@ -234,7 +243,9 @@ TENSOR_VIEWS: dict[str, Build] = {
     "view-of-tensor-reversed-once-more": lambda: tensor(6).numpy()[::-1][::-1],
     "view-of-tensor-wider": lambda: torch.tensor([1, 0, 2, 0, 3, 0], dtype=torch.int32).numpy().view("int64"),
     "view-of-tensor-same-width": lambda: tensor(6, dtype=torch.int32).view(torch.float32).numpy().view("int32"),
-    "view-of-tensor-bfloat16": lambda: tensor(6, dtype=torch.bfloat16).view(torch.int16).numpy().view(ml_dtypes.bfloat16),
+    "view-of-tensor-bfloat16": lambda: (
+        tensor(6, dtype=torch.bfloat16).view(torch.int16).numpy().view(ml_dtypes.bfloat16)
+    ),
     "view-of-tensor-read-only": lambda: frozen(tensor(*SIX).numpy()),
     "view-of-tensor-broadcast": lambda: np.broadcast_to(tensor(3).numpy(), SIX),
     "view-of-tensor-expanded": lambda: tensor(3).expand(2, 3).numpy(),
@@ -294,7 +305,7 @@ TORCH: dict[str, Build] = {
     "inference": lambda: in_inference_mode(),
     "viewed-as-real": lambda: torch.view_as_real(spiral(*SIX)),
 } | {
-    f"dtype-{row.torch}": (lambda row: lambda: tensor(*SIX, dtype=getattr(torch, row.torch)))(row)
+    f"dtype-{row.torch}": partial(tensor, *SIX, dtype=getattr(torch, row.torch))
     for name, row in DTYPES.items()
     if row.torch and name != "float4_e2m1fn_x2"
 } | {"dtype-float4_e2m1fn_x2": lambda: tensor(*SIX, dtype=torch.uint8).view(torch.float4_e2m1fn_x2)}  # fmt: skip
@@ -349,7 +360,7 @@ PYTHON: dict[str, Build] = {
     "list-of-bools": lambda: [True, False],
     "list-mixed-numbers": lambda: [1, 2.0, True],
     "list-complex": lambda: [1, 2j],
-    "list-empty": lambda: [],
+    "list-empty": list,
     "list-of-empty": lambda: [[], []],
     "tuple": lambda: (1, 2, 3),
     "list-of-numpy-scalars": lambda: [np.float32(1), np.float32(2)],

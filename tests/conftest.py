@@ -8,6 +8,7 @@ import os
 import pytest
 
 REQUIRE_GPU = os.environ.get("TENSORBRIDGE_REQUIRE_GPU") == "1"
+collect_ignore = [] if os.environ.get("TENSORBRIDGE_REQUIRE_INTEGRATIONS") == "1" else ["integrations"]
 
 
 def gpu_missing() -> str:

@@ -27,7 +27,7 @@ from tensorbridge import (
     Traits,
     UnsupportedArrayError,
 )
-from tensorbridge._plan import Here, Want
+from tensorbridge._step import Here, Want
 
 CPU = Device("cpu")
 

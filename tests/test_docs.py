@@ -49,3 +49,12 @@ def test_runs_show_a_wrong_gradient_only_where_nobody_is_asked():
         "`with torch.no_grad(): y.numpy()[:] = 0`",
         "`batch.numpy()[:] = 0`",
     ]
+
+
+def test_every_guarantee_names_a_test_that_exists():
+    page = (ROOT / "docs" / "guarantees.md").read_text()
+    named = re.findall(r"`(test_[a-zA-Z_0-9]+)`", page)
+    sources = "\n".join(path.read_text() for path in (ROOT / "tests").rglob("test_*.py"))
+    there = set(re.findall(r"^ *def (test_[a-zA-Z_0-9]+)\(", sources, re.MULTILINE))
+    assert len(named) > 40
+    assert [name for name in named if name not in there] == []

@@ -1,4 +1,4 @@
-"""Memory: change one side and look at the other; lose the source and use the result; promises to the source are kept."""
+"""Memory: change one side, look at the other; lose the source, use the result; what was promised to it is kept."""
 
 from __future__ import annotations
 
@@ -9,15 +9,22 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from arrays import ARRAYS, FOREIGN, NUMPY, digits, frozen, numbers, tensor, unaligned
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from arrays import ARRAYS, digits, numbers, tensor
 from oracle import HAS
 
 import tensorbridge as tb
 
 CONVERT = {"numpy": tb.to_numpy, "torch": tb.to_torch}
 IN_MEMORY = [name for name in ARRAYS if not name.startswith("python") and "empty" not in name and "large" not in name]
+
+
+def has_dtype(target: str, name: str) -> bool:
+    """Whether `target` has the elements of this named array; dtypes are in the names."""
+    dtype = "int4" if name.endswith("int4") else name.partition("dtype-")[2]
+    return dtype in HAS[target] or not dtype
+
+
+CROSSINGS = [(name, target) for name in IN_MEMORY for target in CONVERT if has_dtype(target, name)]
 
 
 def silence(x: Any) -> None:
@@ -28,25 +35,16 @@ def silence(x: Any) -> None:
         x[...] = np.zeros((), dtype=x.dtype)
 
 
-def is_beyond_torch(name: str) -> bool:
-    return tb.describe(ARRAYS[name]()).dtype.lstrip(">") not in HAS["torch"]
-
-
 def stirred() -> list[Any]:
     """Allocations of every small size, full of other values: freed memory does not keep its content by luck."""
     noise = [np.full(size, 0x55, dtype="uint8") for size in (1, 3, 12, 24, 48, 96, 192, 384) for _ in range(40)]
     return noise + [torch.full((size,), 0x55, dtype=torch.uint8) for size in (12, 24, 48, 96, 192) for _ in range(40)]
 
 
-@pytest.mark.parametrize("target", CONVERT)
-@pytest.mark.parametrize("name", IN_MEMORY)
+@pytest.mark.parametrize(("name", "target"), CROSSINGS)
 def test_writing_the_result_changes_the_source_exactly_if_the_plan_says_zero_copy(name, target):
     array = ARRAYS[name]()
-    try:
-        plan, result = tb.plan(array, target), CONVERT[target](array)
-    except tb.UnsupportedArrayError:
-        assert is_beyond_torch(name)
-        return
+    plan, result = tb.plan(array, target), CONVERT[target](array)
     assert getattr(result, "flags", None) is None or result.flags.writeable == plan.target.writable
     if not plan.target.writable or tb.describe(result).lazy == "zero":  # torch itself refuses to write into it
         return
@@ -60,24 +58,19 @@ def test_writing_the_result_changes_the_source_exactly_if_the_plan_says_zero_cop
 def orphans() -> Any:
     """The result of every conversion, its source deleted, freed memory overwritten; and what its values should be."""
     results = {}
-    for name in IN_MEMORY:
-        for target, options in (("numpy", {}), ("torch", {"share_readonly": True})):
-            if target == "numpy" or not is_beyond_torch(name):
-                array = ARRAYS[name]()
-                results[name, target] = CONVERT[target](array, **options), numbers(array)
-                del array
+    for name, target in CROSSINGS:
+        array = ARRAYS[name]()
+        options = {"share_readonly": True} if target == "torch" else {}
+        results[name, target] = CONVERT[target](array, **options), numbers(array)
+        del array
     gc.collect()
     noise = stirred()
     yield results
     del noise
 
 
-@pytest.mark.parametrize("target", CONVERT)
-@pytest.mark.parametrize("name", IN_MEMORY)
+@pytest.mark.parametrize(("name", "target"), CROSSINGS)
 def test_result_outlives_its_source(name, target, orphans):
-    if is_beyond_torch(name) and target == "torch":
-        assert (name, target) not in orphans
-        return
     result, values = orphans[name, target]
     assert np.array_equal(numbers(result), values)
 
@@ -231,7 +224,37 @@ def test_view_of_a_resized_tensor_comes_back_within_its_storage():
 # -- Promises to the source
 
 
-READ_ONLY = [name for name in IN_MEMORY if not tb.describe(ARRAYS[name]()).writable]
+READ_ONLY = [
+    "numpy-zero-d-read-only",
+    "numpy-reversed-read-only",
+    "numpy-odd-read-only",
+    "numpy-overlap-read-only",
+    "numpy-broadcast",
+    "numpy-unaligned-read-only",
+    "numpy-read-only",
+    "numpy-read-only-view",
+    "numpy-frombuffer-bytes",
+    "numpy-memmap-r",
+    "numpy-memmap-r-view",
+    "numpy-memmap-r-reversed",
+    "numpy-big-endian-unaligned-read-only",
+    "numpy-medium-read-only",
+    "numpy-subclass-read-only",
+    "foreign-dlpack-read-only",
+    "foreign-dlpack-old",
+    "foreign-dlpack-old-of-tensor",
+    "foreign-interface-read-only",
+    "foreign-arrayed-read-only",
+    "foreign-bytes",
+    "foreign-memoryview-read-only",
+]
+ALIASED = ["numpy-view-of-tensor-in-graph", "numpy-view-of-tensor-read-only", "numpy-view-of-tensor-broadcast"]
+
+
+def test_read_only_names_are_all_there_are():
+    assert [name for name in IN_MEMORY if not tb.describe(ARRAYS[name]()).writable] == sorted(
+        READ_ONLY + ALIASED, key=list(ARRAYS).index
+    )
 
 
 @pytest.mark.parametrize("name", READ_ONLY)
@@ -240,13 +263,18 @@ def test_read_only_source_is_copied_unless_told_to_share(name):
     assert not tb.to_numpy(array).flags.writeable
     assert tb.to_numpy(array, writable=True).flags.writeable
     assert not tb.shares_memory(tb.to_numpy(array, writable=True), array)
-    if tb.plan(array, "torch").steps[-1].why.startswith("an alias of the tensor"):
-        assert tb.shares_memory(tb.to_torch(array), array)
-        return
-    if not tb.describe(array).dtype.startswith((">", "long", "clong", "int4")):
-        assert not tb.shares_memory(tb.to_torch(array), array)
-        with pytest.raises(tb.CopyRequiredError, match="read-only|reversed|negative strides|whole elements|aligned"):
-            tb.to_torch(array, copy=False)
+    assert not tb.shares_memory(tb.to_torch(array), array)
+    with pytest.raises(tb.CopyRequiredError):
+        tb.to_torch(array, copy=False)
+    with pytest.raises(tb.CopyRequiredError):
+        tb.to_numpy(array, copy=False, writable=True)
+
+
+@pytest.mark.parametrize("name", ALIASED)
+def test_read_only_view_of_a_tensor_comes_back_all_the_same(name):
+    array = ARRAYS[name]()
+    assert not tb.to_numpy(array).flags.writeable
+    assert tb.shares_memory(tb.to_torch(array, copy=False), array)
 
 
 SHARED_ON_YOUR_WORD = [
@@ -316,7 +344,7 @@ def test_overlap_is_copied_for_writing(name):
         ("numpy-reversed-both", (48, 8)),
         ("numpy-reversed-fortran", (8, 16)),
         ("numpy-sliced-rows", (16, 8)),
-        ("torch-transposed", (8, 16)),
+        ("torch-transposed", (8, 24)),
         ("torch-channels-last", (96, 8, 48, 24)),
         ("torch-permuted", (32, 8, 96)),
         ("foreign-dlpack-reversed", (8,)),
@@ -324,12 +352,7 @@ def test_overlap_is_copied_for_writing(name):
     ],
 )
 def test_copies_keep_the_memory_order_and_turn_reversed_axes_forward(name, strides, target):
-    plain = {"numpy-fortran": (8, 16), "numpy-reversed-both": (48, 8), "torch-transposed": (8, 24)}.get(name, strides)
-    result = tb.describe(CONVERT[target](ARRAYS[name](), copy=True))
-    axes = np.argsort(result.strides)
-    assert (np.argsort(np.abs(tb.describe(ARRAYS[name]()).strides)) == axes).all(), plain
-    assert min(result.strides) == 8
-    assert result.order in ("C", "F", "K")
+    assert tb.describe(CONVERT[target](ARRAYS[name](), copy=True)).strides == strides
 
 
 # -- A failed call
@@ -361,128 +384,3 @@ def test_failed_call_leaves_the_source_as_it_was(why):
     if isinstance(array, torch.Tensor):
         assert array._version == version
         assert array.untyped_storage().resizable()
-
-
-# -- out
-
-
-OUTS = {
-    "numpy": {
-        "plain": lambda shape: np.zeros(shape),
-        "fortran": lambda shape: np.zeros(shape, order="F"),
-        "narrow": lambda shape: np.zeros(shape, dtype="int16"),
-        "bfloat16": lambda shape: np.zeros(shape, dtype=tb.to_numpy(torch.zeros(1, dtype=torch.bfloat16)).dtype),
-        "complex": lambda shape: np.zeros(shape, dtype="complex64"),
-        "reversed": lambda shape: np.zeros(shape)[::-1],
-        "big-endian": lambda shape: np.zeros(shape, dtype=">f8"),
-        "odd": lambda shape: np.zeros(shape, dtype=[("tag", "i1"), ("x", "f4")])["x"],
-        "unaligned": lambda shape: unaligned(count=int(np.prod(shape))).reshape(shape),
-        "longdouble": lambda shape: np.zeros(shape, dtype="longdouble"),
-        "view of a tensor": lambda shape: torch.zeros(shape).numpy(),
-    },
-    "torch": {
-        "plain": lambda shape: torch.zeros(shape, dtype=torch.float64),
-        "narrow": lambda shape: torch.zeros(shape, dtype=torch.int16),
-        "transposed": lambda shape: torch.zeros(shape[::-1]).permute(list(reversed(range(len(shape))))),
-        "bfloat16": lambda shape: torch.zeros(shape, dtype=torch.bfloat16),
-        "complex": lambda shape: torch.zeros(shape, dtype=torch.complex64),
-        "strided": lambda shape: torch.zeros([*shape, 2])[..., 1],
-    },
-}
-INTO_OUT = [
-    name
-    for name in ARRAYS
-    if "large" not in name and "zero-d" not in name and (len(name) < 99) and "float4" not in name
-]
-
-
-@pytest.mark.filterwarnings("error", "ignore:ComplexHalf support is experimental")
-@pytest.mark.parametrize("target", OUTS)
-@pytest.mark.parametrize("name", INTO_OUT)
-def test_out_is_filled_whatever_the_source_and_the_layout_of_out(name, target):
-    for kind, make in OUTS[target].items():
-        array = ARRAYS[name]()
-        values = numbers(array)
-        shape = tb.describe(array).shape
-        if not shape and kind in ("reversed",):
-            continue
-        out = make(shape)
-        version = out._version if target == "torch" else 0
-        frozen_before = None if target == "numpy" else out.untyped_storage().resizable()
-        try:
-            plan = tb.plan(array, target, out=out)
-        except tb.UnsupportedArrayError as refusal:
-            assert "imaginary" in str(refusal) or "cannot cast" in str(refusal) or "neither side" in str(refusal), kind
-            continue
-        assert CONVERT[target](array, out=out) is out, kind
-        kept = numbers(out)
-        wanted = values if tb.describe(out).dtype.startswith("complex") else values.real
-        assert np.array_equal(kept, wanted), kind
-        assert np.array_equal(numbers(array), values), kind
-        assert plan.steps[-1].op == "fill", kind
-        if target == "torch":
-            assert out._version > version, kind
-            assert out.untyped_storage().resizable() == frozen_before, kind
-
-
-def test_out_given_with_writable_false_comes_back_as_a_read_only_view_of_it():
-    out = np.zeros(6)
-    result = tb.to_numpy(tensor(6), out=out, writable=False)
-    assert not result.flags.writeable
-    assert out.flags.writeable
-    assert tb.shares_memory(result, out)
-    assert out.tolist() == [1, 2, 3, 4, 5, 6]
-
-
-def test_out_keeps_the_graph_of_a_tensor_unless_detached():
-    x = tensor(3).requires_grad_()
-    assert tb.to_torch(x, out=torch.zeros(3)).requires_grad
-    assert not tb.to_torch(x, out=torch.zeros(3), detach=True).requires_grad
-
-
-# -- shares_memory
-
-
-@settings(max_examples=300, deadline=None)
-@given(st.data())
-def test_shares_memory_says_what_the_sets_of_addresses_say(data):
-    base = np.zeros(48, dtype="int16")
-    one, two = (data.draw(windows(base)) for _ in range(2))
-    common = addresses(one) & addresses(two)
-    assert tb.shares_memory(one, tb.to_torch(two) if min(two.strides, default=0) >= 0 and two.size else two) == bool(
-        common
-    )
-
-
-@st.composite
-def windows(draw: Any, base: Any) -> Any:
-    a = base.reshape(draw(st.sampled_from([(48,), (6, 8), (2, 4, 6)])))
-    for axis, length in enumerate(a.shape):
-        start, stop = sorted(draw(st.tuples(st.integers(0, length), st.integers(0, length))))
-        step = draw(st.sampled_from([1, 2, 3, -1]))
-        a = a[(slice(None),) * axis + (slice(start, stop, step) if step > 0 else slice(None, None, step),)]
-    return a
-
-
-def addresses(a: Any) -> set[int]:
-    first = a.__array_interface__["data"][0]
-    return {
-        first + sum(i * s for i, s in zip(index, a.strides, strict=True)) + byte
-        for index in np.ndindex(a.shape)
-        for byte in range(a.itemsize)
-    }
-
-
-@pytest.mark.parametrize("name", [*(f"numpy-{n}" for n in NUMPY), *(f"foreign-{n}" for n in FOREIGN)])
-def test_shares_memory_of_an_array_with_itself_unless_it_is_empty(name):
-    array = ARRAYS[name]()
-    assert tb.shares_memory(array, array) == ("empty" not in name)
-
-
-def test_arrays_apart_share_nothing():
-    a = frozen(digits(8))
-    assert not tb.shares_memory(a, a.copy())
-    assert not tb.shares_memory(a[::2], a[1::2])
-    assert tb.shares_memory(a[::2], a[2:3])
-    assert not tb.shares_memory(tensor(3), tensor(3))
-    assert not tb.shares_memory(a, [1, 2])

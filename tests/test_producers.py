@@ -158,6 +158,38 @@ def test_a_read_only_flag_is_kept():
         tb.to_torch(producer, copy=False)
 
 
+class OnCuda(Producer):
+    def __dlpack_device__(self):
+        return 2, 3
+
+
+@pytest.fixture
+def stream_seven(monkeypatch):
+    monkeypatch.setattr("tensorbridge._streams.current", lambda framework, index: 7)
+
+
+def test_a_capsule_on_a_device_is_read_without_one_and_asked_for_on_a_stream(stream_seven):
+    producer = OnCuda(laid_out((2, 3), (-3, 1)), device=(2, 3), flags=1)
+    info = tb.describe(producer)
+    assert (info.framework, info.device, info.shape, info.strides) == ("dlpack", "cuda:3", (2, 3), (-24, 8))
+    assert (info.order, info.writable, info.address) == ("reversed C", False, address(producer.made.memory))
+    assert producer.asked == [{"max_version": (1, 0), "stream": 7}]
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"shape": (-3,)}, r"shape \(-3,\)"),
+        ({"data": None}, "null address"),
+        ({"ndim": 65}, "65 dimensions"),
+        ({"device": (1, 0)}, "device type 1, not on CUDA"),
+    ],
+)
+def test_a_malformed_capsule_on_a_device_is_refused(stream_seven, fields, words):
+    with pytest.raises(tb.ProducerError, match=words):
+        tb.describe(OnCuda(laid_out((3,), (1,)), **{"device": (2, 3), **fields}))
+
+
 # -- What it must not say
 
 MALFORMED = {

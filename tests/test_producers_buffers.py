@@ -1,14 +1,12 @@
-"""Foreign producers without DLPack: array interfaces, buffers of all kinds, and `__array__`, last of all."""
+"""Foreign producers without DLPack: array interfaces and buffers of all kinds."""
 
 from __future__ import annotations
 
 import array
-import collections
 import ctypes
 import gc
 import io
 import mmap
-import types
 import warnings
 import weakref
 from multiprocessing.shared_memory import SharedMemory
@@ -333,149 +331,3 @@ def test_a_buffer_of_no_numbers_is_refused_without_a_guess_or_a_warning(name):
         source = export()
         with pytest.raises(tb.UnsupportedArrayError, match=words):
             tb.to_torch(source)
-
-
-# -- __array__
-
-
-class Array:
-    """`__array__` as NumPy 2 wants it; shares when it may."""
-
-    def __init__(self, memory):
-        self.memory = memory
-
-    def __array__(self, dtype=None, copy=None):
-        return self.memory.copy() if copy else self.memory
-
-
-class ArrayBefore2024(Array):
-    def __array__(self, dtype=None):
-        return self.memory
-
-
-class ArrayBare(Array):
-    def __array__(self):
-        return self.memory
-
-
-class ArrayThatCopies(Array):
-    def __array__(self, dtype=None, copy=None):
-        if copy is False:
-            raise ValueError("it is stored otherwise")
-        return self.memory.copy()
-
-
-class ArrayThatCopiesAndRaisesAsPolarsDoes(Array):
-    def __array__(self, dtype=None, copy=None):
-        if copy is False:
-            raise RuntimeError("copy not allowed")
-        return self.memory.copy()
-
-
-ARRAYS = [Array, ArrayBefore2024, ArrayBare, ArrayThatCopies, ArrayThatCopiesAndRaisesAsPolarsDoes]
-
-
-@pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize("cls", ARRAYS)
-def test_array_is_asked_without_a_warning_and_the_plan_says_that_sharing_is_not_known(cls, target):
-    producer = cls(np.arange(3.0))
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        assert TARGETS[target](producer).tolist() == [0, 1, 2]
-        assert "the object decides" in str(tb.plan(producer, target))
-
-
-@pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize("cls", ARRAYS)
-def test_copy_false_takes_only_an_array_that_promises_to_share(cls, target):
-    producer = cls(np.arange(3.0))
-    if cls is Array:
-        assert address(TARGETS[target](producer, copy=False)) == address(producer.memory)
-    else:
-        with pytest.raises(tb.CopyRequiredError, match="does not promise"):
-            TARGETS[target](producer, copy=False)
-
-
-@pytest.mark.parametrize("target", TARGETS)
-def test_copy_true_is_fresh_whatever_array_does(target):
-    producer = ArrayBare(np.zeros(3))
-    TARGETS[target](producer, copy=True)[0] = 1
-    assert producer.memory.tolist() == [0, 0, 0]
-
-
-def test_an_array_that_comes_read_only_stays_so():
-    memory = np.zeros(3)
-    memory.flags.writeable = False
-    assert not tb.to_numpy(Array(memory)).flags.writeable
-    tb.to_torch(Array(memory)).fill_(1)
-    assert memory.tolist() == [0, 0, 0]
-
-
-def returns(value):
-    return type("Returns", (), {"__array__": lambda self, dtype=None, copy=None: value})()
-
-
-@pytest.mark.parametrize("copy", [None, False, True])
-@pytest.mark.parametrize("value", [[1, 2], None, 5])
-def test_what_array_returns_must_be_an_array(value, copy):
-    with pytest.raises(tb.ProducerError, match=r"^to_numpy.*: Returns "):
-        tb.to_numpy(returns(value), copy=copy)
-
-
-@pytest.mark.parametrize("copy", [None, False])
-def test_a_mask_that_array_returns_is_not_lost(copy):
-    with pytest.raises(tb.UnsupportedArrayError, match="mask"):
-        tb.to_numpy(returns(np.ma.masked_array([1, 2], [0, 1])), copy=copy)
-
-
-@pytest.mark.parametrize("error", [KeyError("a"), RuntimeError("b"), MemoryError("c")])
-def test_an_array_method_that_raises_is_quoted(error):
-    def fails(self, dtype=None, copy=None):
-        raise error
-
-    with pytest.raises(tb.ProducerError, match=type(error).__name__) as caught:
-        tb.to_numpy(type("Fails", (), {"__array__": fails})())
-    assert caught.value.__cause__ is error
-
-
-def test_dlpack_is_asked_before_the_others_and_array_last():
-    asked = []
-
-    def ask(name, value):
-        return property(lambda self: asked.append(name) or value)
-
-    class Everything(bytearray):
-        __cuda_array_interface__ = ask("cuda", None)
-        __array_interface__ = ask("interface", None)
-
-        def __array__(self, dtype=None, copy=None):
-            raise AssertionError("asked though the buffer is there")
-
-    assert tb.to_numpy(Everything(b"\x01")).tolist() == [1]
-    assert asked == ["cuda", "interface"]
-
-
-# -- Neither
-
-CONTAINERS = {
-    "dict": dict,
-    "set": set,
-    "frozenset": frozenset,
-    "deque": collections.deque,
-    "UserDict": collections.UserDict,
-    "OrderedDict": collections.OrderedDict,
-    "namedtuple": lambda: collections.namedtuple("Batch", "a b")(1, 2),
-    "mappingproxy": lambda: types.MappingProxyType({}),
-}
-
-
-@pytest.mark.parametrize("name", CONTAINERS)
-def test_a_container_is_pointed_to_the_tree(name):
-    with pytest.raises(tb.UnsupportedArrayError, match=r"tensorbridge\.tree"):
-        tb.to_torch(CONTAINERS[name]())
-
-
-@pytest.mark.parametrize("x", [None, object(), np.ndarray, Ellipsis, (1).__add__, "text"], ids=repr)
-def test_what_is_no_array_at_all_is_refused(x):
-    with pytest.raises(tb.UnsupportedArrayError, match=r"^to_numpy: "):
-        tb.to_numpy(x)

@@ -19,7 +19,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from tensorbridge._array import ArrayInfo, Traits
-from tensorbridge._plan import Op, Step, Want
+from tensorbridge._step import Op, Step, Want
 
 
 class Adapter(Protocol):

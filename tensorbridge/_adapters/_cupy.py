@@ -15,9 +15,9 @@ import numpy as np
 
 from tensorbridge import _dtypes, _lease, _staging, _streams
 from tensorbridge._array import CPU, ArrayInfo, Device, Traits, layout, order_text, shape_text, size_class
-from tensorbridge._plan import Op, Step, Want
 from tensorbridge._refuse import Obstacle
 from tensorbridge._roads import CAPTURED, PINNED
+from tensorbridge._step import Op, Step, Want
 
 
 def open(x: Any, want: Want) -> tuple[Any, Traits]:

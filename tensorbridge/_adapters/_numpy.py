@@ -10,8 +10,8 @@ import numpy as np
 
 from tensorbridge import _dtypes
 from tensorbridge._array import CPU, ArrayInfo, Layout, Traits, layout, order_text, shape_text, size_class
-from tensorbridge._plan import Op, Step, Want
 from tensorbridge._refuse import Obstacle
+from tensorbridge._step import Op, Step, Want
 
 Array: TypeAlias = "np.ndarray[Any, Any]"
 PLAIN = Layout()

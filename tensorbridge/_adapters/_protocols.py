@@ -17,9 +17,15 @@ from tensorbridge import _dtypes, _streams
 from tensorbridge._adapters import _columns, _dlpack, _numpy, named
 from tensorbridge._adapters._dlpack import malformed
 from tensorbridge._array import ArrayInfo, Device, Traits, layout, order_text, size_class
-from tensorbridge._errors import CopyRequiredError, DeviceError, ProducerError, UnsupportedArrayError
-from tensorbridge._plan import Op, Step, Want
+from tensorbridge._errors import (
+    CopyRequiredError,
+    DeviceError,
+    MissingFrameworkError,
+    ProducerError,
+    UnsupportedArrayError,
+)
 from tensorbridge._refuse import Obstacle
+from tensorbridge._step import Op, Step, Want
 
 
 class Foreign(NamedTuple):
@@ -58,8 +64,8 @@ def open(x: Any, want: Want) -> tuple[Any, Traits]:
     elif _speaks(x, "__array__"):
         return _by_array(x, want)
     else:
-        container = isinstance(x, (Mapping, Set, deque)) or hasattr(cls, "__dataclass_fields__")
-        raise Obstacle("container" if container else "not an array", cls.__name__)
+        container = isinstance(x, (Mapping, deque)) or hasattr(cls, "__dataclass_fields__")
+        raise Obstacle("container" if container else "set" if isinstance(x, Set) else "not an array", cls.__name__)
     if isinstance(found, Foreign):
         return found, _foreign_traits(found, via)
     return found, _described(found, via, x)
@@ -244,7 +250,8 @@ def _by_array(x: Any, want: Want) -> tuple[Any, Traits]:
             if isinstance(error, RuntimeError) and "copy" not in str(error):  # polars refuses to copy by this class
                 raise
             raise CopyRequiredError(
-                f"{type(x).__name__} offers only __array__, and does not promise that no byte moves: {error}"
+                f"{type(x).__name__} offers only __array__, and does not promise that no byte moves: {error}.\n"
+                "Allow the copy with copy=None."
             ) from error
 
     a = _asked(export, x, "__array__")
@@ -275,7 +282,13 @@ def performer(step: Step, before: Traits, want: Want) -> Callable[..., Any]:
     assert step.op == Op.IMPORT
     if step.after.framework == "numpy":
         return lambda x: x if isinstance(x, np.ndarray) else open(x, want)[0]
-    reader: Any = named(step.after.framework)
+    try:
+        reader: Any = named(step.after.framework)
+    except ModuleNotFoundError as error:
+        raise MissingFrameworkError(
+            f"to_{want.framework}: device memory that is read-only, or has negative or odd strides, is read by CuPy: "
+            f"{error}.\npip install cupy-cuda12x or cupy-cuda13x[ctk], whichever the driver's CUDA version asks for"
+        ) from error
 
     def read(x: Any) -> Any:
         found = x if isinstance(x, Foreign) else open(x, want)[0]

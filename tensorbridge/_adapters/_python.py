@@ -12,8 +12,8 @@ from tensorbridge import _dtypes
 from tensorbridge._adapters import _SCALARS, _numpy, adapter_of
 from tensorbridge._array import CPU, ArrayInfo, Traits, shape_text, size_class
 from tensorbridge._errors import UnsupportedArrayError
-from tensorbridge._plan import Step, Want
 from tensorbridge._refuse import Obstacle
+from tensorbridge._step import Step, Want
 
 _NUMBERS = {bool: "bool", int: "int64", float: "float64", complex: "complex128"}
 _INT64 = range(-(2**63), 2**63)
@@ -119,7 +119,11 @@ def _arrays(outer: tuple[int, ...], leaves: list[Any], want: Want) -> tuple[Part
     opened = []
     for leaf in leaves:
         adapter = adapter_of(type(leaf))
-        handle, found = adapter.open(leaf, want._replace(copy=None))
+        try:
+            handle, found = adapter.open(leaf, want._replace(copy=None))
+        except Obstacle as obstacle:
+            obstacle.what = f"{what}: {obstacle.what}"
+            raise
         if found.framework == "python scalar":
             raise Obstacle("mixed list", what, "it holds both numbers and arrays")
         opened.append((handle, found, adapter.describe(handle, found)))

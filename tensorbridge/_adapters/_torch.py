@@ -14,8 +14,9 @@ from torch.autograd import forward_ad
 from tensorbridge import _dtypes, _engine, _streams
 from tensorbridge._adapters import _numpy, _torch_cuda
 from tensorbridge._array import CPU, ArrayInfo, Device, Layout, Traits, layout, order_text, shape_text, size_class
-from tensorbridge._plan import Op, Step, Want, torch_holds
+from tensorbridge._plan import torch_holds
 from tensorbridge._refuse import Obstacle
+from tensorbridge._step import Op, Step, Want
 
 DENSE = Layout()
 _functorch: Any = torch._C._functorch

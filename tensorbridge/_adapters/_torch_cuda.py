@@ -19,8 +19,8 @@ from tensorbridge import _dtypes, _lease, _staging, _streams
 from tensorbridge._adapters import _numpy
 from tensorbridge._array import CPU, Traits
 from tensorbridge._errors import ProducerError
-from tensorbridge._plan import Step, Want
 from tensorbridge._roads import PINNED, RING
+from tensorbridge._step import Step, Want
 
 
 def from_cupy(before: Traits) -> Callable[[Any], Tensor]:

@@ -74,6 +74,8 @@ def main(args: argparse.Namespace) -> int:
     progress = Progress(sys.stderr)
     run, stop = measured(asked, Scope(args.quick), args.device, settings, progress)
     progress.end()
+    if stop is not None:
+        print(f"bench: {run.stopped}; writing what there is", file=sys.stderr)
     write(run, args.out, asked)
     print(
         f"{args.out / 'report.md'}: {sum(not r.missing for r in run.results)} rows"
@@ -160,8 +162,10 @@ def one(question: Question, row: Row, device: str, settings: Settings) -> Result
         return result._replace(missing=str(reason))
     except (WrongResult, BridgeError) as error:
         return result._replace(missing=f"{type(error).__name__}: {error}", wrong=True)
-    except MemoryError as error:
-        return result._replace(missing=f"out of memory: {error}")
+    except (MemoryError, RuntimeError) as error:  # torch's own of the device is a RuntimeError
+        if not isinstance(error, MemoryError) and type(error).__name__ != "OutOfMemoryError":
+            raise
+        return result._replace(missing=f"out of memory: {str(error).partition(chr(10))[0]}")
     return result._replace(nbytes=case.nbytes, timings=tuple(timings), goals=case.goals)
 
 

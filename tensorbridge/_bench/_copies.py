@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterator
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from tensorbridge._bench._rows import (
@@ -61,44 +64,64 @@ def _large_rows(scope: Scope) -> list[Row]:
     ]
 
 
-# -- What the memory's pages and torch's threads make of the same copy
+# -- What the memory's pages make of one copy, and what torch's threads do
 
 
 def _pages_rows(scope: Scope) -> list[Row]:
     nbytes = 16 * MIB if scope.quick else 64 * MIB
 
-    def build(threads: int | None) -> Case:
+    def build() -> Case:
         names = with_modules(from_array(nbytes // 4))
         ways = (
             Way("tensorbridge", "tb.to_torch(x, copy=True)", "bridge", FRESH),
             Way("fresh from torch", "torch.from_numpy(x).clone()", "baseline", FRESH),
             Way("fresh from NumPy", "x.copy()", "baseline", FRESH),
-            Way(
-                "fresh from NumPy, torch's kernel", "torch.from_numpy(np.empty_like(x)).copy_(torch.from_numpy(x))",
-                "baseline", FRESH,
-            ),
-            Way("in use, torch's kernel", "w.copy_(torch.from_numpy(x))", "limit", WARM),
-            Way("in use, NumPy's kernel", "np.copyto(wn, x)", "limit", WARM),
-        )  # fmt: skip
-        return Case(ways, names, copied(names), nbytes, around=lambda: torch_threads(threads))
+            Way("memory in use", "np.copyto(wn, x)", "limit", WARM),
+        )
+        return Case(ways, names, copied(names), nbytes)
 
-    size = bytes_name(nbytes)
+    return [Row(f"copy of {bytes_name(nbytes)}", build, 6 * nbytes)]
+
+
+def _threads_rows(scope: Scope) -> list[Row]:
+    def build(busy: int) -> Case:
+        import torch
+
+        names = with_modules(from_array(MIB // 4))
+        own = torch.get_num_threads()
+        several, one = (lambda: torch.set_num_threads(own)), (lambda: torch.set_num_threads(1))
+        line = "w.copy_(torch.from_numpy(x))"
+        ways = (
+            Way("tensorbridge", "tb.to_torch(x, out=w)", "bridge", WARM, before=several),
+            Way(f"torch, {own} threads", line, "baseline", WARM, before=several),
+            Way("torch, one thread", line, "baseline", WARM, before=one),
+            Way("NumPy", "np.copyto(wn, x)", "baseline", WARM),
+        )
+        return Case(ways, names, copied(names), MIB, around=lambda: company(busy, several))
+
     return [
-        Row(f"copy of {size}, torch's own number of threads", lambda: build(None), 6 * nbytes),
-        Row(f"copy of {size}, one torch thread", lambda: build(1), 6 * nbytes),
+        Row("copy of 1 MiB, cores idle", lambda: build(0)),
+        Row("copy of 1 MiB, another process on each core", lambda: build(len(_cores()))),
     ]
 
 
-@contextmanager
-def torch_threads(count: int | None) -> Iterator[None]:
-    import torch
+def _cores() -> list[int]:
+    if hasattr(os, "sched_getaffinity"):
+        return list(os.sched_getaffinity(0))
+    return list(range(os.cpu_count() or 1))
 
-    before = torch.get_num_threads()
-    torch.set_num_threads(count or before)
+
+@contextmanager
+def company(processes: int, restore: Callable[[], None]) -> Iterator[None]:
+    """While it lasts, so many other processes keep a core busy each."""
+    busy = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(processes)]
     try:
         yield
     finally:
-        torch.set_num_threads(before)
+        for process in busy:
+            process.kill()
+            process.wait()
+        restore()
 
 
 QUESTIONS = (
@@ -111,7 +134,14 @@ QUESTIONS = (
     Question(
         "pages",
         "Where does the time of a large copy go?",
-        "One copy, into memory fresh from either allocator or in use, with torch's threads and with one.",
+        "One copy, into memory fresh from torch's allocator or NumPy's, or in use.",
         _pages_rows,
+    ),
+    Question(
+        "threads",
+        "What do torch's threads make of a copy when the cores are busy?",
+        "Into memory in use. torch's threads wait for each other, so a copy takes as long as the one that has to wait "
+        "for a core: look at the ranges in the last table.",
+        _threads_rows,
     ),
 )

@@ -81,6 +81,7 @@ def _tree_case(to_device: bool) -> Case:
 # -- C6: a loop over batches
 
 BATCHES = 12
+SIDE = 2048  # of the matrices whose product is the work
 
 
 def _loop(nbytes: int) -> Case:
@@ -126,7 +127,7 @@ def _work(seconds: float) -> Callable[[Any], None]:
     """Work for the device that takes about `seconds`, and reads the batch."""
     import torch
 
-    a = torch.rand(2048, 2048, device=CUDA)
+    a = torch.rand(SIDE, SIDE, device=CUDA)
     begin, end = (cuda_event(enable_timing=True) for _ in range(2))
     for event in (begin, begin, end):  # the first turn warms up
         event.record()

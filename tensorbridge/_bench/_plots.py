@@ -28,7 +28,7 @@ def draw(run: Run, out: Path) -> list[str]:
     matplotlib.use("agg")
     import matplotlib.pyplot as plt
 
-    style = {
+    style: Any = {
         "font.size": 9.5, "axes.spines.top": False, "axes.spines.right": False, "axes.titlesize": 11,
         "svg.hashsalt": "tensorbridge", "svg.fonttype": "none", "figure.dpi": 110, "legend.frameon": False,
     }  # fmt: skip
@@ -183,8 +183,8 @@ def _changes(run: Run, plt: Any) -> Any:
     for offset, name, colour in ((0.27, "tensorbridge", BLUE), (0, "torch", ORANGE), (-0.27, "NumPy", GREY)):
         rates = [r.nbytes / median(r.timing(name).ns) for r in rows]
         ax.barh([i + offset for i in range(len(rows))], rates, height=0.25, color=colour, label=name)
-    limits = [r.nbytes / median(r.timing("memcpy of the source").ns) for r in rows]
-    ax.plot(limits, range(len(rows)), "|", color="black", ms=17, mew=1.6, label="memcpy of the source, memory in use")
+    limits = [r.nbytes / median(r.timing("memcpy").ns) for r in rows]
+    ax.plot(limits, range(len(rows)), "|", color="black", ms=17, mew=1.6, label="memcpy of as many bytes")
     ax.set_yticks(range(len(rows)), [r.title.rpartition(", ")[0] for r in rows])
     ax.tick_params(axis="y", length=0)
     ax.set_xlabel("GB of the source per second")

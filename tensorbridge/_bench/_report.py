@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from itertools import groupby
 from typing import Any
 
 from tensorbridge._bench._measure import Timing, median, spread
@@ -150,35 +149,47 @@ def _section(question: Question, run: Run) -> str:
         parts.append(f"{len(rows)} rows, not measured: **{rows[0].missing}**")
         return "\n\n".join(parts)
     timed = [r for r in rows if not r.missing]
-    for _, group in groupby(sorted(timed, key=_first_of_shape(timed)), key=_shape):
-        parts.append(_pivot(list(group)))
+    parts += [_pivot(group) for group in _alike(timed)]
     missing = [r for r in rows if r.missing]
     if missing:
         parts.append(table(("row", "not measured"), [(r.title, r.missing) for r in missing]))
     return "\n\n".join(parts)
 
 
-def _shape(result: Result) -> tuple[Any, ...]:
-    return tuple(t.way.name for t in result.timings)
-
-
-def _first_of_shape(results: list[Result]) -> Any:
-    shapes = list(dict.fromkeys(_shape(r) for r in results))
-    return lambda result: shapes.index(_shape(result))
+def _alike(results: list[Result]) -> list[list[Result]]:
+    """Rows that fit one table: the ways of each are among those of its first row."""
+    groups: list[list[Result]] = []
+    for result in results:
+        names = {t.way.name for t in result.timings}
+        for group in groups:
+            if names <= {t.way.name for t in group[0].timings}:
+                group.append(result)
+                break
+        else:
+            groups.append([result])
+    return groups
 
 
 def _pivot(results: list[Result]) -> str:
     """One line a row, one column a way, one more for each thing that is asked of the rows."""
-    ways = [t.way.name for t in results[0].timings]
+    ways = [t.way.name for t in results[0].timings if len(results[0].timings) <= MOST or _is_told(t)]
     goals = list(dict.fromkeys(_asked_of(goal) for result in results for goal in result.goals))
     head = ("row", *ways, *(_column(goal) for goal in goals))
     lines = []
     for result in results:
-        cells = [duration(median(result.timing(name).ns)) for name in ways]
+        times = {t.way.name: duration(median(t.ns)) for t in result.timings}
+        cells = [times.get(name, "") for name in ways]
         found = {_asked_of(goal): verdict(result, goal) for goal in result.goals}
         cells += [_cell(found.get(key)) for key in goals]
         lines.append((result.title, *cells))
     return table(head, lines)
+
+
+MOST = 7  # columns; where there are more ways, the engines' own are left to the last table
+
+
+def _is_told(t: Timing) -> bool:
+    return t.way.role == "bridge" or "by hand" in t.way.name
 
 
 def _asked_of(goal: Goal) -> tuple[str, tuple[str, ...], str, str]:

@@ -96,7 +96,9 @@ def verdicts(run: Run) -> Iterator[tuple[Result, Verdict]]:
 
 def dump(run: Run, path: Path) -> None:
     """Write the whole file, or leave the old one as it is."""
-    text = json.dumps({"schema": SCHEMA, **run._asdict(), "results": [_plain(r) for r in run.results]}, indent=1)
+    head = json.dumps({"schema": SCHEMA, **run._asdict(), "results": []}, indent=1, ensure_ascii=False)
+    rows = ",\n".join("  " + json.dumps(_plain(result), ensure_ascii=False) for result in run.results)
+    text = head.replace('"results": []', f'"results": [\n{rows}\n ]' if rows else '"results": []', 1)
     part = path.with_name(path.name + ".part")
     part.write_text(text + "\n", encoding="utf-8")
     part.replace(path)

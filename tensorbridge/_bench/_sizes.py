@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+from tensorbridge._bench._malloc import LARGEST
 from tensorbridge._bench._rows import (
     FRESH,
     KIB,
@@ -95,7 +96,11 @@ SWEEP_GOALS = (
 def _sweep_rows(scope: Scope) -> list[Row]:
     def build(direction: Direction, nbytes: int) -> Case:
         names = with_modules(direction.make(nbytes // 4))
-        return Case(direction.ways, names, copied(names), nbytes, SWEEP_GOALS)
+        ways = tuple(
+            w for w in direction.ways if w.state != REUSED or nbytes <= LARGEST
+        )  # larger ones are fresh anyway
+        told = {way.name for way in ways}
+        return Case(ways, names, copied(names), nbytes, tuple(goal for goal in SWEEP_GOALS if goal.way in told))
 
     return [
         Row(f"{direction.name}, {bytes_name(n)}", lambda d=direction, n=n: build(d, n), 6 * n)  # type: ignore[misc]

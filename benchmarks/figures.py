@@ -1,0 +1,130 @@
+"""Writes the figures of docs/cost.md and README.md, so that none of them is from memory.
+
+    python benchmarks/figures.py            after new results are in benchmarks/results/
+    python benchmarks/figures.py --check    say which figures are not those of the results
+
+A figure in a page stands between two comments, of which the first says where it comes from:
+
+    <!-- time: A1 · float32 (16,) | tensorbridge -->0.80 µs<!-- end -->
+    <!-- rate: B1 · to_torch(a, out=w), 64 MiB | memcpy -->12 GB/s<!-- end -->
+    <!-- ratio: row | slower way | faster way -->3.1<!-- end -->
+    <!-- fact: CPU -->...<!-- end -->
+    <!-- table: headline -->...<!-- end -->
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from tensorbridge._bench._measure import Timing, median
+from tensorbridge._bench._report import duration, goals_table, table
+from tensorbridge._bench._results import Result, Run, compared, load
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "benchmarks" / "results" / "amd-epyc-2-cores" / "results.json"
+PAGES = (ROOT / "docs" / "cost.md", ROOT / "README.md")
+MARK = re.compile(r"(<!-- (time|rate|ratio|fact|table): (.*?) -->)(.*?)(<!-- end -->)", re.DOTALL)
+
+# What the README tells first: the words, the row, our way, and the way of the line that is written otherwise.
+HEADLINE = (
+    ("tensor to NumPy, shared", "A1 · float32 (16,)", "tensorbridge", "by hand"),
+    ("tensor that requires grad to NumPy, shared", "A1 · float32 (16,), requires grad", "tensorbridge", "by hand"),
+    ("array to torch, shared", "A2 · float32 (16,)", "tensorbridge", "torch.as_tensor"),
+    ("64 MiB to torch, copied", "B1 · to_torch(a, copy=True), 64 MiB", "tensorbridge", "torch.tensor"),
+    ("64 MiB float32 to float16", "B2 · float32 to float16, 64 MiB", "tensorbridge", "NumPy"),
+    ("64 MiB transposed into `out=`", "B2 · float32 transposed, to torch, 64 MiB", "tensorbridge", "NumPy"),
+    ("dict of 1000 arrays, copied", "B3 · flat dict, copied to torch", "tensorbridge", "torch.tensor, leaf by leaf"),
+)
+
+
+def result(run: Run, key: str) -> Result:
+    for found in run.results:
+        if found.key == key:
+            if found.missing:
+                raise LookupError(f"{key}: {found.missing}")
+            return found
+    raise LookupError(f"no row {key!r} in {RESULTS}")
+
+
+def timing(run: Run, key: str, way: str) -> Timing:
+    for found in result(run, key).timings:
+        if found.way.name == way:
+            return found
+    raise LookupError(f"row {key!r} has no way {way!r}")
+
+
+def _time(run: Run, key: str, way: str) -> str:
+    return duration(median(timing(run, key, way).ns))
+
+
+def _rate(run: Run, key: str, way: str) -> str:
+    return f"{result(run, key).nbytes / median(timing(run, key, way).ns):.2g} GB/s"
+
+
+def _ratio(run: Run, key: str, slower: str, faster: str) -> str:
+    value = median(compared("cost", timing(run, key, slower), timing(run, key, faster)))
+    return f"{value:.2g}" if value < 10 else f"{value:.0f}"
+
+
+def _fact(run: Run, name: str) -> str:
+    return str(run.machine[name])
+
+
+def _table(run: Run, name: str) -> str:
+    return "\n\n" + TABLES[name](run) + "\n\n"
+
+
+def headline(run: Run) -> str:
+    lines = []
+    for words, key, ours, theirs in HEADLINE:
+        code = timing(run, key, theirs).way.code
+        ratio = median(compared("cost", timing(run, key, ours), timing(run, key, theirs)))
+        lines.append((words, f"`{code}`", _time(run, key, theirs), _time(run, key, ours), f"{ratio:.2f}x"))
+    return table(("", "the line by hand", "by hand", "tensorbridge", "ratio"), lines)
+
+
+def over_sizes(run: Run) -> str:
+    """Share against copy, from NumPy to torch."""
+    ways = ("share", "copy", "copy into out", "copy by hand")
+    rows = [r for r in run.results if r.key.startswith("sizes · NumPy to torch, ") and not r.missing]
+    lines = [(r.title.rpartition(", ")[2], *(duration(median(r.timing(way).ns)) for way in ways)) for r in rows]
+    head = ("size", "share", "copy, fresh memory", "copy into `out=`", "`torch.tensor(a)`")
+    return table(head, lines)
+
+
+TABLES: dict[str, Callable[[Run], str]] = {"headline": headline, "sizes": over_sizes, "goals": goals_table}
+KINDS: dict[str, Callable[..., str]] = {"time": _time, "rate": _rate, "ratio": _ratio, "fact": _fact, "table": _table}
+
+
+def filled(text: str, run: Run) -> str:
+    """The page with every figure as the results have it. Raises LookupError for one that they do not have."""
+
+    def fill(match: re.Match[str]) -> str:
+        opening, kind, arguments, _, closing = match.groups()
+        return opening + KINDS[kind](run, *(part.strip() for part in re.split(r"\s\\?\|\s", arguments))) + closing
+
+    return MARK.sub(fill, text)
+
+
+def main(check: bool) -> int:
+    run = load(RESULTS)
+    stale = []
+    for page in PAGES:
+        if not page.exists():
+            continue
+        before = page.read_text(encoding="utf-8")
+        after = filled(before, run)
+        if after != before:
+            stale.append(page.name)
+            if not check:
+                page.write_text(after, encoding="utf-8")
+    said = ("not those of the results: " if check else "written: ") + ", ".join(stale) if stale else "all as measured"
+    print(said)
+    return 1 if check and stale else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main("--check" in sys.argv[1:]))

@@ -1,0 +1,379 @@
+"""The public functions for one array: what they take, what they promise, what they cost."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from inspect import signature
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, overload
+
+import numpy as np
+
+from tensorbridge import _lanes, _options
+from tensorbridge import _words as words
+from tensorbridge._array import ArrayInfo
+from tensorbridge._convert import convert, described, moment, opened
+from tensorbridge._eager import eager, mark
+from tensorbridge._memory import infos_share
+from tensorbridge._plan import decide
+from tensorbridge._step import Plan, bind
+
+if TYPE_CHECKING:
+    import cupy
+    import torch
+    from numpy.typing import NDArray
+
+_Out = TypeVar("_Out", bound="NDArray[Any]")
+_Scalar = TypeVar("_Scalar", bound=np.generic)
+
+
+@overload
+def to_numpy(
+    x: Any, *, dtype: Any = ..., copy: bool | None = ..., writable: bool | None = ..., detach: bool = ..., out: _Out
+) -> _Out: ...
+@overload
+def to_numpy(
+    x: Any,
+    *,
+    dtype: type[_Scalar] | np.dtype[_Scalar],
+    copy: bool | None = ...,
+    writable: bool | None = ...,
+    detach: bool = ...,
+    out: None = ...,
+) -> NDArray[_Scalar]: ...
+@overload
+def to_numpy(
+    x: Any,
+    *,
+    dtype: Any = ...,
+    copy: bool | None = ...,
+    writable: bool | None = ...,
+    detach: bool = ...,
+    out: None = ...,
+) -> NDArray[Any]: ...
+@_lanes.plain_tensor_to_numpy
+@eager
+def to_numpy(
+    x: Any,
+    *,
+    dtype: Any = None,
+    copy: bool | None = None,
+    writable: bool | None = None,
+    detach: bool = True,
+    out: Any = None,
+) -> Any:
+    """Return `x` as a NumPy array on the host, sharing memory whenever that is safe.
+
+    Parameters
+    ----------
+    x : array of any framework, shape ``(*s)``
+        NumPy, torch, CuPy; anything with DLPack, an array interface, the buffer protocol or ``__array__``; a number;
+        a list of numbers or of equal-shaped arrays.
+    dtype : dtype of any framework, or its name, optional
+        Cast to it, on the side where fewer bytes cross a bus. Default: the dtype of `x`; bfloat16 and float8 arrive as
+        ml_dtypes types of the same bits.
+    copy : bool or None
+        None shares when no promise is broken, else copies once. False never moves a byte. True returns fresh memory in
+        the memory order of `x`.
+    writable : bool or None
+        None: fresh memory is writable; shared memory is as the source, and read-only if the source requires grad, is
+        immutable, or overlaps itself. True: writable; a read-only or overlapping source is copied; a tensor that
+        requires grad is shared, on your word. False: a read-only view.
+    detach : bool
+        False refuses a tensor that requires grad instead of leaving its graph behind.
+    out : numpy.ndarray, shape ``(*s)``, optional
+        Filled and returned. Its dtype is the dtype asked for, narrowing included.
+
+    Returns
+    -------
+    numpy.ndarray, shape ``(*s)``
+        Shares memory with `x` unless ``plan(x, "numpy")`` says otherwise. On the host a shared result stays valid
+        whatever happens to `x`, but for ``x.share_memory_()``, which moves the memory and cannot be prevented.
+
+    Raises
+    ------
+    CopyRequiredError
+        `copy` is False and bytes would have to move; ``error.plan`` says which and why.
+    GraphError
+        `detach` is False and `x` requires grad.
+    UnsupportedArrayError, ProducerError, DeviceError
+        `x` has no NumPy equal, described itself wrongly, or lies on a device that cannot be reached.
+
+    Cost
+    ----
+    Shared: 0 bytes. A copy: ``x.nbytes``. From a GPU: ``x.nbytes`` over the bus; waits for the copy.
+
+    Examples
+    --------
+    >>> import torch
+    >>> t = torch.ones(3, requires_grad=True)
+    >>> to_numpy(t).flags.writeable
+    False
+    >>> to_numpy(t.to(torch.bfloat16)).dtype
+    dtype(bfloat16)
+    """
+    return convert(x, _options.want_numpy(dtype, copy, writable, detach, out), out)
+
+
+@_lanes.plain_array_to_torch
+@eager
+def to_torch(
+    x: Any,
+    *,
+    device: Any = None,
+    dtype: Any = None,
+    copy: bool | None = None,
+    share_readonly: bool = False,
+    detach: bool = False,
+    pin_memory: bool = False,
+    non_blocking: bool = False,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Return `x` as a torch tensor, sharing memory whenever that is safe.
+
+    Parameters
+    ----------
+    x : array of any framework, shape ``(*s)``
+        As for `to_numpy`. A NumPy view of a tensor comes back as an alias of that tensor, with its version counter.
+    device : "cpu", "cuda", "cuda:1", torch.device, cupy.cuda.Device or int (CUDA index), optional
+        Default: where `x` is.
+    dtype : dtype of any framework, or its name, optional
+        Default: the dtype of `x`, never torch's default dtype.
+    copy : bool or None
+        None shares when no promise is broken, else copies once; False never moves a byte, the bus included; True
+        returns fresh memory in the memory order of `x`.
+    share_readonly : bool
+        A tensor cannot be read-only, so a read-only source is copied. True shares it instead: you will not write.
+    detach : bool
+        True leaves the graph of a tensor behind; the default keeps it.
+    pin_memory : bool
+        The result lies in page-locked host memory.
+    non_blocking : bool
+        To a device, return before the transfer is done; then leave `x` alone until it is.
+    out : torch.Tensor, shape ``(*s)``, optional
+        Filled and returned; it fixes dtype and device.
+
+    Returns
+    -------
+    torch.Tensor, shape ``(*s)``
+        Shares memory with `x` unless ``plan(x, "torch")`` says otherwise; `x` is kept alive by it.
+
+    Raises
+    ------
+    CopyRequiredError
+        `copy` is False and bytes would have to move; ``error.plan`` says which and why.
+    MissingFrameworkError, DeviceError
+        torch is not installed; the device does not exist or cannot be used from this process.
+    UnsupportedArrayError, ProducerError
+        torch has no such dtype or layout; a foreign object described itself wrongly.
+
+    Cost
+    ----
+    Shared: 0 bytes. A copy: ``x.nbytes``. To a GPU: ``x.nbytes`` over the bus, and the host waits until `x` may be
+    changed, unless `non_blocking`.
+
+    Examples
+    --------
+    >>> a = np.zeros(3)
+    >>> t = to_torch(a)
+    >>> t[0] = 1.0
+    >>> a
+    array([1., 0., 0.])
+    >>> to_torch(a[::-1], copy=False)
+    Traceback (most recent call last):
+    ...
+    tensorbridge._errors.CopyRequiredError: to_torch(copy=False): numpy float64 (3,) on cpu cannot be shared.
+      pack   24 B   torch has no negative strides
+      share   0 B   torch.from_numpy: the same memory
+    Allow the copy with copy=None, or reverse on the torch side: to_torch(a[::-1]).flip(0).
+    """
+    _options.require("torch")
+    want = _options.want_torch(device, dtype, copy, share_readonly, detach, pin_memory, non_blocking, out)
+    return convert(x, want, out)  # type: ignore[no-any-return]
+
+
+@eager
+def to_cupy(
+    x: Any,
+    *,
+    device: Any = None,
+    dtype: Any = None,
+    copy: bool | None = None,
+    share_readonly: bool = False,
+    detach: bool = True,
+    non_blocking: bool = False,
+    out: cupy.ndarray | None = None,
+) -> cupy.ndarray:
+    """Return `x` as a CuPy array on a CUDA device, sharing device memory whenever that is safe.
+
+    Parameters
+    ----------
+    x : array of any framework, shape ``(*s)``
+        As for `to_numpy`.
+    device : "cuda", "cuda:1", cupy.cuda.Device, torch.device or int (CUDA index), optional
+        Default: where `x` is; for host memory the current device.
+    dtype : dtype of any framework, or its name, optional
+        Default: the dtype of `x`. Cast on the side where fewer bytes cross the bus.
+    copy : bool or None
+        None shares when no promise is broken, else copies once; False never moves a byte, the bus included; True
+        returns fresh memory in the memory order of `x`.
+    share_readonly : bool
+        A CuPy array cannot be read-only, so memory that must not be written (a tensor that requires grad, an
+        overlapping view) is copied on the device. True shares it instead: you will not write.
+    detach : bool
+        False refuses a tensor that requires grad instead of leaving its graph behind.
+    non_blocking : bool
+        From the host, return before the transfer is done; then leave `x` alone until it is.
+    out : cupy.ndarray, shape ``(*s)``, optional
+        Filled and returned; it fixes dtype and device.
+
+    Returns
+    -------
+    cupy.ndarray, shape ``(*s)``
+        Shares memory with a torch tensor on CUDA unless ``plan(x, "cupy")`` says otherwise; ordered after the
+        tensor's current stream.
+
+    Raises
+    ------
+    CopyRequiredError
+        `copy` is False and bytes would have to move; ``error.plan`` says which and why.
+    MissingFrameworkError, DeviceError
+        CuPy is not installed; there is no usable CUDA device, or not from this process.
+    GraphError, UnsupportedArrayError, ProducerError
+        As for `to_numpy`.
+
+    Cost
+    ----
+    Shared: 0 bytes, no wait on the host. From the host: ``x.nbytes`` over the bus.
+
+    Examples
+    --------
+    >>> print(plan(np.zeros(3), "cupy"))
+    numpy float64 (3,) on cpu
+      -> cupy float64 on cuda:0: 24 B moved; the host waits for the transfer
+      to_device  24 B   the host to cuda:0
+    """
+    _options.require("cupy")
+    return convert(x, _options.want_cupy(device, dtype, copy, share_readonly, detach, non_blocking, out), out)
+
+
+_FUNCTIONS: dict[str, Callable[..., Any]] = {"numpy": to_numpy, "torch": to_torch, "cupy": to_cupy}
+
+
+@eager
+def describe(x: Any) -> ArrayInfo:
+    """Return the facts about `x`: where it is, what its elements are, how they lie, who may write, what hangs on it.
+
+    Parameters
+    ----------
+    x : anything that can be converted
+
+    Returns
+    -------
+    ArrayInfo
+        framework, device, dtype, shape, strides in bytes, nbytes, order, writable, requires_grad, grad_fn, lazy bits,
+        pinned (None: not asked), stream (None off the GPU), address.
+
+    Raises
+    ------
+    UnsupportedArrayError, ProducerError
+        `x` cannot be converted, or described itself wrongly.
+
+    Cost
+    ----
+    No element is read; waits for nothing.
+
+    Examples
+    --------
+    >>> info = describe(np.zeros((2, 3))[:, ::-1])
+    >>> info.strides, info.order
+    ((24, -8), 'reversed C')
+    """
+    return described(x)
+
+
+@eager
+def plan(x: Any, to: Literal["numpy", "torch", "cupy"], **options: Any) -> Plan:
+    """Return the very steps that ``to_numpy``, ``to_torch`` or ``to_cupy`` would perform, and perform none.
+
+    Parameters
+    ----------
+    x : anything that can be converted
+    to : "numpy", "torch" or "cupy"
+    **options
+        Those of the function of that name.
+
+    Returns
+    -------
+    Plan
+        ``source``, ``target``, ``steps`` (op, why, nbytes, kind), ``zero_copy``, ``bytes_moved``, ``blocking``;
+        ``str(plan)`` is a table.
+
+    Raises
+    ------
+    BridgeError, ValueError, TypeError
+        What the conversion would raise; but a device or framework that is missing here is planned for.
+
+    Cost
+    ----
+    No element is read; waits for nothing.
+
+    Examples
+    --------
+    >>> print(plan(np.zeros(3)[::-1], "torch"))
+    numpy float64 (3,) on cpu
+      -> torch float64 on cpu: 24 B moved
+      pack   24 B   torch has no negative strides
+      share   0 B   torch.from_numpy: the same memory
+    """
+    if to not in _FUNCTIONS:
+        raise ValueError(f'plan(to={to!r}): choose "numpy", "torch" or "cupy"')
+    defaults = {name: p.default for name, p in signature(_FUNCTIONS[to]).parameters.items() if name != "x"}
+    unknown = sorted(options.keys() - defaults.keys())
+    if unknown:
+        raise TypeError(f"plan(to={to!r}): to_{to} has no option {unknown[0]!r}; it has {', '.join(defaults)}")
+    out = options.get("out")
+    want = _options.WANTS[to](**(defaults | options))
+    adapter, handle, traits = opened(x, want, "")
+    want = _options.placed(want, traits, planning=True)
+    info = adapter.describe(handle, traits)
+    if out is not None:
+        _options.check_out(info, described(out), want)
+    decision = decide(traits, want, moment(traits, want))
+    if decision.refusal is not None:
+        raise words.refused(decision, info, want)
+    return bind(decision.steps, info, want)
+
+
+@eager
+def shares_memory(a: Any, b: Any) -> bool:
+    """Return whether writing one array can change the other, across frameworks and devices, views included.
+
+    Parameters
+    ----------
+    a, b : anything that can be converted
+
+    Returns
+    -------
+    bool
+        Exact for the usual layouts; True where bounded work cannot exclude it. Empty arrays share nothing. Two mappings
+        of one physical page are not seen.
+
+    Raises
+    ------
+    UnsupportedArrayError, ProducerError
+        As for `describe`.
+
+    Cost
+    ----
+    No element is read, device memory included; waits for nothing.
+
+    Examples
+    --------
+    >>> a = np.zeros(4)
+    >>> shares_memory(a[::2], to_torch(a)), shares_memory(a[::2], to_torch(a)[1::2])
+    (True, False)
+    """
+    return infos_share(described(a), described(b))
+
+
+mark()  # torch may be there already

@@ -1,0 +1,165 @@
+"""One leaf of a tree: opened and decided, its memory told from others', errors given its name.
+
+Decisions do not see the shape, so small plain arrays of one kind are decided once a tree: the first is opened, the rest
+are like it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from tensorbridge import _convert, _lanes, _options, _tables
+from tensorbridge import _words as words
+from tensorbridge._adapters import Adapter
+from tensorbridge._array import SMALL, ArrayInfo, Traits
+from tensorbridge._containers import Flat
+from tensorbridge._errors import BridgeError
+from tensorbridge._plan import decide
+from tensorbridge._step import Want
+
+if TYPE_CHECKING:
+    from tensorbridge._convert import Road
+
+NAMED = (BridgeError, ValueError, TypeError)
+
+
+def name(error: Exception, flat: Flat, place: int) -> None:
+    """Let an error begin with the leaf that it is about."""
+    path = flat.path(place)
+    if path != "batch" and len(error.args) == 1:
+        error.args = (f"{path}: {error}",)
+
+
+class Kind(NamedTuple):
+    """What was decided for a kind of leaves."""
+
+    adapter: Adapter
+    traits: Traits
+    want: Want
+    road: Road
+    moves: bool  # any byte
+
+
+class Leaf:
+    """A leaf that was opened and decided."""
+
+    __slots__ = ("alike", "handle", "kind", "place")
+
+    def __init__(self, place: int, handle: Any, kind: Kind, alike: bool = False) -> None:
+        self.place, self.handle, self.kind = place, handle, kind
+        self.alike = alike  # not opened itself: another of its kind was
+
+    @property
+    def info(self) -> ArrayInfo:
+        return self.kind.adapter.describe(self.handle, self.kind.traits)
+
+
+def opened(place: int, x: Any, want: Want, *, planning: bool = False) -> Leaf:
+    x = _tables.leaf(x)
+    adapter, handle, traits = _convert.opened(x, want, "")
+    if want.device is not None or want.pin_memory or want.framework == "cupy":
+        want = _options.placed(want, traits, planning=planning)
+    here = _convert.moment(traits, want)
+    if planning:
+        road = _convert.Road(decide(traits, want, here), ())
+    else:
+        road = _convert.road_for(traits, want, here)
+    if road.decision.refusal is not None:
+        raise words.refused(road.decision, adapter.describe(handle, traits), want)
+    moves = any(step.kind for step in road.decision.steps)
+    return Leaf(place, handle, Kind(adapter, traits, want, road, moves))
+
+
+def decided(
+    flat: Flat, want: Want, rest: Sequence[int], seen: dict[Any, int], *, planning: bool = False
+) -> tuple[list[Leaf], dict[int, int]]:
+    """The leaves to convert, and for every other place the one whose result it shares.
+
+    Only conversions that move bytes are shared by address: those that do not leave the memory one anyway, and give each
+    object its own like.
+    """
+    arrays = flat.leaves
+    first_of: dict[int, int] = {}
+    same: dict[int, int] = {}
+    found: list[Leaf] = []
+    kinds: dict[Any, Kind] = {}
+    # Arrays that all own their memory are the same memory only as the same object.
+    apart = all(type(x) is np.ndarray and x.base is None for x in arrays)
+    for i in rest:
+        x = arrays[i]
+        first = first_of.setdefault(id(x), i)
+        if first == i:
+            key = _key(x)
+            kind = None if key is None else kinds.get(key)
+            if kind is not None:
+                leaf = Leaf(i, x, kind, True)
+            else:
+                try:
+                    leaf = opened(i, x, want, planning=planning)
+                except NAMED as error:
+                    name(error, flat, i)
+                    raise
+                kind = leaf.kind
+                if key is not None and leaf.handle is x:
+                    kinds[key] = kind
+            if kind.moves and not apart:
+                memory = _memory_of(leaf, key)
+                first = i if memory is None else seen.setdefault(memory, i)
+        if first == i:
+            found.append(leaf)
+        else:
+            same[i] = first
+    return found, same
+
+
+_PLAIN, _WRITABLE = 0x101, 0x400  # of NumPy's flags: in C order and aligned; writable
+
+
+def _key(x: Any) -> Any:
+    """A key under which small plain arrays are decided alike; None for all others.
+
+    Whether a host tensor is pinned is not in it: that costs a call of the driver, and packing does not ask. A leaf that
+    crosses by itself after all is opened again.
+    """
+    cls = type(x)
+    if cls is np.ndarray:
+        flags, base = x.flags.num, x.base
+        if flags & _PLAIN != _PLAIN or 1 in x.shape or not 0 < x.nbytes < SMALL:
+            return None
+        if base is not None and not (type(base) is np.ndarray and base.base is None):
+            return None
+        return x.dtype, flags & _WRITABLE
+    if cls is not _lanes._Tensor or _lanes._forward_ad._current_level >= 0:
+        return None
+    try:
+        # A tensor without memory of its own (sparse, meta, inside torch.func) has no address, or raises; so does the
+        # shape of a nested one. A dtype that is never converted stops the first of its kind.
+        address = x.data_ptr()
+        if not address or address % 16 or not x.is_contiguous() or 1 in x.shape or x.nbytes >= SMALL:
+            return None
+        if not (x.is_cpu or x.is_cuda) or x.is_neg() or x.is_conj():
+            return None
+        return x.dtype, x.get_device(), x.requires_grad
+    except RuntimeError:
+        return None
+
+
+def _memory_of(leaf: Leaf, key: Any) -> Any:
+    """What makes two leaves the same memory, to be treated alike; None where no address is known.
+
+    Tensors inside a graph are what their node made them: only leaves of the graph can be tied.
+    """
+    x, traits = leaf.handle, leaf.kind.traits
+    if key is not None and traits.framework == "torch":
+        node = id(x.grad_fn) if traits.graph and x.grad_fn is not None else 0
+        return (traits.device, x.data_ptr(), traits.dtype, x.shape, None, True, traits.graph, "", node)
+    info = leaf.info
+    if not (info.address and info.nbytes):
+        return None
+    node = id(x.grad_fn) if info.grad_fn else 0
+    strides = None if info.order == "C" else info.strides
+    who = (info.device, info.address, info.dtype, info.shape, strides)
+    return (*who, info.writable, info.requires_grad, info.lazy, node)

@@ -1,0 +1,140 @@
+"""What is said between the three verbs: a wish, the facts of the moment, steps, a plan. Records only, and no rule."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from tensorbridge import _dtypes
+from tensorbridge._array import ArrayInfo, Device, Traits
+
+
+class Op:
+    """The names of steps. Those in MOVING write every element once; the others move no byte."""
+
+    DETACH = "detach"  # an alias outside the graph
+    WRAP = "wrap"  # a scalar as a 0-d array
+    IMPORT = "import"  # a foreign array, seen through its protocol
+    RESTRIDE = "restride"  # meaningless strides of length-1 axes made plain
+    ORDER = "order"  # the consumer's stream waits for the producer's
+    SHARE = "share"  # the same memory under the other framework
+    PROTECT = "protect"  # a read-only view
+    STACK = "stack"  # a list into one array
+    RESOLVE = "resolve"  # lazy conjugate, negative and zero bits made real
+    BYTESWAP = "byteswap"  # native byte order
+    CAST = "cast"  # another dtype
+    PACK = "pack"  # a layout that the other side can hold
+    COPY = "copy"  # fresh memory
+    PIN = "pin"  # fresh page-locked memory
+    FILL = "fill"  # into `out`
+    TO_HOST = "to_host"
+    TO_DEVICE = "to_device"
+
+
+MOVING = frozenset(
+    {Op.STACK, Op.RESOLVE, Op.BYTESWAP, Op.CAST, Op.PACK, Op.COPY, Op.PIN, Op.FILL, Op.TO_HOST, Op.TO_DEVICE}
+)
+PROTOCOLS = frozenset({"dlpack", "cuda_array_interface", "array_interface", "buffer", "__array__"})
+
+
+class Want(NamedTuple):
+    """What the caller asked for; every option of the public functions, in canonical form."""
+
+    framework: str
+    device: Device | None = None  # None: where it is ("cpu" for NumPy)
+    dtype: str | None = None
+    copy: bool | None = None
+    writable: bool | None = None
+    share_readonly: bool = False
+    detach: bool = True
+    pin_memory: bool = False
+    non_blocking: bool = False
+    out: Traits | None = None
+
+
+class Here(NamedTuple):
+    """Facts of the moment. On the CPU they are this constant; read once a call only where a GPU is involved."""
+
+    same_stream: bool = True  # the two frameworks' current streams are one, by raw handle
+    capturing: bool = False  # a CUDA graph is being captured on a current stream
+    forked: bool = False  # CUDA was in use in the parent of this forked process
+    worker: bool = False  # a forked process in which torch would start threads
+    torch: bool = False  # torch is loaded: its kernels may do what NumPy's are slow at
+    gpu: str = "torch"  # who moves device memory that neither torch nor CuPy owns
+    per_thread: bool = False  # memory is to be lent on the per-thread default stream, which is another in every thread
+
+
+HERE = Here()
+
+
+class Step(NamedTuple):
+    """One thing that is done. `nbytes` is 0 until the step is bound to an array."""
+
+    op: str
+    why: str
+    nbytes: int = 0
+    kind: str = ""  # "h2h", "h2d", "d2h", "d2d", "" when no byte moves
+    after: Traits = Traits("numpy")  # the array that the step promises
+    by: str = ""  # whose kernel moves the bytes, where there is a choice
+    cure: str = ""  # what avoids it
+
+
+class Refusal(NamedTuple):
+    error: type[Exception]
+    why: str
+    cure: str
+    cast: str = ""  # the dtype of the copy that the cure makes
+
+
+class Decision(NamedTuple):
+    steps: tuple[Step, ...]
+    refusal: Refusal | None = None
+
+
+class Plan(NamedTuple):
+    """What a conversion does, decided before it is done. `str` is a table for a person."""
+
+    source: ArrayInfo
+    target: Traits  # framework, device, dtype, writable ... of the result
+    steps: tuple[Step, ...]
+    zero_copy: bool  # no byte moves (an empty array has none)
+    bytes_moved: int
+    blocking: bool  # the host waits for a transfer
+
+    def __str__(self) -> str:
+        result = self.target
+        frozen = "" if result.writable else ", read-only"
+        end = f"{bytes_text(self.bytes_moved)} moved" if not self.zero_copy else "zero copy"
+        if self.blocking:
+            end += "; the host waits for the transfer"
+        head = f"{self.source}\n  -> {result.framework} {result.dtype} on {result.device}{frozen}: {end}"
+        return "\n".join([head, *step_lines(self.steps)])
+
+
+def step_lines(steps: tuple[Step, ...]) -> list[str]:
+    """A table of steps: name, bytes, reason."""
+    width = max((len(step.op) for step in steps), default=0)
+    sizes = [bytes_text(step.nbytes) for step in steps]
+    room = max(map(len, sizes), default=0)
+    return [f"  {s.op:<{width}}  {n:>{room}}   {s.why}" for s, n in zip(steps, sizes, strict=True)]
+
+
+def bytes_text(n: int) -> str:
+    return f"{n:,}".replace(",", " ") + " B"
+
+
+def bind(steps: tuple[Step, ...], source: ArrayInfo, want: Want) -> Plan:
+    """The steps with the sizes and names of one array."""
+    count = 1
+    for length in source.shape:
+        count *= length
+    grad_fn = f" ({source.grad_fn})" if source.grad_fn else ""
+    bound = tuple(
+        step._replace(
+            nbytes=count * _dtypes.DTYPES[step.after.dtype.lstrip(">")].itemsize if step.kind else 0,
+            why=step.why.replace("{grad_fn}", grad_fn),
+        )
+        for step in steps
+    )
+    moved = sum(step.nbytes for step in bound)
+    blocking = any(s.kind == "d2h" or (s.kind == "h2d" and not want.non_blocking) for s in bound)
+    return Plan(source, bound[-1].after, bound, moved == 0, moved, blocking)

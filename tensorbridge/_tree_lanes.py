@@ -1,0 +1,129 @@
+"""Fast lanes for the leaves of trees: plain arrays are converted with no decision to look up, as in `_lanes`.
+
+A lane takes what it can tell for sure in a few checks, and answers with the places of the rest. The same memory twice
+stays one: in a lane that shares, results over one address are one; in a lane that copies, arrays that own their memory
+are told apart as objects, and only where one is a view its address is asked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from tensorbridge import _api, _convert, _dtypes, _lanes
+from tensorbridge._array import CPU, LARGE
+from tensorbridge._errors import BridgeError
+from tensorbridge._step import Want
+
+
+def through_lanes(leaves: list[Any], want: Want, results: list[Any], seen: dict[Any, int]) -> Sequence[int]:
+    _convert.open_lanes()
+    on_host = want.device is None or want.device == CPU
+    if want.framework == "torch" and on_host and want.dtype is None and not want.pin_memory and want.copy is not False:
+        if not want.copy:
+            return _shared_arrays(leaves, results)
+        if all(type(a) is np.ndarray and a.base is None for a in leaves):
+            return _copied_arrays(leaves, results)
+        return _copied_views(leaves, results, seen)
+    if want == _WANT_NUMPY:
+        return _shared_tensors(leaves, results)
+    return range(len(leaves))
+
+
+_WANT_NUMPY = Want("numpy")
+
+
+def _shared_arrays(leaves: list[Any], results: list[Any]) -> list[int]:
+    from_numpy, plain, ndarray = _lanes._from_numpy, _lanes._plain_numpy, np.ndarray
+    rest: list[int] = []
+    seen: dict[Any, Any] = {}
+    last = None  # a dtype is slow to hash, and most often the one before
+    for i, a in enumerate(leaves):
+        if type(a) is ndarray and a.flags.carray and ((dtype := a.dtype) is last or dtype in plain):
+            last = dtype
+            base = a.base
+            if base is None or (type(base) is ndarray and base.base is None):
+                try:
+                    t = from_numpy(a)
+                except (ValueError, TypeError):  # as in _lanes
+                    rest.append(i)
+                    continue
+                first = seen.setdefault(t.data_ptr(), t)
+                if first is not t and (first.dtype is not t.dtype or first.shape != t.shape):
+                    first = seen.setdefault((t.data_ptr(), t.dtype, t.shape), t)
+                results[i] = first
+                continue
+        rest.append(i)
+    return rest
+
+
+_DENSE = 0x101  # C-contiguous and aligned, of NumPy's flags
+
+
+def _copied_arrays(leaves: list[Any], results: list[Any]) -> list[int]:
+    """Arrays that all own their memory: two are the same memory only if they are the same object."""
+    from_numpy, plain = _lanes._from_numpy, _lanes._plain_numpy
+    rest: list[int] = []
+    first = _first_of(leaves)
+    last = None
+    for i, a in enumerate(leaves):
+        if a.flags.num & _DENSE == _DENSE and a.nbytes < LARGE and ((dtype := a.dtype) is last or dtype in plain):
+            last = dtype
+            if first is not None and first[id(a)] != i:
+                results[i] = results[first[id(a)]]
+                continue
+            try:
+                results[i] = from_numpy(a.copy())
+                continue
+            except (ValueError, TypeError):  # as in _lanes
+                pass
+        rest.append(i)
+    return rest
+
+
+def _first_of(leaves: list[Any]) -> dict[int, int] | None:
+    """The index at which each object comes first; None if none comes twice."""
+    if len(set(map(id, leaves))) == len(leaves):
+        return None
+    found: dict[int, int] = {}
+    for i, leaf in enumerate(leaves):
+        found.setdefault(id(leaf), i)
+    return found
+
+
+def _copied_views(leaves: list[Any], results: list[Any], seen: dict[Any, int]) -> list[int]:
+    """Arrays of which some are views: only their addresses tell what is the same memory. torch reads those fastest."""
+    from_numpy, plain, ndarray = _lanes._from_numpy, _lanes._plain_numpy, np.ndarray
+    rest: list[int] = []
+    for i, a in enumerate(leaves):
+        if type(a) is ndarray and a.flags.carray and a.dtype in plain and a.nbytes < LARGE:
+            try:
+                address = from_numpy(a).data_ptr()
+            except (ValueError, TypeError):
+                rest.append(i)
+                continue
+            key = (CPU, address, _dtypes.of_numpy(a.dtype), a.shape, None, True, False, "", 0)
+            first = seen.setdefault(key, i) if address else i
+            results[i] = results[first] if first != i else from_numpy(a.copy())
+            continue
+        rest.append(i)
+    return rest
+
+
+def _shared_tensors(leaves: list[Any], results: list[Any]) -> list[int]:
+    to_numpy, tensor = _api.to_numpy, _lanes._Tensor
+    rest: list[int] = []
+    first = _first_of(leaves)
+    for i, t in enumerate(leaves):
+        if first is not None and first[id(t)] != i:
+            results[i] = results[first[id(t)]]
+        elif type(t) is tensor and t.is_cpu and not (t.is_conj() or t.is_neg()):
+            try:
+                results[i] = to_numpy(t)
+            except BridgeError:
+                rest.append(i)  # to be refused again, by name
+        else:
+            rest.append(i)
+    return rest

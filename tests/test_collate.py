@@ -1,0 +1,303 @@
+"""collate: samples of any framework become one batch of tensors, made once; in worker processes too."""
+
+from __future__ import annotations
+
+import array
+import collections
+import dataclasses
+import subprocess
+import sys
+import textwrap
+import typing
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+import torch
+from arrays import Dlpack, Interface, frozen, numbers
+from torch.utils.data import DataLoader, Dataset
+
+import tensorbridge as tb
+
+
+class Sample(typing.NamedTuple):
+    x: Any
+    y: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    obs: Any
+    reward: float
+
+
+# -- What comes out
+
+LEAVES: dict[str, Any] = {
+    "array": lambda i: np.full((2, 3), i, "f4"),
+    "integers": lambda i: np.full(2, i, "u1"),
+    "zero-d": lambda i: np.array(i),
+    "read-only": lambda i: frozen(np.full(3, float(i))),
+    "broadcast": lambda i: np.broadcast_to(np.float32(i), (2, 2)),
+    "reversed": lambda i: np.arange(float(i), i + 3)[::-1],
+    "fortran": lambda i: np.asfortranarray(np.arange(6.0).reshape(2, 3) + i),
+    "big-endian": lambda i: np.full(3, i, ">i4"),
+    "bfloat16": lambda i: np.full(3, i, ml_dtypes.bfloat16),
+    "float8": lambda i: torch.full((3,), float(i)).to(torch.float8_e5m2),
+    "uint16": lambda i: np.full(3, i, "u2"),
+    "bool": lambda i: np.array([True, i % 2 == 0]),
+    "complex": lambda i: np.array([i + 1j]),
+    "conjugate": lambda i: torch.tensor([i + 1j]).conj(),
+    "tensor": lambda i: torch.full((2,), i),
+    "transposed tensor": lambda i: torch.arange(6.0).reshape(2, 3).T + i,
+    "dlpack": lambda i: Dlpack(np.full(3, float(i))),
+    "array interface": lambda i: Interface(np.full(3, float(i))),
+    "buffer": lambda i: array.array("f", [i, 2]),
+    "empty": lambda i: np.zeros((0, 3)),
+}
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("name", LEAVES)
+def test_arrays_are_stacked_with_their_dtype_into_memory_of_their_own(name):
+    samples = [LEAVES[name](i) for i in range(4)]
+    before = [numbers(x).copy() for x in samples]
+    batch = tb.collate(samples)
+    assert isinstance(batch, torch.Tensor)
+    assert batch.shape == (4, *np.shape(numbers(samples[0])))
+    assert tb.describe(batch).dtype == tb.describe(samples[0]).dtype.lstrip(">")
+    assert np.array_equal(numbers(batch), np.stack(before))
+    assert batch.is_contiguous()
+    if batch.dtype == torch.float32:
+        batch.fill_(-1)  # what a trainer may do; read-only samples stay as they are
+        assert all(np.array_equal(numbers(x), b) for x, b in zip(samples, before, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("values", "dtype"),
+    [([1, 2, 3], torch.int64), ([1.0, 2.5], torch.float64), ([True, False], torch.bool), ([1, 2.5], torch.float64)],
+)
+def test_numbers_become_a_tensor(values, dtype):
+    batch = tb.collate([{"y": value} for value in values])
+    assert batch["y"].dtype == dtype
+    assert batch["y"].tolist() == values
+
+
+def test_numpy_numbers_keep_their_dtype():
+    assert tb.collate([np.float32(1), np.float32(2)]).dtype == torch.float32
+
+
+@pytest.mark.parametrize("values", [["a", "b"], [b"a", b"b"], [None, None], [{1}, {2}]])
+def test_what_is_neither_array_nor_number_is_a_list(values):
+    assert tb.collate([{"v": value, "x": np.zeros(1)} for value in values])["v"] == values
+
+
+def test_containers_are_those_of_the_samples():
+    samples = [
+        {
+            "pair": Sample(np.full(2, i), [i, (np.ones(1), "s")]),
+            "step": Step(torch.zeros(3), i / 2),
+            "ordered": collections.OrderedDict(b=i, a=np.zeros(1)),
+        }
+        for i in range(3)
+    ]
+    batch = tb.collate(samples)
+    assert type(batch["pair"]) is Sample
+    assert batch["pair"].x.tolist() == [[0, 0], [1, 1], [2, 2]]
+    assert batch["pair"].y[0].tolist() == [0, 1, 2]
+    assert batch["pair"].y[1][1] == ["s"] * 3
+    assert isinstance(batch["step"], Step)
+    assert batch["step"].reward.tolist() == [0, 0.5, 1]
+    assert list(batch["ordered"]) == ["b", "a"]
+    assert samples[1]["pair"].y[0] == 1
+
+
+def test_keys_in_another_order_are_the_same_structure():
+    batch = tb.collate([{"x": 1, "y": np.zeros(1)}, {"y": np.ones(1), "x": 2}])
+    assert batch["x"].tolist() == [1, 2]
+    assert batch["y"].tolist() == [[0], [1]]
+
+
+def test_it_gives_what_torch_gives_where_torch_can():
+    samples = [{"x": np.full((2, 2), i, "f4"), "y": i, "t": (torch.ones(2), 0.5), "s": "a"} for i in range(3)]
+    mine, torchs = tb.collate(samples), torch.utils.data.default_collate(samples)
+    assert torch.equal(mine["x"], torchs["x"])
+    assert torch.equal(mine["y"], torchs["y"])
+    assert torch.equal(mine["t"][0], torchs["t"][0])
+    assert mine["t"][1].dtype == torchs["t"][1].dtype
+    assert mine["s"] == torchs["s"]
+
+
+def test_graph_is_kept_in_the_main_process():
+    samples = [torch.ones(2, requires_grad=True) for _ in range(3)]
+    tb.collate(samples).sum().backward()
+    assert all(torch.equal(t.grad, torch.ones(2)) for t in samples)
+
+
+# -- What is refused
+
+REFUSED: dict[str, Any] = {
+    "shape": (
+        [{"x": np.zeros(3)}, {"x": np.zeros(3)}, {"x": np.zeros(4)}],
+        r"^collate: batch\['x'\]: sample 0 has shape \(3,\), sample 2 has \(4,\)\.\nPad",
+    ),
+    "dtype": ([[np.zeros(3)], [np.zeros(3, "f4")]], r"batch\[0\]: sample 0 has dtype float64, sample 1 has float32"),
+    "missing": ([{"x": 1, "y": 2}, {"x": 1}], r"sample 1 has no batch\['y'\]"),
+    "more": ([{"x": 1}, {"x": 1, "y": 2}], r"sample 1 has batch\['y'\], and sample 0 has not"),
+    "length": ([[1, 2], [1, 2, 3]], r"sample 1 has batch\[2\].*\n.*pad lists"),
+    "array and none": ([{"x": np.zeros(1)}, {"x": None}], r"batch\['x'\]: sample 0 has ndarray, sample 1 NoneType"),
+    "number and text": ([{"x": 1}, {"x": "1"}], r"batch\['x'\]: sample 0 has int, sample 1 str"),
+    "text array": ([{"x": np.array(["a"])}] * 2, r"^collate: batch\['x'\]: to_torch.*text is not a number"),
+    "big integer": ([{"x": 2**70}, {"x": 1}], r"^collate: batch\['x'\]: "),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_samples_that_are_not_alike_are_refused_by_name(name):
+    samples, text = REFUSED[name]
+    with pytest.raises(tb.UnsupportedArrayError, match=text):
+        tb.collate(samples)
+
+
+def test_no_samples_are_an_error():
+    with pytest.raises(ValueError, match="no samples"):
+        tb.collate([])
+
+
+def test_trace_and_guard_see_the_copy():
+    samples = [np.zeros(3), np.ones(3)]
+    with tb.trace() as seen:
+        tb.collate(samples)
+    assert seen.totals.nbytes == 48
+    with tb.copy_guard("error"), pytest.raises(tb.CopyRequiredError, match="collate"):
+        tb.collate(samples)
+
+
+# -- In worker processes
+
+
+class Digits(Dataset):  # type: ignore[type-arg]
+    """Everything that a dataset may hold; `broken` names what is wrong with sample 5."""
+
+    def __init__(self, broken: str = "") -> None:
+        self.broken = broken
+
+    def __len__(self) -> int:
+        return 8
+
+    def __getitem__(self, i: int) -> Any:
+        bad = self.broken if i == 5 else ""
+        x = np.full((2, 3), i, "f4")
+        x.setflags(write=False)
+        if bad == "exit":
+            import os
+
+            os._exit(3)
+        return {
+            "x": np.zeros(3, "f4") if bad == "shape" else x,
+            "t": torch.full((2,), i, dtype=torch.bfloat16),
+            "y": i,
+            "name": str(i),
+            "w": torch.ones(1, requires_grad=True) if self.broken == "graph" else torch.ones(1),
+            "none": np.zeros((0, 2)),
+        }
+
+
+def shared(batch: Any) -> dict[str, bool]:
+    return {name: t.is_shared() for name, t in batch.items() if isinstance(t, torch.Tensor) and t.numel()}
+
+
+HOW = [(0, None), (2, "fork"), (2, "spawn")]
+
+
+@pytest.mark.parametrize(("workers", "start"), HOW)
+def test_it_is_a_collate_function(workers, start):
+    loader = DataLoader(Digits(), 4, num_workers=workers, multiprocessing_context=start, collate_fn=tb.collate)
+    batches = list(loader)
+    assert [batch["y"].tolist() for batch in batches] == [[0, 1, 2, 3], [4, 5, 6, 7]]
+    assert batches[1]["x"].tolist() == [[[float(i)] * 3] * 2 for i in range(4, 8)]
+    assert batches[0]["t"].dtype == torch.bfloat16
+    assert batches[0]["name"] == ["0", "1", "2", "3"]
+    assert batches[0]["none"].shape == (4, 0, 2)
+    assert shared(batches[0]) == dict.fromkeys(["x", "t", "y", "w"], workers > 0)
+    batches[0]["x"].add_(1)
+    assert batches[0]["x"][0, 0, 0] == 1
+
+
+class InWorker:
+    """A collate function that says where the batch was made."""
+
+    def __call__(self, samples: Any) -> Any:
+        batch = tb.collate(samples)
+        return {"made shared": all(shared(batch).values()), "x": batch["x"]}
+
+
+def test_batch_is_made_in_shared_memory_not_moved_there():
+    (batch,) = DataLoader(Digits(), 8, num_workers=1, multiprocessing_context="fork", collate_fn=InWorker())
+    assert batch["made shared"]
+
+
+@pytest.mark.parametrize(("workers", "start"), HOW[:2])
+def test_error_in_a_worker_names_the_leaf(workers, start):
+    loader = DataLoader(Digits("shape"), 4, num_workers=workers, multiprocessing_context=start, collate_fn=tb.collate)
+    with pytest.raises(
+        tb.UnsupportedArrayError, match=r"batch\['x'\]: sample 0 has shape \(2, 3\), sample 1 has \(3,\)"
+    ):
+        list(loader)
+
+
+def test_graph_cannot_go_to_another_process():
+    loader = DataLoader(Digits("graph"), 4, num_workers=1, multiprocessing_context="fork", collate_fn=tb.collate)
+    with pytest.raises(tb.GraphError, match=r"batch\['w'\]: a sample requires grad.*\n.*detach"):
+        list(loader)
+
+
+def test_worker_that_dies_is_an_error_of_the_loader_through_prefetch_too():
+    loader = DataLoader(Digits("exit"), 4, num_workers=1, multiprocessing_context="fork", collate_fn=tb.collate)
+    # torch tells the main thread by a signal, so the error may come before a batch that is ready.
+    with pytest.raises(RuntimeError, match="exited unexpectedly"), tb.prefetch(loader, device="cpu") as ready:
+        list(ready)
+
+
+def test_conversion_to_cuda_in_a_forked_worker_is_a_device_error(monkeypatch):
+    """CUDA in use in the parent of a forked worker is what torch reports, here by a stand-in."""
+    monkeypatch.setattr(torch.cuda, "_is_in_bad_fork", lambda: True)
+    monkeypatch.setattr("tensorbridge._options._cuda", lambda framework: (1, 0, ""))
+    with pytest.raises(
+        tb.DeviceError, match=r"^batch\['x'\]: .*CUDA cannot be used in a forked process.*\nStart workers"
+    ):
+        tb.tree.to_torch({"x": np.zeros(3)}, device="cuda")
+
+
+@pytest.mark.gpu
+def test_conversion_to_cuda_in_a_real_forked_worker_is_a_device_error():
+    code = """
+        import numpy as np, torch, tensorbridge as tb
+        from torch.utils.data import DataLoader
+        class Data(torch.utils.data.Dataset):
+            def __len__(self): return 2
+            def __getitem__(self, i): return tb.tree.to_torch({"x": np.zeros(3)}, device="cuda")
+        torch.zeros(1, device="cuda")
+        try:
+            list(DataLoader(Data(), num_workers=1, multiprocessing_context="fork"))
+        except tb.DeviceError as error:
+            print("forked process" in str(error))
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)],
+        cwd=Path(__file__).parent.parent,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.stdout.strip() == "True", done.stderr
+
+
+@pytest.mark.gpu
+def test_device_samples_are_stacked_on_the_device():
+    batch = tb.collate([{"x": torch.full((2,), i, device="cuda")} for i in range(3)])
+    assert batch["x"].is_cuda
+    assert batch["x"].tolist() == [[0, 0], [1, 1], [2, 2]]

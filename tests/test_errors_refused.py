@@ -1,0 +1,395 @@
+"""What is never converted, by the text of its refusal: what it is, why not, and the call that works."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import subprocess
+import sys
+from collections import namedtuple
+
+import ml_dtypes
+import numpy as np
+import pytest
+import torch
+from arrays import spiral
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import tensorbridge as tb
+
+
+@dataclasses.dataclass
+class Batch:
+    images: object
+
+
+Pair = namedtuple("Pair", "images labels")
+
+
+class Interceptor(torch.Tensor):
+    """A wrapper whose own memory is not its value."""
+
+    @staticmethod
+    def __new__(cls, inner):
+        return torch.Tensor._make_wrapper_subclass(cls, inner.shape, dtype=inner.dtype)
+
+    @classmethod
+    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
+        return function(*args, **(kwargs or {}))
+
+
+def fake():
+    with FakeTensorMode():
+        return torch.ones(3)
+
+
+def ragged(layout=torch.strided):
+    return torch.nested.nested_tensor([torch.ones(2), torch.ones(3)], layout=layout)
+
+
+def packed():
+    return torch.zeros(3, dtype=torch.uint8).view(torch.float4_e2m1fn_x2)
+
+
+NOT_AN_ARRAY = "it is no array of NumPy, torch or CuPy, and has no __dlpack__, array interface, buffer or __array__"
+GIVE = "Give an array, a number or a list of them; of an object that holds an array, that array."
+DENSE = "a sparse tensor has no strided memory to share"
+UNPACK = "Convert x.to_padded_tensor(0.0), x.values(), or each tensor of x.unbind()."
+FIELDS = "Convert one field, x['name'], or the tree {n: x[n] for n in x.dtype.names}."
+CODES = "Encode it first: np.unique(x, return_inverse=True) gives codes."
+TREE = "Use tensorbridge.tree, which converts every leaf."
+ONE_KIND = "Bring the parts to one framework, device and dtype first."
+PAD = "Pad the parts to one shape, or keep the list and use tensorbridge.tree."
+
+# name: how to make it, what it is called, why not, what works
+REFUSED = {
+    "sparse": (
+        lambda: torch.eye(3).to_sparse(),
+        "torch sparse_coo float32 (3, 3)",
+        DENSE,
+        "Convert x.to_dense(), or x.values().",
+    ),
+    "compressed": (
+        lambda: torch.eye(3).to_sparse_csr(),
+        "torch sparse_csr float32 (3, 3)",
+        DENSE,
+        "Convert x.to_dense(), or x.values().",
+    ),
+    "nested": (ragged, "torch nested float32", "a nested tensor has rows of different lengths", UNPACK),
+    "jagged": (
+        lambda: ragged(torch.jagged),
+        "NestedTensor float32",
+        "a nested tensor has rows of different lengths",
+        UNPACK,
+    ),
+    "mkldnn": (
+        lambda: torch.ones(3).to_mkldnn(),
+        "torch mkldnn float32 (3,)",
+        "an mkldnn tensor has a layout private to oneDNN",
+        "Convert x.to_dense().",
+    ),
+    "quantized": (
+        lambda: torch.quantize_per_tensor(torch.ones(3), 0.1, 0, torch.qint8),
+        "torch quantized qint8 (3,)",
+        "a quantized tensor means its integers times a scale",
+        "Convert x.dequantize(), or x.int_repr() for the integers.",
+    ),
+    "meta": (
+        lambda: torch.ones(3, device="meta"),
+        "torch meta float32 (3,)",
+        "a meta tensor has a shape but no data",
+        "Materialise it first: torch.empty_like(x, device='cpu').",
+    ),
+    "fake": (
+        fake,
+        "FakeTensor float32 (3,)",
+        "a fake tensor has a shape but no data",
+        "Convert outside FakeTensorMode, torch.export or tracing.",
+    ),
+    "functionalized": (
+        lambda: torch._to_functional_tensor(torch.ones(3)),
+        "torch functional float32 (3,)",
+        "a tensor inside functionalization has no memory of its own",
+        "Convert outside the functionalized function.",
+    ),
+    "interceptor": (
+        lambda: Interceptor(torch.ones(3)),
+        "Interceptor float32 (3,)",
+        "this tensor subclass intercepts every operation (__torch_dispatch__); its memory need not be its value",
+        "Convert the plain tensor that it holds.",
+    ),
+    "masked": (
+        lambda: np.ma.array([1.0, 2.0], mask=[0, 1]),
+        "masked numpy float64 (2,)",
+        "the mask of a masked array would be lost",
+        "Convert x.filled(value) and x.mask, or x.data if masked values are fine.",
+    ),
+    "structured": (
+        lambda: np.zeros(3, dtype=[("a", "f4"), ("b", "i4")]),
+        "numpy [('a', '<f4'), ('b', '<i4')] (3,)",
+        "a structured dtype has several fields",
+        FIELDS,
+    ),
+    "object": (
+        lambda: np.array([1, None], dtype=object),
+        "numpy object (2,)",
+        "object elements are Python references, not numbers",
+        'Convert x.astype("float64"), after dealing with None and text.',
+    ),
+    "text array": (lambda: np.array(["a", "bc"]), "numpy <U2 (2,)", "text is not a number", CODES),
+    "bytes array": (lambda: np.array([b"a"]), "numpy |S1 (1,)", "text is not a number", CODES),
+    "string array": (
+        lambda: np.array(["a"], dtype=np.dtypes.StringDType()),
+        "numpy StringDType() (1,)",
+        "text is not a number",
+        CODES,
+    ),
+    "dates": (
+        lambda: np.array(["2020-01-01"], dtype="datetime64[D]"),
+        "numpy datetime64[D] (1,)",
+        "dates and durations are not plain numbers to torch and CuPy",
+        'Convert x.view("int64") and keep the unit beside it.',
+    ),
+    "durations": (
+        lambda: np.array([1], dtype="timedelta64[s]"),
+        "numpy timedelta64[s] (1,)",
+        "dates and durations are not plain numbers to torch and CuPy",
+        'Convert x.view("int64") and keep the unit beside it.',
+    ),
+    "void": (
+        lambda: np.zeros(3, "V4"),
+        "numpy |V4 (3,)",
+        "raw bytes (a void dtype) have no number type",
+        'Say what they are: x.view("uint8").',
+    ),
+    "ragged list": (lambda: [[1, 2], [3]], "list of 2", "its parts have different shapes: (1,), (2,)", PAD),
+    "ragged arrays": (
+        lambda: [np.zeros(2), np.zeros(3)],
+        "list of 2",
+        "its parts have different shapes: (2,), (3,)",
+        PAD,
+    ),
+    "uneven depth": (lambda: [[1, 2], 3], "list of 2", "some of its parts are lists and some are not", PAD),
+    "mixed frameworks": (
+        lambda: [np.zeros(2), torch.zeros(2)],
+        "list of 2",
+        "its parts have different frameworks: numpy, torch",
+        ONE_KIND,
+    ),
+    "mixed dtypes": (
+        lambda: [np.zeros(2), np.zeros(2, "f4")],
+        "list of 2",
+        "its parts have different dtypes: float32, float64",
+        ONE_KIND,
+    ),
+    "numbers and arrays": (lambda: [np.zeros(2), 3], "list of 2", "it holds both numbers and arrays", ONE_KIND),
+    "list of text": (lambda: ["a", "b"], "list of 2: str", "text is not an array", "Encode it as numbers first."),
+    "list with None": (lambda: [None, 1], "list of 2: NoneType", NOT_AN_ARRAY, GIVE),
+    "dict": (lambda: {"a": np.zeros(2)}, "dict", "a container is not one array", TREE),
+    "dataclass": (lambda: Batch(np.zeros(2)), "Batch", "a container is not one array", TREE),
+    "namedtuple": (lambda: Pair(1, 2), "namedtuple Pair", "a container is not one array", TREE),
+    "set": (lambda: {1, 2}, "set", "the elements of a set have no order", "Convert list(x), or each element."),
+    "text": (lambda: "abc", "str", "text is not an array", "Encode it as numbers first."),
+    "None": (lambda: None, "NoneType", NOT_AN_ARRAY, GIVE),
+    "generator": (lambda: (i for i in range(3)), "generator", NOT_AN_ARRAY, GIVE),
+    "class": (lambda: np.ndarray, "type", NOT_AN_ARRAY, GIVE),
+    "large integer": (
+        lambda: 2**70,
+        "Python int of 71 bits",
+        "a Python integer is int64 here, and this one does not fit",
+        "Use numpy.uint64(x), or float(x).",
+    ),
+}
+EVERYWHERE = {"to_numpy": tb.to_numpy, "to_torch": tb.to_torch, "describe": tb.describe}
+
+
+@pytest.mark.parametrize("call", EVERYWHERE)
+@pytest.mark.parametrize("name", REFUSED)
+def test_refusal_says_what_it_is_why_not_and_what_works(name, call):
+    make, what, why, cure = REFUSED[name]
+    with pytest.raises(tb.UnsupportedArrayError) as raised:
+        EVERYWHERE[call](make())
+    assert str(raised.value) == f"{call}: {what} cannot be converted: {why}.\n{cure}"
+
+
+CURES = {
+    "sparse": ["x.to_dense()", "x.values()"],
+    "compressed": ["x.to_dense()", "x.values()"],
+    "nested": ["x.to_padded_tensor(0.0)", "x.values()", "x.unbind()[0]"],
+    "jagged": ["x.to_padded_tensor(0.0)", "x.values()", "x.unbind()[0]"],
+    "mkldnn": ["x.to_dense()"],
+    "quantized": ["x.dequantize()", "x.int_repr()"],
+    "meta": ["torch.empty_like(x, device='cpu')"],
+    "masked": ["x.filled(0.0)", "x.mask", "x.data"],
+    "structured": ["x['a']"],
+    "object": ['x[:1].astype("float64")'],
+    "text array": ["np.unique(x, return_inverse=True)[1]"],
+    "string array": ["np.unique(x, return_inverse=True)[1]"],
+    "dates": ['x.view("int64")'],
+    "durations": ['x.view("int64")'],
+    "void": ['x.view("uint8")'],
+    "set": ["list(x)"],
+    "large integer": ["float(x)"],
+}
+
+
+@pytest.mark.parametrize("name", CURES)
+def test_cure_that_a_refusal_names_does_work(name):
+    for cure in CURES[name]:
+        x = eval(cure, {"x": REFUSED[name][0](), "torch": torch, "np": np})
+        assert tb.to_numpy(x).shape == tuple(np.shape(x))
+
+
+def test_transformed_function_is_named():
+    with pytest.raises(tb.UnsupportedArrayError) as raised:
+        torch.func.vmap(tb.to_numpy)(torch.ones(2, 3))
+    assert str(raised.value) == (
+        "to_numpy: torch functorch float32 (3,) cannot be converted: inside torch.func.vmap, grad and the like a "
+        "tensor has no memory of its own.\nConvert outside the transformed function."
+    )
+
+
+def test_dtensor_is_refused_with_its_two_ways_out():
+    from torch.distributed.tensor import DTensor
+
+    class Spread(DTensor):  # made as DTensor makes itself, without a process group
+        @staticmethod
+        def __new__(cls):
+            return torch.Tensor._make_wrapper_subclass(cls, (3,))
+
+        def __init__(self):
+            pass
+
+        def __repr__(self):
+            return "Spread"
+
+    with pytest.raises(tb.UnsupportedArrayError) as raised:
+        tb.to_numpy(Spread())
+    assert str(raised.value) == (
+        "to_numpy: Spread float32 (3,) cannot be converted: a DTensor is spread over processes.\n"
+        "Convert x.to_local() for this process's part, or x.full_tensor()."
+    )
+
+
+# name: the call, what it says after "cannot be converted: "
+DTYPES = {
+    "longdouble": (
+        lambda: tb.to_torch(np.zeros(3, "longdouble")),
+        'torch has no longdouble.\nUse dtype="float64": a copy of 24 B.',
+    ),
+    "clongdouble": (
+        lambda: tb.to_torch(np.zeros(3, "clongdouble")),
+        'torch has no clongdouble.\nUse dtype="complex128": a copy of 48 B.',
+    ),
+    "longdouble for CuPy": (
+        lambda: tb.plan(np.zeros(3, "longdouble"), "cupy"),
+        'cupy has no longdouble.\nUse dtype="float64": a copy of 24 B.',
+    ),
+    "int4": (lambda: tb.to_torch(np.zeros(3, ml_dtypes.int4)), 'torch has no int4.\nUse dtype="int8": a copy of 3 B.'),
+    "float8_e3m4": (
+        lambda: tb.to_torch(np.zeros(3, ml_dtypes.float8_e3m4)),
+        'torch has no float8_e3m4.\nUse dtype="float16": a copy of 6 B.',
+    ),
+    "float8 for CuPy": (
+        lambda: tb.plan(torch.zeros(3, dtype=torch.float8_e5m2), "cupy"),
+        'cupy has no float8_e5m2.\nUse dtype="float16": a copy of 6 B.',
+    ),
+    "packed": (
+        lambda: tb.to_numpy(packed()),
+        "numpy has no float4_e2m1fn_x2.\nConvert x.view(torch.uint8), two elements a byte.",
+    ),
+    "unpacking": (
+        lambda: tb.to_torch(packed(), dtype="float32"),
+        "torch cannot cast float4_e2m1fn_x2 to float32.\nConvert x.view(torch.uint8), two elements a byte.",
+    ),
+    "packing": (
+        lambda: tb.to_torch(torch.zeros(3), dtype="float4_e2m1fn_x2"),
+        "torch cannot cast float32 to float4_e2m1fn_x2.\nPack two elements a byte, as uint8, and view the tensor: "
+        "t.view(torch.float4_e2m1fn_x2).",
+    ),
+    "cast that nobody has": (
+        lambda: tb.to_numpy(np.ones(3, ml_dtypes.float8_e8m0fnu), dtype="float8_e5m2"),
+        "NumPy cannot cast float8_e8m0fnu to float8_e5m2.\nCast in two calls, by way of float32.",
+    ),
+    "imaginary part": (
+        lambda: tb.to_numpy(spiral(3), dtype="float32"),
+        "complex128 to float32 would drop the imaginary part.\nConvert x.real, or abs(x).",
+    ),
+    "imaginary part, into out": (
+        lambda: tb.to_numpy(spiral(3), out=np.zeros(3)),
+        "complex128 to float64 would drop the imaginary part.\nConvert x.real, or abs(x).",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", DTYPES)
+def test_dtype_without_a_partner_names_the_one_that_works_and_its_bytes(name):
+    call, text = DTYPES[name]
+    with pytest.raises(tb.UnsupportedArrayError) as raised:
+        call()
+    assert str(raised.value).partition("cannot be converted: ")[2] == text
+
+
+@pytest.mark.parametrize("name", [name for name in DTYPES if 'Use dtype="' in DTYPES[name][1]])
+def test_dtype_that_an_error_names_does_work(name):
+    dtype = re.search(r'Use dtype="(\w+)"', DTYPES[name][1]).group(1)
+    source = np.ones(3, "longdouble") if "longdouble" in name else np.ones(3, ml_dtypes.int4)
+    assert tb.to_torch(source, dtype=dtype).tolist() == [1, 1, 1]
+
+
+# -- A framework that is not installed
+
+BLOCK = """
+import sys
+class Missing:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in {blocked!r}:
+            raise ModuleNotFoundError(f"No module named {{name!r}}")
+sys.meta_path.insert(0, Missing())
+import numpy as np, tensorbridge as tb
+class Device:
+    __cuda_array_interface__ = {{"shape": (3,), "typestr": "<f4", "data": (1 << 20, True), "version": 3}}
+"""
+MISSING = {
+    "torch": (
+        "tb.to_torch(np.zeros(3))",
+        "to_torch: torch cannot be imported: No module named 'torch'.\n"
+        "pip install torch (for the CPU alone, from PyTorch's own CPU index)",
+    ),
+    "CuPy": (
+        "tb.to_cupy(np.zeros(3))",
+        "to_cupy: cupy cannot be imported: No module named 'cupy'.\n"
+        "pip install cupy-cuda12x or cupy-cuda13x[ctk], whichever the driver's CUDA version asks for",
+    ),
+    "a reader of read-only device memory": (
+        "import torch; tb.to_torch(Device())",
+        "to_torch: device memory that is read-only, or has negative or odd strides, is read by CuPy: No module named "
+        "'cupy'.\npip install cupy-cuda12x or cupy-cuda13x[ctk], whichever the driver's CUDA version asks for",
+    ),
+}
+
+
+def last_words(code, *blocked):
+    command = [sys.executable, "-c", BLOCK.format(blocked=blocked) + code]
+    run = subprocess.run(command, capture_output=True, text=True, check=False)
+    return run.returncode, run.stdout + run.stderr
+
+
+@pytest.mark.parametrize("what", MISSING)
+def test_missing_framework_is_named_with_the_command_that_installs_it(what):
+    code, text = MISSING[what]
+    blocked = ("cupy",) if "torch;" in code else ("torch", "cupy")
+    status, words = last_words(code, *blocked)
+    assert status == 1
+    assert words.rstrip().endswith(f"tensorbridge._errors.MissingFrameworkError: {text}")
+
+
+def test_everything_else_works_without_torch_and_cupy():
+    code = """
+assert tb.to_numpy([1, 2]).tolist() == [1, 2]
+assert str(tb.plan(np.zeros(3)[::-1], "torch")).endswith("share   0 B   torch.from_numpy: the same memory")
+assert tb.plan(np.zeros(3), "cupy").bytes_moved == 24
+assert tb.plan(np.zeros(3), "torch", pin_memory=True).bytes_moved == 24
+assert tb.shares_memory(np.zeros(3), np.zeros(3)) is False
+"""
+    assert last_words(code, "torch", "cupy") == (0, "")

@@ -1,0 +1,170 @@
+"""Imports point downwards only, no framework is imported before it is asked for, and a file is one page or a few."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import tensorbridge
+
+ROOT = Path(tensorbridge.__file__).parent
+
+# From the ground up. A module imports modules of the rows below its own, and none of its own row.
+LAYERS = [
+    {"_array", "_errors", "_eager", "_roads", "_svg"},
+    {"_dtypes", "_streams", "_editing"},
+    {"_step", "_engine", "_lease", "_picture"},
+    {"_refuse", "_staging", "_graph", "_words", "_watch"},
+    {"_plan"},
+    {"_adapters"},
+    {"_adapters._columns", "_adapters._numpy"},
+    {"_adapters._dlpack", "_adapters._python", "_adapters._torch_cuda", "_adapters._cupy"},
+    {"_adapters._protocols", "_adapters._torch"},
+    {"_memory", "_lanes"},
+    {"_options"},
+    {"_convert", "_pool"},
+    {"_api"},
+    {"_tables", "_pack", "_tree_lanes"},
+    {"_containers"},
+    {"_leaf", "_collate"},
+    {"_leaves"},
+    {"_tree", "_prefetch"},
+    {"tree"},
+    {"_async", "_matrix"},
+    {"_info"},
+    {"__init__"},
+]
+USERS = {"_demo", "_why_detach", "_bench", "__main__"}  # they use the package as anybody does
+HEIGHT = {name: height for height, row in enumerate(LAYERS) for name in row}
+FRAMEWORKS = {"torch", "cupy"}
+TOP_LEVEL = {
+    "_adapters._torch": {"torch"},
+    "_adapters._torch_cuda": {"torch"},
+    "_adapters._cupy": {"cupy"},
+}
+IN_FUNCTIONS = {"_pack"}  # packs with whichever of the two holds the arrays
+
+
+def modules() -> dict[str, Path]:
+    found = {}
+    for path in sorted(ROOT.rglob("*.py")):
+        parts = path.relative_to(ROOT).with_suffix("").parts
+        name = ".".join(parts[:-1] if parts[-1] == "__init__" and len(parts) > 1 else parts)
+        found[name] = path
+    return found
+
+
+MODULES = modules()
+OURS = [name for name in MODULES if name.split(".")[0] not in USERS]
+
+
+def imports(name: str, *, top_level: bool = False) -> Iterator[str]:
+    """What a module imports at run time: ``tensorbridge._plan``, ``torch`` ... Imports for the type checker are not."""
+    tree = ast.parse(MODULES[name].read_text())
+    nodes: list[ast.AST] = list(tree.body)
+    while nodes:
+        node = nodes.pop()
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test):
+            nodes += node.orelse
+        elif isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{name}: a relative import"
+            names = {f"{node.module}.{alias.name}" for alias in node.names}
+            submodules = {name for name in names if name.removeprefix("tensorbridge.") in MODULES}
+            yield from submodules
+            if names - submodules:
+                yield str(node.module)
+        elif not (top_level and isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda))):
+            nodes += ast.iter_child_nodes(node)
+
+
+def test_every_module_has_its_layer():
+    assert set(OURS) == set(HEIGHT)
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_imports_point_downwards(name):
+    for imported in imports(name):
+        if imported.split(".")[0] == "tensorbridge" and imported != "tensorbridge":
+            below = imported.removeprefix("tensorbridge.")
+            assert HEIGHT[below] < HEIGHT[name], f"{name} imports {below}, which is not below it"
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_only_adapters_import_their_framework(name):
+    def frameworks(found: Iterator[str]) -> set[str]:
+        return {module.split(".")[0] for module in found} & FRAMEWORKS
+
+    assert frameworks(imports(name, top_level=True)) == TOP_LEVEL.get(name, set())
+    if name not in IN_FUNCTIONS:
+        assert frameworks(imports(name)) == TOP_LEVEL.get(name, set())
+
+
+@pytest.mark.parametrize("name", [name for name in OURS if name.startswith(("_array", "_plan", "_refuse", "_engine"))])
+def test_judgement_imports_nothing_but_judgement(name):
+    allowed = {"__future__", "typing", "collections.abc", "functools"}
+    others = {module for module in imports(name) if not module.startswith("tensorbridge.")}
+    assert others <= allowed
+
+
+# -- What is loaded, seen in a process of its own
+
+
+def loaded_after(code: str) -> set[str]:
+    """The frameworks and modules of ours in `sys.modules` after running `code`."""
+    script = f"{code}\nimport sys\nprint('LOADED', *sys.modules)"
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=False)
+    assert run.returncode == 0, run.stderr
+    return set(run.stdout.rpartition("LOADED ")[2].split())
+
+
+NO_FRAMEWORK = {
+    "import": "import tensorbridge",
+    "decide": """
+from tensorbridge import Device, Traits
+from tensorbridge._plan import decide
+from tensorbridge._step import Want
+decide(Traits("torch", Device("cuda:0")), Want("cupy"))""",
+    "to_numpy of a list": "import tensorbridge; tensorbridge.to_numpy([1, 2])",
+    "to_numpy of an array": "import tensorbridge, numpy; tensorbridge.to_numpy(numpy.zeros(3)[::-1], copy=True)",
+    "to_numpy of bytes": "import tensorbridge; tensorbridge.to_numpy(b'123')",
+    "describe": "import tensorbridge, numpy; tensorbridge.describe(numpy.zeros(3))",
+    "shares_memory": "import tensorbridge as tb, numpy as np; a = np.zeros(3); assert tb.shares_memory(a, a)",
+    "plan for torch": "import tensorbridge, numpy; tensorbridge.plan(numpy.zeros(3), 'torch')",
+    "plan for CuPy": "import tensorbridge, numpy; tensorbridge.plan(numpy.zeros(3), 'cupy', device='cuda:1')",
+    "a tree": "import tensorbridge; tensorbridge.tree.to_numpy({'a': [1, 2], 'b': None})",
+    "a guard and a trace": """
+import tensorbridge as tb
+with tb.copy_guard("warn"), tb.trace():
+    tb.to_numpy(3.0)""",
+    "info": "import tensorbridge; str(tensorbridge.info())",
+    "a refusal": """
+import tensorbridge as tb
+try:
+    tb.to_numpy({})
+except tb.UnsupportedArrayError:
+    pass""",
+}
+
+
+@pytest.mark.parametrize("what", NO_FRAMEWORK)
+def test_no_framework_is_imported_before_its_array_shows_up(what):
+    assert not loaded_after(NO_FRAMEWORK[what]) & FRAMEWORKS
+
+
+def test_to_torch_imports_torch_alone():
+    loaded = loaded_after("import tensorbridge, numpy; tensorbridge.to_torch(numpy.zeros(3))")
+    assert loaded & FRAMEWORKS == {"torch"}
+    assert "tensorbridge._adapters._cupy" not in loaded
+
+
+def test_import_loads_no_adapter_and_no_user():
+    loaded = {name for name in loaded_after("import tensorbridge") if name.startswith("tensorbridge.")}
+    assert not loaded & {f"tensorbridge._adapters._{name}" for name in ("torch", "torch_cuda", "cupy")}
+    assert not {name.split(".")[1] for name in loaded} & USERS

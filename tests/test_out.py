@@ -1,0 +1,85 @@
+"""`out=`: filled whatever the source and whatever its own layout, and nothing else is touched."""
+
+from __future__ import annotations
+
+import re
+
+import numpy as np
+import pytest
+import torch
+from arrays import ARRAYS, attempt, numbers, tensor, unaligned
+
+import tensorbridge as tb
+
+CONVERT = {"numpy": tb.to_numpy, "torch": tb.to_torch}
+OUTS = {
+    "numpy": {
+        "plain": lambda shape: np.zeros(shape),
+        "fortran": lambda shape: np.zeros(shape, order="F"),
+        "narrow": lambda shape: np.zeros(shape, dtype="int16"),
+        "bfloat16": lambda shape: np.zeros(shape, dtype=tb.to_numpy(torch.zeros(1, dtype=torch.bfloat16)).dtype),
+        "complex": lambda shape: np.zeros(shape, dtype="complex64"),
+        "reversed": lambda shape: np.zeros(shape)[::-1],
+        "big-endian": lambda shape: np.zeros(shape, dtype=">f8"),
+        "odd": lambda shape: np.zeros(shape, dtype=[("tag", "i1"), ("x", "f4")])["x"],
+        "unaligned": lambda shape: unaligned(count=int(np.prod(shape))).reshape(shape),
+        "longdouble": lambda shape: np.zeros(shape, dtype="longdouble"),
+        "view of a tensor": lambda shape: torch.zeros(shape).numpy(),
+    },
+    "torch": {
+        "plain": lambda shape: torch.zeros(shape, dtype=torch.float64),
+        "narrow": lambda shape: torch.zeros(shape, dtype=torch.int16),
+        "transposed": lambda shape: torch.zeros(shape[::-1]).permute(list(reversed(range(len(shape))))),
+        "bfloat16": lambda shape: torch.zeros(shape, dtype=torch.bfloat16),
+        "complex": lambda shape: torch.zeros(shape, dtype=torch.complex64),
+        "strided": lambda shape: torch.zeros([*shape, 2])[..., 1],
+    },
+}
+INTO_OUT = [
+    name
+    for name in ARRAYS
+    if "large" not in name and "zero-d" not in name and (len(name) < 99) and "float4" not in name
+]
+
+
+@pytest.mark.filterwarnings("error", "ignore:ComplexHalf support is experimental")
+@pytest.mark.parametrize("target", OUTS)
+@pytest.mark.parametrize("name", INTO_OUT)
+def test_out_is_filled_whatever_the_source_and_the_layout_of_out(name, target):
+    for kind, make in OUTS[target].items():
+        array = ARRAYS[name]()
+        values = numbers(array)
+        shape = tb.describe(array).shape
+        if not shape and kind in ("reversed",):
+            continue
+        out = make(shape)
+        version = out._version if target == "torch" else 0
+        resizable = None if target == "numpy" else out.untyped_storage().resizable()
+        plan, refusal = attempt(lambda array=array, out=out: tb.plan(array, target, out=out))
+        if refusal is not None:
+            assert re.search("imaginary|NumPy cannot cast", str(refusal)), kind
+            continue
+        assert CONVERT[target](array, out=out) is out, kind
+        kept = numbers(out)
+        wanted = values if tb.describe(out).dtype.startswith("complex") else values.real
+        assert np.array_equal(kept, wanted), kind
+        assert np.array_equal(numbers(array), values), kind
+        assert plan.steps[-1].op == "fill", kind
+        if target == "torch":
+            assert out._version > version, kind
+            assert out.untyped_storage().resizable() == resizable, kind
+
+
+def test_out_given_with_writable_false_comes_back_as_a_read_only_view_of_it():
+    out = np.zeros(6)
+    result = tb.to_numpy(tensor(6), out=out, writable=False)
+    assert not result.flags.writeable
+    assert out.flags.writeable
+    assert tb.shares_memory(result, out)
+    assert out.tolist() == [1, 2, 3, 4, 5, 6]
+
+
+def test_out_keeps_the_graph_of_a_tensor_unless_detached():
+    x = tensor(3).requires_grad_()
+    assert tb.to_torch(x, out=torch.zeros(3)).requires_grad
+    assert not tb.to_torch(x, out=torch.zeros(3), detach=True).requires_grad

@@ -1,0 +1,455 @@
+"""Packing: which leaves cross together is decided from their steps; what comes out stands alone. No GPU is needed: the
+bus is a recorder, and the "device" is host memory of torch.
+"""
+
+from __future__ import annotations
+
+import io
+import weakref
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+import torch
+from arrays import numbers
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import tensorbridge as tb
+from tensorbridge import _convert, _leaves, _options, _pack, tree
+from tensorbridge._adapters import adapter_of
+from tensorbridge._array import CPU, SMALL, Device, Traits
+from tensorbridge._leaf import Kind, Leaf
+from tensorbridge._pack import ALIGN, BLOCK, Route
+from tensorbridge._plan import decide
+from tensorbridge._step import Want, bind
+
+CUDA0, CUDA1 = Device("cuda:0"), Device("cuda:1")
+UP = Want("torch", CUDA0, detach=False)
+
+
+class Recorder:
+    """A bus that copies into other host memory, and counts."""
+
+    def __init__(self) -> None:
+        self.ups: list[int] = []
+        self.downs: list[int] = []
+
+    def host_block(self, nbytes: int) -> Any:
+        return np.full(nbytes, 0xA5, dtype=np.uint8)
+
+    def up(self, host: Any, device: Device) -> Any:
+        self.ups.append(host.nbytes)
+        return torch.from_numpy(host).clone()
+
+    def down(self, block: Any, device: Device) -> Any:
+        self.downs.append(block.nbytes)
+        return block.numpy().copy()
+
+
+@pytest.fixture
+def bus(monkeypatch: pytest.MonkeyPatch) -> Recorder:
+    """One CUDA device that only packed leaves can reach."""
+    recorder = Recorder()
+    monkeypatch.setattr(_options, "_cuda", lambda framework: (1, 0, ""))
+    monkeypatch.setattr(_pack, "bus_for", lambda block: recorder)
+    return recorder
+
+
+ROUTE = Route(0, "h2d", "", "torch", CUDA0, "float32")
+
+
+def leaf(nbytes: int = 4096, **changes: Any) -> tuple[Route, tuple[int, ...]]:
+    return ROUTE._replace(**changes), (nbytes // 4,)
+
+
+# -- Which leaves cross together
+
+HOST = Traits("numpy")
+ON_CUDA = Traits("torch", CUDA0)
+CASES: dict[str, tuple[Traits, Want, bool]] = {
+    "array up": (HOST, UP, True),
+    "array up to CuPy": (HOST, Want("cupy", CUDA0), True),
+    "tensor up": (HOST._replace(framework="torch"), UP, True),
+    "pinned tensor up": (HOST._replace(framework="torch", pinned=True), UP, True),
+    "read-only array up": (HOST._replace(writable=False), UP, True),
+    "reversed array, packed on the way": (HOST._replace(spacing="reversed"), UP, True),
+    "swapped bytes, swapped on the way": (HOST._replace(dtype=">float32"), UP, True),
+    "bfloat16": (HOST._replace(dtype="bfloat16"), UP, True),
+    "cast before the bus": (HOST._replace(dtype="float64"), UP._replace(dtype="float16"), True),
+    "cast after the bus": (HOST._replace(dtype="uint8"), UP._replace(dtype="float32"), True),
+    "up in a graph": (HOST._replace(framework="torch", graph=True), UP, False),
+    "up out of a graph": (HOST._replace(framework="torch", graph=True), UP._replace(detach=True), True),
+    "up with a conjugate bit": (HOST._replace(framework="torch", dtype="complex64", lazy="conj"), UP, False),
+    "up, Fortran order": (HOST._replace(order="F"), UP, False),
+    "up, too large": (HOST._replace(size="medium"), UP, False),
+    "up, empty": (HOST._replace(size="empty"), UP, False),
+    "up, of a dtype that NumPy lacks": (HOST._replace(framework="torch", dtype="float4_e2m1fn_x2"), UP, False),
+    "up into out": (HOST, UP._replace(out=ON_CUDA, dtype="float32"), False),
+    "tensor down to NumPy": (ON_CUDA, Want("numpy"), True),
+    "tensor down": (ON_CUDA, Want("torch", CPU), True),
+    "tensor in a graph down to NumPy": (ON_CUDA._replace(graph=True), Want("numpy"), True),
+    "tensor in a graph down": (ON_CUDA._replace(graph=True), Want("torch", CPU, detach=False), False),
+    "strided tensor down": (ON_CUDA._replace(spacing="strided"), Want("numpy"), True),
+    "CuPy array down": (Traits("cupy", CUDA0), Want("numpy"), True),
+    "down into pinned memory": (ON_CUDA, Want("torch", CPU, pin_memory=True), False),
+    "stays on the host": (HOST, Want("torch"), False),
+    "stays on the device": (ON_CUDA, Want("torch", copy=True), False),
+    "to another device": (ON_CUDA, Want("torch", CUDA1), False),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_who_may_cross_in_a_block(name):
+    traits, want, expected = CASES[name]
+    decision = decide(traits, want)
+    assert decision.refusal is None
+    found = _pack.route(traits, decision.steps)
+    assert (found is not None) == expected
+    if found is not None:
+        step = decision.steps[found.step]
+        assert step.kind == found.kind
+        assert found.device == CUDA0
+        assert found.receiver == step.after.framework
+
+
+def test_blocks_are_by_route():
+    routes = [
+        leaf(),
+        leaf(device=CUDA1),
+        leaf(receiver="cupy"),
+        leaf(kind="d2h", giver="torch"),
+        leaf(kind="d2h", giver="cupy", receiver="numpy"),
+    ]
+    found = _pack.blocks([*routes, None, *routes])
+    assert [block.members for block in found] == [[i, i + 6] for i in range(5)]
+
+
+def test_one_leaf_crosses_by_itself():
+    assert _pack.blocks([leaf(), None, leaf(device=CUDA1)]) == []
+    assert _pack.blocks([]) == []
+
+
+def test_thousand_pages_cross_in_one_block():
+    (block,) = _pack.blocks([leaf(4096)] * 1000)
+    assert len(block.members) == 1000
+    assert block.nbytes == 4096 * 1000 <= BLOCK
+
+
+def test_no_block_is_larger_than_the_cap():
+    found = _pack.blocks([leaf(SMALL - 4)] * 200)
+    assert len(found) == 4
+    assert all(block.nbytes <= BLOCK for block in found)
+    assert sorted(i for block in found for i in block.members) == list(range(200))
+
+
+kinds = st.tuples(
+    st.builds(
+        lambda kind, receiver, dtype: ROUTE._replace(kind=kind, receiver=receiver, dtype=dtype),
+        st.sampled_from(["h2d", "d2h"]),
+        st.sampled_from(["torch", "cupy"]),
+        st.sampled_from(["bool", "int16", "float32", "complex128", "bfloat16"]),
+    ),
+    st.lists(st.integers(1, 20), max_size=3).map(tuple),
+)
+ITEMSIZE = {"bool": 1, "int16": 2, "float32": 4, "complex128": 16, "bfloat16": 2}
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.none() | kinds, max_size=40), st.integers(1, 200))
+def test_runs_lie_apart_aligned_and_in_equal_steps(leaves, times):
+    leaves = leaves * times
+    found = _pack.blocks(leaves)
+    packed = [i for block in found for i in block.members]
+    assert len(packed) == len(set(packed))
+    routes = [x and (x[0].kind, x[0].receiver) for x in leaves]
+    assert all(i in set(packed) for i, route in enumerate(routes) if route is not None and times > 2)
+    for block in found:
+        assert len(block.members) > 1
+        assert block.nbytes <= BLOCK
+        assert len({routes[i] for i in block.members}) == 1
+        end = 0
+        for run in block.runs:
+            assert run.offset >= end
+            assert run.offset % ALIGN == run.step % ALIGN == 0
+            assert {(leaves[i][0].dtype, leaves[i][1]) for i in run.leaves} == {(run.route.dtype, run.shape)}
+            assert run.nbytes == int(np.prod(run.shape)) * ITEMSIZE[run.route.dtype] <= run.step
+            end = run.offset + run.step * len(run.leaves)
+        assert end <= block.nbytes
+
+
+# -- Up: through the public function, with a recorder for a bus
+
+
+def sources() -> dict[str, Any]:
+    rng = np.random.default_rng(0)
+    return {
+        "f4": rng.random((3, 5)).astype("f4"),
+        "f4 too": rng.random((3, 5)).astype("f4"),
+        "f4 reversed": rng.random(6).astype("f4")[::-1],
+        "f8 scalar": np.array(2.5),
+        "i2": np.arange(7, dtype="i2"),
+        "bool": np.array([True, False, True]),
+        "bf16": np.arange(4, dtype=ml_dtypes.bfloat16),
+        "float8": torch.arange(5).to(torch.float8_e4m3fn),
+        "tensor": torch.arange(6).reshape(2, 3),
+        "bf16 tensor": torch.arange(3, dtype=torch.bfloat16),
+        "complex": np.array([1 + 2j, 3]),
+        "big-endian": np.arange(4, dtype=">i4"),
+        "read-only": np.broadcast_to(np.float32(4), (2, 2)),
+        "text": "text",
+    }
+
+
+def test_small_leaves_go_up_in_one_transfer_and_keep_their_values(bus):
+    source = sources()
+    result = tree.to_torch({"batch": source, "list": [source["f4"]]}, device="cuda:0")
+    assert len(bus.ups) == 1
+    for name, x in source.items():
+        made = result["batch"][name]
+        if isinstance(x, str):
+            assert made is x
+            continue
+        assert tuple(made.shape) == tuple(x.shape)
+        assert tb.describe(made).dtype == tb.describe(x).dtype.lstrip(">")
+        assert np.array_equal(numbers(made), numbers(x)), name
+        assert made.data_ptr() % ALIGN == result["batch"]["f4"].data_ptr() % ALIGN
+    assert result["list"][0] is result["batch"]["f4"]
+
+
+def test_cast_after_the_bus_is_done_on_each_leaf(bus):
+    result = tree.to_torch([np.arange(3, dtype="u1"), np.arange(4, dtype="u1")], device="cuda", dtype="float32")
+    assert bus.ups == [2 * ALIGN]
+    assert [t.dtype for t in result] == [torch.float32] * 2
+    assert result[1].tolist() == [0, 1, 2, 3]
+
+
+def test_pack_can_be_turned_off(bus):
+    leaves = [np.zeros(3, "f4")] * 2 + [np.ones(3, "f4")]
+    assert len(tree.plan(leaves, "torch", device="cuda:0").blocks) == 1
+    assert tree.plan(leaves, "torch", device="cuda:0", pack=False).blocks == ()
+    with pytest.raises((RuntimeError, AssertionError)):  # each by itself needs a device, and there is none
+        tree.to_torch(leaves, device="cuda:0", pack=False)
+    assert bus.ups == []
+
+
+def test_plan_says_what_packing_adds(bus):
+    leaves = {f"k{i}": np.full(64, i, "f4") for i in range(1000)}
+    plan = tree.plan(leaves, "torch", device="cuda:0")
+    (block,) = plan.blocks
+    assert [step.op for step in plan.leaves[0].plan.steps] == ["share", "pack", "to_device"]
+    assert plan.bytes_moved == 2 * 256 * 1000
+    assert not plan.blocking
+    assert str(plan).splitlines()[0] == "1000 arrays -> torch: 512 000 B moved, 1 transfer"
+    assert f"into a block of {_pack.bytes_text(block.nbytes)} with 999 more: one transfer" in str(plan)
+    with tb.trace() as seen:
+        tree.to_torch(leaves, device="cuda:0")
+    assert [event.steps for event in seen.events] == [entry.plan.steps for entry in plan.leaves]
+    assert seen.totals.by_kind == {"h2h": 256_000, "h2d": 256_000}
+
+
+def test_guard_against_what_packing_adds_leaves_leaves_alone(bus):
+    leaves = [np.zeros(3, "f4"), np.ones(3, "f4")]
+    with tb.copy_guard("error", kinds="h2h"):
+        assert tree.plan(leaves, "torch", device="cuda:0").blocks == ()
+    with tb.copy_guard("error", kinds="d2h"):
+        assert len(tree.plan(leaves, "torch", device="cuda:0").blocks) == 1
+        tree.to_torch(leaves, device="cuda:0")
+    with tb.copy_guard("error"), pytest.raises(tb.CopyRequiredError, match=r"^batch\[0\]: "):
+        tree.to_torch(leaves, device="cuda:0")
+    assert len(bus.ups) == 1
+
+
+def test_copy_false_counts_the_bus(bus):
+    with pytest.raises(tb.CopyRequiredError, match=r"^batch\[0\]: to_torch\(device='cuda:0', copy=False\)"):
+        tree.to_torch([np.zeros(3)] * 2, device="cuda:0", copy=False)
+
+
+# -- A packed tensor stands alone
+
+
+@pytest.fixture
+def packed(bus):
+    return tree.to_torch([np.full((4, 4), i, "f4") for i in range(3)], device="cuda:0")
+
+
+def split_views() -> list[torch.Tensor]:
+    return list(torch.arange(3.0).repeat_interleave(16).split(16))
+
+
+def backward_through_neighbour(leaves: list[torch.Tensor]) -> torch.Tensor:
+    weight = torch.ones(leaves[1].shape, requires_grad=True)
+    loss = (weight * leaves[1]).sum()
+    leaves[0].add_(100)
+    loss.backward()
+    assert weight.grad is not None
+    return weight.grad
+
+
+def test_write_on_one_leaf_does_not_disturb_the_backward_of_its_neighbour(packed):
+    assert torch.equal(backward_through_neighbour(packed), torch.ones(4, 4))
+    assert packed[0][0, 0] == 100
+    assert packed[1][0, 0] == 1
+
+
+def test_views_that_share_a_version_counter_would_disturb_it():
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        backward_through_neighbour(split_views())
+
+
+def test_packed_tensor_has_its_own_counter_and_no_base(packed):
+    packed[0].zero_()
+    assert [t._version for t in packed] == [1, 0, 0]
+    assert all(t._base is None and t.is_leaf and t.is_contiguous() for t in packed)
+    assert packed[1].requires_grad_().requires_grad
+    assert not packed[2].requires_grad
+
+
+def test_packed_tensor_lies_in_the_blocks_storage_so_that_record_stream_guards_it(packed):
+    storages = {t.untyped_storage()._cdata for t in packed}
+    assert len(storages) == 1
+    assert packed[0].untyped_storage().resizable()
+    assert packed[0].untyped_storage().nbytes() == 3 * ALIGN
+
+
+def saved(t: torch.Tensor) -> int:
+    buffer = io.BytesIO()
+    torch.save(t, buffer)
+    return buffer.tell()
+
+
+def test_saving_a_packed_tensor_writes_its_block_which_is_capped(bus):
+    up = tree.to_torch([np.zeros(2000, "f4") for _ in range(1200)], device="cuda:0")
+    assert len(bus.ups) == 3
+    assert max(t.untyped_storage().nbytes() for t in up) <= BLOCK
+    assert saved(up[0]) <= BLOCK + 4096
+    assert saved(up[0].clone()) <= 8000 + 4096
+
+
+def test_block_dies_with_its_last_leaf(packed):
+    gone = weakref.ref(packed[0].untyped_storage())
+    last = packed.pop()
+    packed.clear()
+    assert gone() is not None
+    del last
+    assert gone() is None
+
+
+# -- Down: leaves that say they are on a device, and a recorder
+
+
+def down(tensors: list[torch.Tensor], want: Want) -> list[Any]:
+    adapter = adapter_of(torch.Tensor)
+    leaves = []
+    for i, t in enumerate(tensors):
+        traits = adapter.open(t, Want("torch"))[1]._replace(device=CUDA0)
+        decision = decide(traits, want)
+        assert decision.refusal is None
+        road = _convert.Road(decision, _convert.compiled(decision.steps, traits, want))
+        leaves.append(Leaf(i, t, Kind(adapter, traits, want, road, True)))
+    results: list[Any] = [None] * len(tensors)
+    for block in _leaves.blocks_of(leaves):
+        _leaves._cross(block, leaves, results)
+    return results
+
+
+TENSORS = {
+    "float32": lambda: torch.rand(3, 5),
+    "float32 again": lambda: torch.rand(3, 5),
+    "float64": lambda: torch.rand(7, dtype=torch.float64),
+    "zero-d": lambda: torch.tensor(3.0),
+    "bool": lambda: torch.tensor([True, False]),
+    "bfloat16": lambda: torch.rand(5).to(torch.bfloat16),
+    "float8": lambda: torch.rand(5).to(torch.float8_e5m2),
+    "uint16": lambda: torch.arange(5).to(torch.uint16),
+    "uint64": lambda: torch.arange(5).to(torch.uint64),
+    "complex": lambda: torch.rand(3, dtype=torch.complex64),
+    "strided": lambda: torch.rand(6, 4)[::2],
+    "in a graph": lambda: torch.rand(3, requires_grad=True) * 2,
+    "parameter": lambda: torch.nn.Parameter(torch.rand(2)),
+}
+DOWN = {
+    "numpy": Want("numpy"),
+    "numpy, read-only": Want("numpy", writable=False),
+    "torch": Want("torch", CPU, detach=True),
+    "float64": Want("numpy", dtype="float64"),
+}
+
+
+@pytest.mark.parametrize("name", DOWN)
+def test_small_leaves_come_down_in_one_transfer_and_own_their_memory(name, bus):
+    want = DOWN[name]
+    tensors = [make() for make in TENSORS.values() if name != "float64" or make().dtype in (torch.float32, torch.bool)]
+    results = down(tensors, want)
+    assert len(bus.downs) == 1
+    for t, result in zip(tensors, results, strict=True):
+        wide = t.detach().to(torch.float64) if want.dtype else t
+        assert np.array_equal(numbers(result), numbers(wide))
+        assert tb.describe(result).dtype == tb.describe(wide).dtype
+        assert tuple(result.shape) == tuple(t.shape)
+        if want.framework == "numpy":
+            assert isinstance(result, np.ndarray)
+            assert result.flags.writeable == (want.writable is None)
+            owner = result
+            while owner.base is not None:
+                owner = owner.base
+            assert owner.nbytes <= max(result.nbytes, 8)
+        else:
+            assert result.untyped_storage().nbytes() == result.nbytes
+            assert saved(result) < 4096
+
+
+def test_plan_of_a_leaf_that_comes_down_says_every_move():
+    steps = decide(ON_CUDA, Want("numpy")).steps
+    info = tb.describe(torch.zeros(8))._replace(device=CUDA0)
+    route = _pack.route(ON_CUDA, steps)
+    (block,) = _pack.blocks([(route, (8,))] * 2)
+    plan = _pack.planned(bind(steps, info, Want("numpy")), route.step, block)
+    assert [(s.op, s.kind, s.nbytes) for s in plan.steps if s.kind] == [
+        ("pack", "d2d", 32),
+        ("to_host", "d2h", 32),
+        ("copy", "h2h", 32),
+    ]
+    assert plan.bytes_moved == 96
+    assert plan.blocking
+
+
+# -- On a device
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("to", ["torch", "cupy"])
+def test_thousand_leaves_go_up_and_come_back(to):
+    leaves = {f"k{i}": np.random.default_rng(i).random(512) for i in range(1000)} | {"text": "text"}
+    there = getattr(tree, f"to_{to}")(leaves, device="cuda")
+    back = tree.to_numpy(there)
+    for name, x in leaves.items():
+        assert back[name] is x if name == "text" else np.array_equal(back[name], x)
+    assert len(tree.plan(there, "numpy").blocks) == 1
+
+
+@pytest.mark.gpu
+def test_every_dtype_goes_up_and_comes_back():
+    source = sources()
+    back = tree.to_numpy(tree.to_torch(source, device="cuda"))
+    for name, x in source.items():
+        assert back[name] is x if name == "text" else np.array_equal(numbers(back[name]), numbers(x)), name
+
+
+@pytest.mark.gpu
+def test_packed_leaves_are_kept_for_streams_they_are_used_on():
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        leaves = tree.to_torch([np.full(1024, i, "f4") for i in range(8)], device="cuda")
+    torch.cuda.current_stream().wait_stream(side)
+    address = leaves[0].untyped_storage().data_ptr()
+    torch.cuda._sleep(200_000_000)
+    total = sum(t.sum() for t in leaves)
+    tb.used_on(leaves[0], torch.cuda.current_stream())
+    nbytes = leaves[0].untyped_storage().nbytes()
+    del leaves
+    with torch.cuda.stream(side):
+        other = torch.full((nbytes,), 255, dtype=torch.uint8, device="cuda")
+    assert other.data_ptr() != address
+    assert total.item() == sum(range(8)) * 1024

@@ -1,0 +1,247 @@
+"""What the package offers: names, signatures, types, docstrings that are run, errors that travel."""
+
+from __future__ import annotations
+
+import doctest
+import importlib
+import inspect
+import pickle
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import tensorbridge as tb
+from tensorbridge import tree
+
+ROOT = Path(tb.__file__).parent
+
+# DESIGN.md, "Public API": everything but the array is keyword-only.
+SIGNATURES = {
+    "to_numpy": "x, *, dtype=None, copy=None, writable=None, detach=True, out=None",
+    "to_torch": "x, *, device=None, dtype=None, copy=None, share_readonly=False, detach=False, pin_memory=False, "
+    "non_blocking=False, out=None",
+    "to_cupy": "x, *, device=None, dtype=None, copy=None, share_readonly=False, detach=True, non_blocking=False, "
+    "out=None",
+    "describe": "x",
+    "plan": "x, to, **options",
+    "shares_memory": "a, b",
+    "copy_guard": "mode, *, min_bytes=0, kinds=None",
+    "trace": "",
+    "editing": "tensor",
+    "autograd_graph": "tensor",
+    "collate": "samples",
+    "to_numpy_async": "x, *, pinned=False",
+    "prefetch": "batches, *, to='torch', device='cuda', depth=2, transform=None",
+    "use_stream": "stream",
+    "used_on": "x, stream",
+    "share_memory_pool": "owner='torch'",
+    "info": "",
+}
+RECORDS = {
+    "ArrayInfo": "framework device dtype shape strides nbytes order writable requires_grad grad_fn lazy pinned stream",
+    "Step": "op why nbytes kind",
+    "Plan": "source target steps zero_copy bytes_moved blocking",
+}
+ERRORS = {
+    "BridgeError": (Exception,),
+    "CopyRequiredError": (tb.BridgeError, ValueError, BufferError),
+    "GraphError": (tb.BridgeError, RuntimeError),
+    "UnsupportedArrayError": (tb.BridgeError, TypeError),
+    "DeviceError": (tb.BridgeError, RuntimeError),
+    "MissingFrameworkError": (tb.BridgeError, ImportError),
+    "ProducerError": (tb.BridgeError, BufferError),
+}
+SUPPORTING = {"CopyWarning", "Device", "Event", "Graph", "Info", "Trace", "Traits", "Transfer", "tree"}
+
+
+def signature(function: object) -> str:
+    """Names and defaults as the design writes them, annotations left out."""
+    plain = inspect.signature(function)  # type: ignore[arg-type]
+    bare = [p.replace(annotation=inspect.Parameter.empty) for p in plain.parameters.values()]
+    return str(inspect.Signature(bare))[1:-1]
+
+
+def test_public_names_are_those_of_the_design():
+    assert set(tb.__all__) == {*SIGNATURES, *RECORDS, *ERRORS, *SUPPORTING}
+    assert all(hasattr(tb, name) for name in tb.__all__)
+
+
+@pytest.mark.parametrize("name", SIGNATURES)
+def test_signature_is_that_of_the_design(name):
+    assert signature(getattr(tb, name)) == SIGNATURES[name]
+
+
+@pytest.mark.parametrize("name", ["to_numpy", "to_torch", "to_cupy"])
+def test_tree_functions_take_the_same_options(name):
+    plain, packed = (inspect.signature(getattr(home, name)).parameters for home in (tb, tree))
+    options = {n: p.default for n, p in packed.items() if p.kind is p.KEYWORD_ONLY}
+    assert {n: p.default for n, p in plain.items() if p.kind is p.KEYWORD_ONLY}.items() <= options.items()
+    assert next(iter(packed.values())).kind is inspect.Parameter.POSITIONAL_OR_KEYWORD
+
+
+@pytest.mark.parametrize("name", RECORDS)
+def test_record_begins_with_the_fields_of_the_design(name):
+    fields = RECORDS[name].split()
+    assert list(getattr(tb, name)._fields[: len(fields)]) == fields
+
+
+def test_str_of_a_plan_and_of_an_array_is_for_a_person():
+    import numpy as np
+
+    assert str(tb.describe(np.zeros((2, 3)))) == "numpy float64 (2, 3) on cpu"
+    assert str(tb.plan(np.zeros(4)[::-1], "torch")) == (
+        "numpy float64 (4,) on cpu\n"
+        "  -> torch float64 on cpu: 32 B moved\n"
+        "  pack   32 B   torch has no negative strides\n"
+        "  share   0 B   torch.from_numpy: the same memory"
+    )
+
+
+# -- Types
+
+SNIPPET = """
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from typing_extensions import assert_type
+
+import tensorbridge as tb
+
+x: Any = 1
+out = np.zeros(3, dtype=np.int16)
+assert_type(tb.to_numpy(x), NDArray[Any])
+assert_type(tb.to_numpy(x, dtype="float32"), NDArray[Any])
+assert_type(tb.to_numpy(x, dtype=np.float32), NDArray[np.float32])
+assert_type(tb.to_numpy(x, dtype=np.dtype("int8"), copy=True), NDArray[np.int8])
+filled: np.ndarray[tuple[int], np.dtype[np.int16]] = tb.to_numpy(x, out=out)
+assert_type(tb.plan(x, "torch").steps[0].nbytes, int)
+assert_type(tb.describe(x).device, tb.Device)
+assert_type(tb.shares_memory(x, x), bool)
+tb.plan(x, "jax")  # type: ignore[arg-type]
+tb.to_numpy(x, np.float32)  # type: ignore[call-overload]
+tb.to_numpy(x, copy="yes")  # type: ignore[call-overload]
+tb.to_torch(x, writable=True)  # type: ignore[call-arg]
+"""
+CONFIG = """
+[mypy]
+strict = True
+[mypy-tensorbridge.*]
+follow_imports = silent
+[mypy-torch.*,cupy.*]
+follow_imports = skip
+ignore_missing_imports = True
+"""
+
+
+def test_types_are_what_a_caller_expects(tmp_path):
+    (tmp_path / "snippet.py").write_text(SNIPPET)
+    (tmp_path / "mypy.ini").write_text(CONFIG)
+    command = [sys.executable, "-m", "mypy", "--config-file", "mypy.ini", "snippet.py"]
+    environment = {"MYPYPATH": str(ROOT.parent), "PATH": ""}
+    run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False, env=environment)
+    assert run.stdout == "Success: no issues found in 1 source file\n", run.stdout + run.stderr
+
+
+def test_package_says_that_it_is_typed():
+    assert (ROOT / "py.typed").exists()
+
+
+# -- Docstrings
+
+SECTIONS = ["Parameters", "Returns", "Raises", "Cost", "Examples"]
+DOCUMENTED = {name: getattr(tb, name) for name in SIGNATURES} | {
+    f"tree.{name}": getattr(tree, name) for name in ("to_numpy", "to_torch", "to_cupy", "plan")
+}
+
+
+ON_A_GPU = {"share_memory_pool", "used_on"}  # their examples cannot run as a doctest
+
+
+@pytest.mark.parametrize("name", DOCUMENTED)
+def test_docstring_has_every_section_in_order(name):
+    text = inspect.getdoc(DOCUMENTED[name]) or ""
+    found = re.findall(r"^(\w+)\n-+$", text, flags=re.MULTILINE)
+    assert found == [section for section in SECTIONS if section in found]
+    assert found[-2:] == ["Cost", "Examples"]
+    assert ("Parameters" in found) == bool(SIGNATURES.get(name, "x"))
+    assert ("Returns" in found) == (name != "used_on")
+    assert ("::" if name in ON_A_GPU else ">>>") in text.split("Examples\n")[-1]
+    assert text.splitlines()[0].endswith(".")
+
+
+@pytest.mark.parametrize("name", [name for name in DOCUMENTED if SIGNATURES.get(name, "x")])
+def test_docstring_names_every_parameter(name):
+    text = inspect.getdoc(DOCUMENTED[name]) or ""
+    listed = text.partition("Parameters\n")[2].partition("Returns\n")[0]
+    for parameter in inspect.signature(DOCUMENTED[name]).parameters.values():
+        told = re.search(rf"^(.*, )?\*{{0,2}}{parameter.name}\b.*( :|$)", listed, flags=re.MULTILINE)
+        assert told or "As for" in listed or "**options" in listed, parameter.name
+
+
+def modules() -> list[str]:
+    paths = sorted(ROOT.rglob("*.py"))
+    names = [".".join(("tensorbridge", *path.relative_to(ROOT).with_suffix("").parts)) for path in paths]
+    cupy = {"tensorbridge._adapters._cupy"}  # imports CuPy, and has no examples
+    return [name.removesuffix(".__init__") for name in names if name not in cupy]
+
+
+@pytest.mark.parametrize("name", modules())
+def test_examples_in_docstrings_give_what_they_print(name):
+    module = importlib.import_module(name)
+    failed, _ = doctest.testmod(module, optionflags=doctest.ELLIPSIS)
+    assert failed == 0
+
+
+# -- Errors
+
+
+@pytest.mark.parametrize("name", ERRORS)
+def test_error_is_also_what_a_careful_caller_already_catches(name):
+    assert getattr(tb, name).__bases__ == ERRORS[name]
+
+
+@pytest.mark.parametrize("name", ERRORS)
+def test_error_is_built_from_one_message_and_pickles(name):
+    error = getattr(tb, name)("one message")
+    again = pickle.loads(pickle.dumps(error))
+    assert type(again) is type(error)
+    assert str(again) == "one message"
+    assert again.plan is None
+
+
+def test_error_with_its_plan_survives_the_way_between_processes():
+    import numpy as np
+
+    with pytest.raises(tb.CopyRequiredError) as raised:
+        tb.to_torch(np.zeros(3)[::-1], copy=False)
+    again = pickle.loads(pickle.dumps(raised.value))
+    assert str(again) == str(raised.value)
+    assert again.plan == raised.value.plan
+    assert [step.op for step in again.plan.steps] == ["pack", "share"]
+
+
+def test_data_loader_rebuilds_the_error_of_its_worker():
+    import numpy as np
+    import torch
+
+    class Reversed(torch.utils.data.Dataset):
+        def __len__(self):
+            return 1
+
+        def __getitem__(self, index):
+            return tb.to_torch(np.zeros(3)[::-1], copy=False)
+
+    with pytest.raises(tb.CopyRequiredError, match="torch has no negative strides"):
+        next(iter(torch.utils.data.DataLoader(Reversed(), num_workers=1)))
+
+
+def test_tree_of_errors_is_drawn_in_the_docstring_of_its_module():
+    from tensorbridge import _errors
+
+    for name, bases in ERRORS.items():
+        drawn = ", ".join(base.__name__ for base in bases if base is not tb.BridgeError)
+        assert f"{name}({drawn})" in (_errors.__doc__ or "")

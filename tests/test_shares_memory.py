@@ -1,0 +1,58 @@
+"""`shares_memory` against sets of addresses."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from arrays import ARRAYS, FOREIGN, NUMPY, digits, frozen, tensor
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import tensorbridge as tb
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.data())
+def test_shares_memory_says_what_the_sets_of_addresses_say(data):
+    base = np.zeros(48, dtype="int16")
+    one, two = (data.draw(windows(base)) for _ in range(2))
+    common = addresses(one) & addresses(two)
+    assert tb.shares_memory(one, tb.to_torch(two) if min(two.strides, default=0) >= 0 and two.size else two) == bool(
+        common
+    )
+
+
+@st.composite
+def windows(draw: Any, base: Any) -> Any:
+    a = base.reshape(draw(st.sampled_from([(48,), (6, 8), (2, 4, 6)])))
+    for axis, length in enumerate(a.shape):
+        start, stop = sorted(draw(st.tuples(st.integers(0, length), st.integers(0, length))))
+        step = draw(st.sampled_from([1, 2, 3, -1]))
+        a = a[(slice(None),) * axis + (slice(start, stop, step) if step > 0 else slice(None, None, step),)]
+    return a
+
+
+def addresses(a: Any) -> set[int]:
+    first = a.__array_interface__["data"][0]
+    return {
+        first + sum(i * s for i, s in zip(index, a.strides, strict=True)) + byte
+        for index in np.ndindex(a.shape)
+        for byte in range(a.itemsize)
+    }
+
+
+@pytest.mark.parametrize("name", [*(f"numpy-{n}" for n in NUMPY), *(f"foreign-{n}" for n in FOREIGN)])
+def test_shares_memory_of_an_array_with_itself_unless_it_is_empty(name):
+    array = ARRAYS[name]()
+    assert tb.shares_memory(array, array) == ("empty" not in name)
+
+
+def test_arrays_apart_share_nothing():
+    a = frozen(digits(8))
+    assert not tb.shares_memory(a, a.copy())
+    assert not tb.shares_memory(a[::2], a[1::2])
+    assert tb.shares_memory(a[::2], a[2:3])
+    assert not tb.shares_memory(tensor(3), tensor(3))
+    assert not tb.shares_memory(a, [1, 2])
