@@ -90,7 +90,7 @@ def _aligned(first: Flat, other: Flat, paths: list[str], number: int) -> list[An
 
 def _shape_of(frame: Frame) -> tuple[Any, ...]:
     keys = frame.keys if isinstance(frame.keys, list) else None
-    return type(frame.node), keys, frame.count, frame.where, frame.inner
+    return type(frame.node), keys, frame.size, frame.where, frame.inner
 
 
 def _stacked(values: list[Any]) -> Any:

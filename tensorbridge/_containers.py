@@ -140,7 +140,9 @@ LIST = Kind(_sequence_open, lambda node, _, children: children, _at, exotic=Fals
 TUPLE = Kind(_sequence_open, lambda node, _, children: tuple(children), _at, exotic=False)
 MAPPING = Kind(_mapping_open, _mapping_build)
 DATACLASS = Kind(_dataclass_open, _dataclass_build, _dot)
-ROOT = Kind(lambda node: ([node], None), lambda node, _, children: children[0], lambda node, _, i: "batch")
+ROOT = Kind(
+    lambda node: ([node], None), lambda node, _, children: children[0], lambda node, _, i: "batch", exotic=False
+)
 
 # What a value is: a Kind of container, an array, or anything else, which is kept as it is.
 ARRAY, OTHER = "array", "other"
@@ -179,8 +181,7 @@ def _registered(cls: type) -> Kind | None:
             lambda x, kept, children: node.unflatten_fn(children, kept[0]),
             lambda x, kept, i: _pytree_name(node, x, i),
         )
-    optree = sys.modules.get("optree")
-    entry = None if optree is None else optree.register_pytree_node.get(cls)
+    entry = _in_optree(cls)
     if entry is None:
         return None
     return Kind(
@@ -188,6 +189,12 @@ def _registered(cls: type) -> Kind | None:
         lambda x, kept, children: entry.unflatten_func(kept[0], children),
         lambda x, kept, i: f"[{kept[1][i]!r}]" if len(kept) > 1 and kept[1] is not None else f"[{i}]",
     )
+
+
+def _in_optree(cls: type) -> Any:
+    """The entry of a class in optree's registry, in whatever namespace: nobody says here which one is meant."""
+    known: dict[Any, Any] = getattr(sys.modules.get("optree.registry"), "_NODETYPE_REGISTRY", {})
+    return known.get(cls) or next((e for key, e in known.items() if type(key) is tuple and key[1] is cls), None)
 
 
 def _opened(flattened: Any) -> tuple[list[Any], tuple[Any, ...]]:
@@ -218,7 +225,7 @@ def _by_class(x: Any, cls: type) -> Any:
         return Kind(_sequence_open, _deque_build, _at)
     columns = _tables.opener(x)
     if columns is not None:
-        return Kind(columns, DICT.build)
+        return Kind(columns, DICT.build, exotic=False)
     if issubclass(cls, Mapping):
         return MAPPING
     if _is_array(x, cls):
@@ -251,25 +258,12 @@ class Frame:
     Frames know one another by number: references would be cycles, and keep arrays alive until they are collected.
     """
 
-    __slots__ = (
-        "built",
-        "children",
-        "count",
-        "first",
-        "inner",
-        "keys",
-        "kind",
-        "node",
-        "open",
-        "parent",
-        "place",
-        "where",
-    )
+    __slots__ = ("above", "built", "first", "inner", "keys", "kind", "node", "open", "parts", "place", "size", "where")
 
-    def __init__(self, node: Any, kind: Kind, parent: int, place: int) -> None:
-        self.node, self.kind, self.parent, self.place = node, kind, parent, place
-        self.children, self.keys = kind.open(node)
-        self.first = self.count = 0  # its own leaves are leaves[first : first + count] of the tree
+    def __init__(self, node: Any, kind: Kind, above: int, place: int) -> None:
+        self.node, self.kind, self.above, self.place = node, kind, above, place
+        self.parts, self.keys = kind.open(node)
+        self.first = self.size = 0  # its own leaves are leaves[first : first + size] of the tree
         self.where: list[int] | None = None  # among its children; None: all of them
         self.inner: list[tuple[int, int]] = []  # place among the children, number of the frame
         self.open = True  # not yet walked to its end
@@ -285,15 +279,15 @@ class Flat(NamedTuple):
 
     def path(self, leaf: int) -> str:
         """How a person writes the way to a leaf: ``batch['obs'][1].mask``."""
-        number = next(n for n, f in enumerate(self.frames) if f.first <= leaf < f.first + f.count)
+        number = next(n for n, f in enumerate(self.frames) if f.first <= leaf < f.first + f.size)
         return self._to(number) + _leaf_name(self.frames[number], leaf - self.frames[number].first)
 
     def paths(self) -> list[str]:
         """The ways to all leaves."""
         found = [""] * len(self.leaves)
         for number, frame in enumerate(self.frames):
-            before = self._to(number) if frame.count else ""
-            for i in range(frame.count):
+            before = self._to(number) if frame.size else ""
+            for i in range(frame.size):
                 found[frame.first + i] = before + _leaf_name(frame, i)
         return found
 
@@ -301,9 +295,9 @@ class Flat(NamedTuple):
         names: list[str] = []
         while number > 0:
             frame = self.frames[number]
-            parent = self.frames[frame.parent]
+            parent = self.frames[frame.above]
             names.append(parent.kind.name(parent.node, parent.keys, frame.place))
-            number = frame.parent
+            number = frame.above
         return "".join(reversed(names))
 
     def built(self, results: list[Any]) -> Any:
@@ -312,15 +306,15 @@ class Flat(NamedTuple):
         full: set[int] = set()  # frames with an array in them, or below
         for number in self.order:
             frame = frames[number]
-            children, kind = frame.children, frame.kind
-            if frame.count:
-                mine = results[frame.first : frame.first + frame.count]
+            children, kind = frame.parts, frame.kind
+            if frame.size:
+                mine = results[frame.first : frame.first + frame.size]
                 if frame.where is None:
                     children = mine
                 else:
                     for place, result in zip(frame.where, mine, strict=True):
                         children[place] = result
-            filled = frame.count > 0
+            filled = frame.size > 0
             for place, inner in frame.inner:
                 children[place] = frames[inner].built
                 filled = filled or inner in full
@@ -353,7 +347,7 @@ def flatten(tree: Any, *, everything: bool = False) -> Flat:
         number, inner = stack[-1]
         frame = flat.frames[number]
         for place, kind in inner:
-            child = frame.children[place]
+            child = frame.parts[place]
             known = seen.get(id(child))
             if known is None:
                 known = seen[id(child)] = len(flat.frames)
@@ -375,14 +369,14 @@ def flatten(tree: Any, *, everything: bool = False) -> Flat:
 
 def _inner(frame: Frame, leaves: list[Any], everything: bool) -> Iterator[tuple[int, Kind]]:
     """Take the leaves of a container, all at once; then its inner containers."""
-    children = frame.children
+    children = frame.parts
     frame.first = len(leaves)
     classes = set(map(type, children))
     if len(classes) == 1:
         only = _exact.get(classes.pop())
         if only is ARRAY or (everything and only is OTHER):
             leaves.extend(children)
-            frame.count = len(children)
+            frame.size = len(children)
             return iter(())
         if only is OTHER:
             return iter(())
@@ -395,5 +389,5 @@ def _inner(frame: Frame, leaves: list[Any], everything: bool) -> Iterator[tuple[
             leaves.append(child)
         elif kind is not OTHER:
             inner.append((place, kind))
-    frame.where, frame.count = where, len(where)
+    frame.where, frame.size = where, len(where)
     return iter(inner)

@@ -34,8 +34,8 @@ def convert(x: Any, want: Want, out: Any = None) -> Any:
     adapter, handle, traits = opened(x, want, "")
     if want.device is not None or want.pin_memory or want.framework == "cupy":
         want = _options.placed(want, traits)
-    if out is not None:
-        _options.check_out(adapter.describe(handle, traits), described(out), want)
+    if want.out is not None:
+        _options.check_out(adapter.describe(handle, traits), adapter_of(type(out)).describe(out, want.out), want)
     here = moment(traits, want)
     road = road_for(traits, want, here)
     if road.decision.refusal is not None:

@@ -14,6 +14,7 @@ import numpy as np
 
 from tensorbridge import _eager, _watch
 from tensorbridge._adapters import Adapter
+from tensorbridge._array import layout
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 _ndarray = np.ndarray
@@ -60,6 +61,8 @@ def plain_tensor_to_numpy(full: _F) -> _F:
                         a = x.numpy()
                         if a.flags.num & 5 == 1:  # C-contiguous (1), and not owning its data (4)
                             return a
+                        if not a.flags.owndata and not layout(a.shape, a.strides, a.itemsize).overlap:
+                            return a
                 except (RuntimeError, TypeError):  # a lazy bit, a strange layout: too rare to ask first
                     pass
         if _eager.unmarked:
@@ -69,19 +72,28 @@ def plain_tensor_to_numpy(full: _F) -> _F:
     return _eager.outermost(to_numpy)  # type: ignore[return-value]
 
 
+def _is_forward(a: Any) -> bool:
+    """Whether torch can hold the strides of this array, and no two of its elements are one."""
+    lay = layout(a.shape, a.strides, a.itemsize)
+    return not lay.overlap and lay.spacing in ("dense", "strided")
+
+
 def plain_array_to_torch(full: _F) -> _F:
     """A lane in front of `to_torch`. A view is plain if an array with memory of its own stands behind it."""
 
     @wraps(full)
     def to_torch(x: Any, **options: Any) -> Any:
-        if type(x) is _ndarray and not options and not _watch.watching:
-            if x.flags.carray and x.dtype in _plain_numpy:
-                base = x.base
-                if base is None or (type(base) is _ndarray and base.base is None):
-                    try:
-                        return _from_numpy(x)
-                    except (ValueError, TypeError):  # a negative stride on an axis of length 1; C's unsigned long long
-                        pass
+        if type(x) is _ndarray and not _watch.watching and x.dtype in _plain_numpy:
+            try:
+                if not options:
+                    base = x.base
+                    if base is None or (type(base) is _ndarray and base.base is None):
+                        if x.flags.carray or (x.flags.behaved and _is_forward(x)):
+                            return _from_numpy(x)
+                elif x.flags.forc and len(options) == 1 and options.get("copy") is True:
+                    return _from_numpy(x.copy("K"))
+            except (ValueError, TypeError):  # a negative stride on an axis of length 1; C's unsigned long long
+                pass
         if _eager.unmarked:
             _eager.mark()
         return full(x, **options)

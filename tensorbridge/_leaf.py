@@ -129,8 +129,8 @@ def _key(x: Any) -> Any:
         flags, base = x.flags.num, x.base
         if flags & _PLAIN != _PLAIN or 1 in x.shape or not 0 < x.nbytes < SMALL:
             return None
-        if base is not None and not (type(base) is np.ndarray and base.base is None):
-            return None
+        if base is not None and not (type(base) is np.ndarray and base.base is None and x.dtype.kind != "c"):
+            return None  # a complex view may be aligned to NumPy, and not to torch
         return x.dtype, flags & _WRITABLE
     if cls is not _lanes._Tensor or _lanes._forward_ad._current_level >= 0:
         return None

@@ -64,9 +64,8 @@ class share_memory_pool:
 
     def restore(self) -> None:
         """Give CuPy back the allocator that it had before."""
-        before, self._before = self._before, None
-        if before is not None and self._cupy.cuda.get_allocator() is self._malloc:
-            self._cupy.cuda.set_allocator(before)
+        if self._cupy.cuda.get_allocator() is self._malloc:
+            self._cupy.cuda.set_allocator(self._before)
 
     def __enter__(self) -> share_memory_pool:
         return self

@@ -310,11 +310,12 @@ def make_cupy(machine):
     def allocator(malloc, free):
         class Memory:
             def __init__(self, nbytes):
-                self.device_id = machine.device
+                self.device_id, self.ptr = machine.device, 0
                 self.ptr = malloc(nbytes, self.device_id)
 
             def __del__(self):
-                free(self.ptr, self.device_id)
+                if self.ptr:
+                    free(self.ptr, self.device_id)
 
         return types.SimpleNamespace(malloc=lambda nbytes: MemoryPointer(Memory(nbytes), 0))
 

@@ -176,8 +176,9 @@ def test_faster_is_told_as_faster() -> None:
         (row(80, 100), row(84, 100)),
         (row(80, 100, scatter=0.2), row(110, 100, scatter=0.2)),
         (row(80, 100), row(240, 300)),
+        (row(80, 100), row(80, 40)),
     ],
-    ids=["less than a tenth", "within the rounds", "the whole machine is slower"],
+    ids=["less than a tenth", "within the rounds", "the whole machine is slower", "the other line is faster"],
 )
 def test_change_that_means_nothing_is_not_told(old: Result, new: Result) -> None:
     assert "0 of 1 lines of tensorbridge changed" in _compare.compare(run_of(old), run_of(new), "old.json")

@@ -244,11 +244,12 @@ def test_the_gradient_is_right_where_a_detached_alias_makes_it_wrong():
     assert x.grad.tolist() == [16, 24]
 
 
-def test_a_write_through_the_way_back_to_torch_is_seen_by_autograd():
+@pytest.mark.parametrize("seen_as", [np.ndarray, np.matrix])
+def test_a_write_through_the_way_back_to_torch_is_seen_by_autograd(seen_as):
     x = torch.tensor([2.0, 3.0], requires_grad=True)
     y = x * 2
     z = (y**2).sum()
-    tb.to_torch(tb.to_numpy(y)).zero_()
+    tb.to_torch(tb.to_numpy(y).view(seen_as)[..., :1]).zero_()
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         z.backward()
 

@@ -234,6 +234,13 @@ def test_pack_can_be_turned_off(bus):
     assert bus.ups == []
 
 
+def test_tensor_that_crosses_by_itself_is_asked_whether_it_is_pinned(bus, monkeypatch):
+    tensors = [torch.zeros(3), torch.ones(3)]
+    monkeypatch.setattr(torch.Tensor, "is_pinned", lambda t: t is tensors[1])
+    plan = tree.plan(tensors, "torch", device="cuda:0", pack=False)
+    assert ["pinned" in str(entry.plan) for entry in plan.leaves] == [False, True]
+
+
 def test_plan_says_what_packing_adds(bus):
     leaves = {f"k{i}": np.full(64, i, "f4") for i in range(1000)}
     plan = tree.plan(leaves, "torch", device="cuda:0")

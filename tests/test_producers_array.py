@@ -214,6 +214,20 @@ def test_missing_values_are_an_error_and_do_not_become_nan(name):
         assert str(caught.value).startswith(f"to_{target}: Column cannot be converted: ")
 
 
+@pytest.mark.parametrize("error", [RuntimeError("asked"), ValueError("asked")])
+def test_an_object_that_raises_at_whatever_it_is_asked_is_quoted(error):
+    class Touchy:
+        def __getattr__(self, name):
+            raise error
+
+    for convert in TARGETS.values():
+        with pytest.raises(
+            tb.ProducerError, match=rf"Touchy failed to export .*{type(error).__name__}: asked"
+        ) as caught:
+            convert(Touchy())
+        assert caught.value.__cause__ is error
+
+
 @pytest.mark.parametrize("name", COMPLETE)
 def test_a_column_without_missing_values_is_converted(name):
     assert tb.to_numpy(COMPLETE[name]())[0] == 1
@@ -223,8 +237,6 @@ def test_a_column_without_missing_values_is_converted(name):
 
 CONTAINERS = {
     "dict": dict,
-    "set": set,
-    "frozenset": frozenset,
     "deque": collections.deque,
     "UserDict": collections.UserDict,
     "OrderedDict": collections.OrderedDict,
@@ -237,6 +249,12 @@ CONTAINERS = {
 def test_a_container_is_pointed_to_the_tree(name):
     with pytest.raises(tb.UnsupportedArrayError, match=r"tensorbridge\.tree"):
         tb.to_torch(CONTAINERS[name]())
+
+
+@pytest.mark.parametrize("make", [set, frozenset, dict.fromkeys([1]).keys])
+def test_a_set_has_no_order_in_which_it_could_become_an_array(make):
+    with pytest.raises(tb.UnsupportedArrayError, match=r"Convert list\(x\)"):
+        tb.to_torch(make())
 
 
 @pytest.mark.parametrize("x", [None, object(), np.ndarray, Ellipsis, (1).__add__, "text"], ids=repr)

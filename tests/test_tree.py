@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 from arrays import ARRAYS, numbers
+from torch.autograd import forward_ad
 from torch.utils import _pytree
 
 import tensorbridge as tb
@@ -88,6 +89,13 @@ class Settings(collections.UserDict):  # type: ignore[type-arg]
 class Locked(dict):  # type: ignore[type-arg]
     def __setitem__(self, key: Any, value: Any) -> None:
         raise TypeError("locked")
+
+
+class OneOfAKind(dict):  # type: ignore[type-arg]
+    """Its copy is itself, so it must not be written to."""
+
+    def __copy__(self) -> Any:
+        return self
 
 
 class Wrapped(collections.abc.MutableMapping):  # type: ignore[type-arg]
@@ -168,6 +176,7 @@ CONTAINERS: dict[str, Any] = {
     "deque": lambda a: collections.deque([a, 2, a], maxlen=5),
     "dict subclass": lambda a: Items(obs=a, n=3),
     "locked dict": lambda a: Locked(obs=a, n=3),
+    "dict that is its own copy": lambda a: OneOfAKind(obs=a, n=3),
     "user dict": settings,
     "user list": lambda a: collections.UserList([a, 1]),
     "list subclass": lambda a: Rows([a, 1]),
@@ -338,7 +347,9 @@ def test_an_array_alone_is_a_tree(a):
 
 @pytest.mark.parametrize("empty", [{}, [], (), None, "x"])
 def test_tree_without_arrays(empty):
-    assert tree.to_torch(empty) == empty
+    result = tree.to_torch(empty)
+    assert result == empty
+    assert result is not empty or not isinstance(empty, (dict, list))
     assert tree.plan(empty, "torch").zero_copy
 
 
@@ -350,6 +361,15 @@ def outcome(convert: Any) -> Any:
         return convert()
     except (tb.BridgeError, ValueError) as error:
         return error
+
+
+def sibling(x: Any) -> Any:
+    """A plain array of the dtype of `x`: what is decided for it must not be taken for `x`."""
+    if isinstance(x, np.ndarray) and x.dtype.kind in "biufcV":
+        return np.ones(6, dtype=x.dtype.newbyteorder("="))
+    if isinstance(x, torch.Tensor) and x.dtype is not torch.float4_e2m1fn_x2:
+        return torch.ones(6).to(x.dtype)
+    return np.ones(6)
 
 
 def described(x: Any) -> Any:
@@ -369,12 +389,24 @@ def test_leaf_becomes_what_it_becomes_alone(name, to):
     for options in OPTIONS[:2] if "large" in name else OPTIONS:
         alone = outcome(lambda options=options: convert(x, **options))
         leaf = outcome(lambda options=options: in_tree({"x": x, "n": 1}, **options)["x"])
+        if not isinstance(outcome(lambda options=options: convert(sibling(x), **options)), Exception):
+            beside = outcome(lambda options=options: in_tree([sibling(x), sibling(x), x], **options)[2])
+            assert described(beside) == described(leaf), options
+            assert isinstance(leaf, Exception) or np.array_equal(numbers(beside), numbers(leaf), equal_nan=True)
         assert described(leaf) == described(alone), options
         if isinstance(alone, Exception):
             assert str(leaf) == f"batch['x']: {alone}"
         else:
             assert np.array_equal(numbers(leaf), numbers(alone), equal_nan=True), options
             assert tb.shares_memory(leaf, x) == tb.shares_memory(alone, x), options
+
+
+def test_tensor_with_a_tangent_is_what_it_is_alone():
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(torch.ones(2), torch.ones(2))
+        alone, beside = tb.to_numpy(dual), tree.to_numpy([torch.ones(2), torch.ones(2), dual])[2]
+        assert described(beside) == described(alone)
+        assert not beside.flags.writeable
 
 
 def test_lists_inside_trees_are_containers_and_numbers_stay_numbers():

@@ -88,7 +88,7 @@ def _origin(a: Array, name: str, lay: Layout) -> str:
 def owner_of(a: Any) -> Any:
     """The object at the end of the chain of views: an array with memory of its own, a memmap, a tensor ..."""
     owner: Any = a
-    while type(owner) is np.ndarray and owner.base is not None:
+    while isinstance(owner, np.ndarray) and owner.base is not None and not isinstance(owner, np.memmap):
         owner = owner.base
     return owner
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import sys
 from collections import deque
 from collections.abc import Callable, Mapping, Set
+from operator import index as index_of
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,6 +19,7 @@ from tensorbridge._adapters import _columns, _dlpack, _numpy, named
 from tensorbridge._adapters._dlpack import malformed
 from tensorbridge._array import ArrayInfo, Device, Traits, layout, order_text, size_class
 from tensorbridge._errors import (
+    BridgeError,
     CopyRequiredError,
     DeviceError,
     MissingFrameworkError,
@@ -52,7 +54,7 @@ def open(x: Any, want: Want) -> tuple[Any, Traits]:
     cls = type(x)
     if isinstance(x, (str, type, type(None))):
         raise Obstacle("text" if isinstance(x, str) else "not an array", cls.__name__)
-    _columns.refuse_nulls(x)
+    _asked(lambda: _columns.refuse_nulls(x), x, "its count of missing values")
     if _speaks(x, "__dlpack__") and _speaks(x, "__dlpack_device__"):
         via, found = "dlpack", _by_dlpack(x, want)
     elif (facts := _offered(x, "__cuda_array_interface__")) is not None:
@@ -99,14 +101,12 @@ def _asked(call: Callable[[], Any], x: Any, what: str) -> Any:
     """What the producer answers; its refusal in our words, with its own as the cause."""
     try:
         return call()
+    except BridgeError:
+        raise
     except TypeError as error:
         text = f"{type(x).__name__} refuses to export {what}: {error}\n{_columns.cure(x)}"
         raise UnsupportedArrayError(text) from error
-    except CopyRequiredError:
-        raise
-    except BaseException as error:
-        if not isinstance(error, Exception):
-            raise
+    except Exception as error:
         raise ProducerError(f"{type(x).__name__} failed to export {what}: {type(error).__name__}: {error}") from error
 
 
@@ -153,11 +153,12 @@ def _device_array(x: Any, capsule: Any) -> Foreign:
 
 
 def _by_array_interface(x: Any, facts: Any) -> Any:
-    if isinstance(facts, dict):
-        if facts.get("mask") is not None:
-            raise Obstacle("masked", type(x).__name__)
-        if facts.get("data") is None and (view := _buffer(x)) is not None:
-            facts = {**facts, "data": view}  # "then the buffer of the object is used", says the protocol
+    if not isinstance(facts, dict) or not facts.keys() >= {"shape", "typestr"}:  # NumPy 2.2 dies of a missing shape
+        raise malformed(x, "__array_interface__ is no dict with a shape and a typestr")
+    if facts.get("mask") is not None:
+        raise Obstacle("masked", type(x).__name__)
+    if facts.get("data") is None and (view := _buffer(x)) is not None:
+        facts = {**facts, "data": view}  # "then the buffer of the object is used", says the protocol
     try:
         return np.asarray(_Interface(x, facts))
     except (TypeError, ValueError, OverflowError, BufferError) as error:
@@ -177,20 +178,24 @@ def _by_cai(x: Any, facts: Any) -> Foreign:
     if facts.get("mask") is not None:
         raise Obstacle("masked", type(x).__name__)
     try:
-        shape = tuple(int(n) for n in facts["shape"])
-        dtype = np.dtype(facts["typestr"])
-        address, readonly = facts["data"]
-        strides = facts.get("strides") or _dlpack.c_strides(shape, dtype.itemsize)
+        shape, dtype = tuple(map(index_of, facts["shape"])), np.dtype(facts["typestr"])
+        pointer, readonly = facts["data"]
+        address, frozen = index_of(pointer or 0), bool(readonly)
+        given, stream = facts.get("strides"), facts.get("stream")
+        strides = _dlpack.c_strides(shape, dtype.itemsize) if given is None else tuple(map(index_of, given))
+        stream = None if stream is None else index_of(stream)
     except (KeyError, TypeError, ValueError) as error:
         raise malformed(x, f"__cuda_array_interface__ lacks or garbles {error}") from error
-    if facts.get("stream") == 0:
+    if len(strides) != len(shape) or min(shape, default=0) < 0 or (not address and 0 not in shape):
+        raise malformed(x, f"shape {shape}, strides {strides} and address {address} in __cuda_array_interface__")
+    if stream == 0:
         raise malformed(x, "stream 0 is not allowed in __cuda_array_interface__ (1 is the default stream)")
     name = _dtypes.of_numpy(dtype)
     if not name or name.startswith(">"):
         raise Obstacle("unknown dtype", f"{type(x).__name__} {dtype}")
     index = getattr(getattr(x, "device", None), "id", 0)
     device = Device(f"cuda:{index if isinstance(index, int) else 0}")
-    return Foreign(shape, tuple(strides), name, device, int(address or 0), bool(readonly), x, None, facts.get("stream"))
+    return Foreign(shape, strides, name, device, address, frozen, x, None, stream)
 
 
 def _foreign_traits(x: Foreign, via: str) -> Traits:

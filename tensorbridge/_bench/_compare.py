@@ -60,13 +60,12 @@ def _by_hand(result: Result, ours: Timing) -> list[float] | None:
 def _verdict(
     was: Timing, now: Timing, ratios: tuple[list[float] | None, list[float] | None], same_machine: bool
 ) -> str:
-    """Changed only if the ratio did; on one machine the time must have moved the same way. Load moves time alone."""
+    """On one machine, what both the time and the ratio say: load moves times alone, and the other line moves ratios."""
+    time = _moved(was.ns, now.ns)
     if ratios[0] is None or ratios[1] is None:
-        return _moved(was.ns, now.ns) if same_machine else ""
-    moved = _moved(ratios[0], ratios[1])
-    if same_machine and moved and (median(now.ns) > median(was.ns)) != (moved == "slower"):
-        return ""
-    return moved
+        return time if same_machine else ""
+    ratio = _moved(ratios[0], ratios[1])
+    return ratio if not same_machine or ratio == time else ""
 
 
 def _moved(was: tuple[float, ...] | list[float], now: tuple[float, ...] | list[float]) -> str:

@@ -25,7 +25,7 @@ def machine() -> dict[str, Any]:
         "memory": _memory(),
         "transparent huge pages": _first("/sys/kernel/mm/transparent_hugepage/enabled", r"\[(\w+)\]"),
         "NUMA nodes": _numa_nodes(),
-        "system": f"{platform.system()} {platform.release()}, {' '.join(platform.libc_ver()) or 'unknown libc'}",
+        "system": _system(),
         "load before": _load(),
         "Python": f"{platform.python_implementation()} {platform.python_version()}",
         "tensorbridge": tb.__version__,
@@ -44,6 +44,11 @@ def machine() -> dict[str, Any]:
     if not gpu_missing():
         facts |= _gpu(torch)
     return facts
+
+
+def _system() -> str:
+    kernel = platform.release().partition("-")[0]
+    return f"{platform.system()} {kernel}, {' '.join(platform.libc_ver()).strip() or 'unknown C library'}"
 
 
 def load_now() -> str:
@@ -88,7 +93,8 @@ def gpu_missing() -> str:
 
 def _gpu(torch: Any) -> dict[str, Any]:
     props = torch.cuda.get_device_properties(0)
-    bus = f"{props.pci_domain_id:04x}:{props.pci_bus_id:02x}:{props.pci_device_id:02x}.0"
+    place = [getattr(props, f"pci_{part}_id", 0) for part in ("domain", "bus", "device")]  # torch 2.11 may not say
+    bus = "{:04x}:{:02x}:{:02x}.0".format(*place) if any(place) else "0"
     device = Path("/sys/bus/pci/devices") / bus
     asked = "driver_version,pcie.link.gen.current,pcie.link.gen.max,pcie.link.width.current,pcie.link.width.max"
     said = _said(["nvidia-smi", f"--query-gpu={asked}", "--format=csv,noheader", "-i", bus])

@@ -143,7 +143,9 @@ def _ratios(run: Run, plt: Any) -> Any:
     figure, ax = plt.subplots(figsize=(8.6, 0.21 * count + 1.3), layout="constrained")
     y, ticks, labels = 0.0, [], []
     for title, points in groups:
-        ax.text(0.0, y, title, transform=ax.get_yaxis_transform(), fontweight="bold", va="center", fontsize=9)
+        paper = {"facecolor": "white", "edgecolor": "none", "pad": 1.5}
+        place = {"transform": ax.get_yaxis_transform(), "va": "center", "zorder": 3, "bbox": paper}
+        ax.text(0.0, y, title, fontweight="bold", fontsize=9, **place)
         for label, (value, low, high) in points:
             y -= 1
             colour = BLUE if value <= 1 else VERMILION

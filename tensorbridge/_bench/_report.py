@@ -59,7 +59,24 @@ def _opening(run: Run) -> str:
 
 # -- Goals
 
-FLOOR_ASKED = "every copy: at least 0.95x the speed of the better of NumPy and torch"
+CALLED = {
+    "A1": "a shared to_numpy",
+    "A2": "a shared to_torch",
+    "A3": "other libraries",
+    "A4": "an unused guard or trace",
+    "B1": "large copies",
+    "B2": "another layout or dtype",
+    "B3": "a tree of small arrays",
+    "C1": "into page-locked memory",
+    "C2": "device to ordinary memory",
+    "C3": "ordinary memory to device",
+    "C4": "a tree across the bus",
+    "C5": "between torch and CuPy",
+    "C6": "prefetch",
+    "D1": "the import",
+    "floor": "every copy",
+}
+FLOOR_ASKED = "at least 0.95x the speed of the better of NumPy and torch"
 
 
 def asked(goal: Goal) -> str:
@@ -101,8 +118,9 @@ def goals_table(run: Run) -> str:
     for name in dict.fromkeys(r.question for r in run.results):
         rows = [r for r in run.results if r.question == name]
         if name[0] in "ABCD" and name[1:].isdigit() and all(r.missing for r in rows):
-            lines.append((name, "", "not measured: " + rows[0].missing, "", ""))
-    lines.sort(key=lambda line: line[0])
+            why = "; ".join(dict.fromkeys(r.missing.partition(" (")[0] for r in rows))
+            lines.append((name, "", f"not measured: {why}", "", ""))
+    lines = [(f"{line[0]}: {CALLED[line[0]]}", *line[1:]) for line in sorted(lines, key=lambda line: line[0])]
     head = ("goal", "asked of tensorbridge", "measured: worst row to best", "met", "the limit in its place")
     note = (
         "A figure is the median over rounds of the ratio within a round. The last column is what the limit of the row "

@@ -1,4 +1,4 @@
-"""Tables of the real libraries as trees of columns: shared where the target keeps the promise, nulls and text by name."""
+"""Tables of the real libraries as trees of columns: shared where the target keeps the promise; nulls, text by name."""
 
 from __future__ import annotations
 

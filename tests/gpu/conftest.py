@@ -1,0 +1,55 @@
+"""For tests on a device: bounded in time, with the device left idle, and nothing imported before a test runs."""
+
+from __future__ import annotations
+
+import faulthandler
+import gc
+from importlib import import_module
+
+import pytest
+
+SECONDS = 60  # a signal does not reach a thread that waits in C code: the process dumps its stacks and ends
+
+
+@pytest.fixture(autouse=True)
+def bounded(gpu):
+    faulthandler.dump_traceback_later(SECONDS, exit=True)
+    yield
+    import_module("torch").cuda.synchronize()
+    gc.collect()
+    import_module("tensorbridge._lease").settle()
+    faulthandler.cancel_dump_traceback_later()
+
+
+@pytest.fixture
+def torch(gpu):
+    module = import_module("torch")
+    module.cuda.init()
+    return module
+
+
+@pytest.fixture
+def cupy(gpu):
+    return import_module("cupy")
+
+
+@pytest.fixture
+def gate(torch, cupy):
+    return import_module("holding").Gate()
+
+
+@pytest.fixture
+def unchanged(torch, cupy):
+    """Asks, after the test, whether the current device and streams are what they were."""
+
+    def currents():
+        return (
+            torch.cuda.current_device(),
+            cupy.cuda.runtime.getDevice(),
+            torch.cuda.current_stream().cuda_stream,
+            cupy.cuda.get_current_stream().ptr,
+        )
+
+    before = currents()
+    yield currents
+    assert currents() == before

@@ -1,0 +1,80 @@
+"""A kernel that holds a stream until the host lets it go, so that a missing wait is seen every time.
+
+Nothing may be allocated or loaded for the first time while a stream is held: it could wait behind it. So each body runs
+twice, first with the gate open, then held. The kernel gives up after LIMIT seconds and says so; nothing hangs a card.
+"""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from importlib import import_module
+
+import numpy as np
+
+LIMIT = 3.0  # seconds
+SOURCE = r"""
+extern "C" __global__ void hold(volatile int* gate, unsigned long long limit_ns) {
+  unsigned long long t0, t;
+  asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(t0));
+  do {
+    asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(t));
+    if (t - t0 > limit_ns) { gate[1] = 1; return; }
+  } while (gate[0] == 0);
+}
+"""
+
+
+class Handle:
+    """A raw handle under the CUDA stream protocol."""
+
+    def __init__(self, number):
+        self.number = number
+
+    def __cuda_stream__(self):
+        return 0, self.number
+
+
+def number_of(stream):
+    return stream.cuda_stream if hasattr(stream, "cuda_stream") else stream.ptr
+
+
+class Gate:
+    def __init__(self):
+        torch, cupy = import_module("torch"), import_module("cupy")
+        self.cupy = cupy
+        self.pinned = torch.zeros(2, dtype=torch.int32, device="cpu", pin_memory=True)
+        self.flags = self.pinned.numpy()  # [open, timed out]
+        self.kernel = cupy.RawKernel(SOURCE, "hold")
+        self.flags[0] = 1
+        self.put_on(torch.cuda.current_stream())  # the kernel is loaded now
+        torch.cuda.synchronize()
+
+    def put_on(self, stream):
+        """Queue the kernel on a stream of either library."""
+        address = np.uint64(self.flags.__array_interface__["data"][0])
+        with self.cupy.cuda.Stream.from_external(Handle(number_of(stream))):
+            self.kernel((1,), (1,), (address, np.uint64(LIMIT * 1e9)))
+
+    def open(self):
+        self.flags[0] = 1
+
+    @contextmanager
+    def shut(self, *, really=True):
+        """Kernels queued inside hold their stream to the end of the block; with `really` False they do not."""
+        self.flags[:] = (0 if really else 1), 0
+        try:
+            yield
+        finally:
+            self.open()
+        import_module("torch").cuda.synchronize()
+        assert not self.flags[1], "the hold timed out: something waited for the held stream"
+
+
+def twice(body):
+    """What `body(really)` returns when the stream is really held; before, it runs once with the gate open."""
+    torch = import_module("torch")
+    body(False)
+    torch.cuda.synchronize()
+    result = body(True)
+    torch.cuda.synchronize()
+    return result

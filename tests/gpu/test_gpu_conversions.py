@@ -1,0 +1,151 @@
+"""torch and CuPy over one memory: every dtype and layout, written on one side and read on the other."""
+
+import numpy as np
+import pytest
+
+import tensorbridge as tb
+from tensorbridge import _dtypes
+
+pytestmark = pytest.mark.gpu
+
+# torch's dtypes that CuPy has, by name.
+SHARED = [name for name, row in _dtypes.DTYPES.items() if row.torch and row.cupy]
+
+
+def bits(x):
+    """The bytes of an array of any framework, on the host."""
+    return np.ascontiguousarray(tb.to_numpy(x)).view(np.uint8)
+
+
+@pytest.mark.parametrize("dtype", SHARED)
+def test_a_tensor_is_shared_with_cupy_in_every_dtype(torch, cupy, dtype):
+    t = torch.arange(24, device="cuda").to(getattr(torch, dtype)).reshape(2, 3, 4)
+    c = tb.to_cupy(t)
+    assert c.data.ptr == t.data_ptr()
+    assert (c.shape, tb.describe(c).dtype) == ((2, 3, 4), dtype)
+    assert tb.plan(t, "cupy").zero_copy
+    assert tb.shares_memory(c, t)
+    assert np.array_equal(bits(c), bits(t))
+
+
+@pytest.mark.parametrize("dtype", SHARED)
+def test_a_cupy_array_is_shared_with_torch_in_every_dtype(torch, cupy, dtype):
+    c = cupy.arange(24).reshape(2, 3, 4).astype(_dtypes.DTYPES[dtype].numpy)
+    t = tb.to_torch(c)
+    assert t.data_ptr() == c.data.ptr
+    assert t.dtype == getattr(torch, dtype)
+    assert tb.plan(c, "torch").zero_copy
+    assert np.array_equal(bits(c), bits(t))
+
+
+VIEWS = {
+    "whole": lambda x: x,
+    "slice": lambda x: x[1:],
+    "strided": lambda x: x[:, ::2],
+    "transposed": lambda x: x.T,
+    "row": lambda x: x[2],
+    "length-1 axes": lambda x: x[None, :, :1],
+    "0-d": lambda x: x[1, 1],
+    "empty": lambda x: x[:0],
+}
+
+
+@pytest.mark.parametrize("name", VIEWS)
+def test_every_layout_is_shared_both_ways_and_writes_are_seen(torch, cupy, name):
+    t = VIEWS[name](torch.arange(12.0, device="cuda").reshape(3, 4))
+    c = tb.to_cupy(t)
+    assert np.array_equal(cupy.asnumpy(c), t.cpu().numpy())
+    c += 100
+    torch.cuda.synchronize()
+    back = tb.to_torch(c)
+    assert torch.equal(back, t)
+    back -= 50
+    torch.cuda.synchronize()
+    assert np.array_equal(cupy.asnumpy(c), t.cpu().numpy())
+    assert name == "empty" or back.data_ptr() == t.data_ptr()
+
+
+def test_a_reversed_array_is_packed_once_and_not_fatal(torch, cupy):
+    c = cupy.arange(6.0)[::-1]
+    assert [s.op for s in tb.plan(c, "torch").steps if s.kind] == ["pack"]
+    assert tb.to_torch(c).tolist() == [5, 4, 3, 2, 1, 0]
+    with pytest.raises(tb.CopyRequiredError):
+        tb.to_torch(c, copy=False)
+
+
+def test_lazy_bits_are_resolved_and_a_graph_is_copied(torch, cupy):
+    z = torch.tensor([1 + 2j, 3 - 4j], device="cuda")
+    assert cupy.asnumpy(tb.to_cupy(z.conj())).tolist() == [1 - 2j, 3 + 4j]
+    assert cupy.asnumpy(tb.to_cupy(z.conj().imag)).tolist() == [-2, 4]
+    w = torch.ones(3, device="cuda", requires_grad=True)
+    c = tb.to_cupy(w)
+    assert not tb.shares_memory(c, w)
+    assert tb.shares_memory(tb.to_cupy(w, share_readonly=True), w)
+    with pytest.raises(tb.GraphError):
+        tb.to_cupy(w, detach=False)
+
+
+def test_float8_is_refused_by_name_with_a_cast_that_works(torch, cupy):
+    t = torch.ones(4, device="cuda").to(torch.float8_e4m3fn)
+    with pytest.raises(tb.UnsupportedArrayError, match="float16"):
+        tb.to_cupy(t)
+    assert cupy.asnumpy(tb.to_cupy(t, dtype="float16")).tolist() == [1] * 4
+
+
+def test_copies_keep_their_order_and_share_nothing(torch, cupy):
+    t = torch.zeros(2, 3, 4, 5, device="cuda").contiguous(memory_format=torch.channels_last)
+    c = tb.to_cupy(t, copy=True)
+    assert not tb.shares_memory(c, t)
+    assert c.strides == tuple(4 * s for s in t.stride())
+    back = tb.to_torch(c, copy=True)
+    assert not tb.shares_memory(back, c)
+    assert back.stride() == t.stride()
+
+
+def test_out_on_the_device_is_filled_from_either_side(torch, cupy):
+    t, c = torch.arange(6.0, device="cuda"), cupy.zeros(6, cupy.float32)
+    assert tb.to_cupy(t, out=c) is c
+    assert cupy.asnumpy(c).tolist() == [0, 1, 2, 3, 4, 5]
+    half = torch.zeros(6, dtype=torch.float16, device="cuda")
+    tb.to_torch(c, out=half)
+    assert half.tolist() == [0, 1, 2, 3, 4, 5]
+    tb.to_cupy(np.arange(6.0)[::-1], out=c)
+    assert cupy.asnumpy(c).tolist() == [5, 4, 3, 2, 1, 0]
+
+
+def test_a_description_names_the_device_and_the_stream(torch, cupy):
+    stream = torch.cuda.Stream()
+    with tb.use_stream(stream):
+        for x in (torch.ones(3, device="cuda"), cupy.ones(3)):
+            info = tb.describe(x)
+            assert (info.device, info.stream) == ("cuda:0", stream.cuda_stream)
+
+
+def test_views_share_memory_only_where_they_overlap(torch, cupy):
+    t = torch.zeros(10, device="cuda")
+    c = tb.to_cupy(t)
+    assert tb.shares_memory(c[::2], t)
+    assert not tb.shares_memory(c[::2], t[1::2])
+    assert not tb.shares_memory(c, torch.zeros(10))
+
+
+def test_results_stay_valid_when_their_source_is_gone(torch, cupy):
+    c = tb.to_cupy(torch.full((1 << 16,), 3.0, device="cuda"))
+    t = tb.to_torch(cupy.full(1 << 16, 4.0, cupy.float32))
+    noise = [torch.zeros(1 << 16, device="cuda") for _ in range(8)] + [cupy.zeros(1 << 16) for _ in range(8)]
+    assert float(c.min()) == 3.0
+    assert t.min().item() == 4.0
+    assert len(noise) == 16
+
+
+def test_torch_functions_work_on_what_came_from_cupy_and_autograd_too(torch, cupy):
+    t = tb.to_torch(cupy.arange(3, dtype=cupy.float32)).requires_grad_()
+    (t * t).sum().backward()
+    assert t.grad.tolist() == [0, 2, 4]
+
+
+def test_both_devices_names_mean_the_same(torch, cupy):
+    a = np.zeros(3)
+    for device in ("cuda", "cuda:0", 0, torch.device("cuda"), torch.device("cuda", 0), cupy.cuda.Device(0)):
+        assert tb.describe(tb.to_torch(a, device=device)).device == "cuda:0"
+        assert tb.describe(tb.to_cupy(a, device=device)).device == "cuda:0"

@@ -1,0 +1,214 @@
+"""A consumer on another stream starts after the producer, the host waits for nothing, and all is left as found."""
+
+import threading
+
+import numpy as np
+import pytest
+from holding import twice
+
+import tensorbridge as tb
+from tensorbridge import _streams
+
+pytestmark = pytest.mark.gpu
+
+N = 1 << 20
+ON_DEVICE = 3  # cudaMemcpyDeviceToDevice
+
+
+class Crossing:
+    """A producer that is held, and a consumer that copies what it got, once for each direction."""
+
+    def __init__(self, torch, cupy, giver):
+        self.torch, self.cupy, self.giver = torch, cupy, giver
+        self.torch_stream, self.cupy_stream = torch.cuda.Stream(), cupy.cuda.Stream(non_blocking=True)
+        self.producing = self.torch_stream if giver == "torch" else self.cupy_stream
+
+    def body(self, gate, cross):
+        """The values that the consumer saw, and whether it was still waiting while the producer was held."""
+
+        def run(really):
+            if self.giver == "torch":
+                x, out = self.torch.zeros(N, device="cuda"), self.cupy.zeros(N, self.cupy.float32)
+            else:
+                x, out = self.cupy.zeros(N, self.cupy.float32), self.torch.zeros(N, device="cuda")
+            self.torch.cuda.synchronize()
+            with self.torch.cuda.stream(self.torch_stream), self.cupy_stream, gate.shut(really=really):
+                gate.put_on(self.producing)
+                x.fill_(1.0) if self.giver == "torch" else x.fill(1.0)
+                y = cross(x)
+                if self.giver == "torch":
+                    self.cupy.cuda.runtime.memcpyAsync(
+                        out.data.ptr, y.data.ptr, y.nbytes, ON_DEVICE, self.cupy_stream.ptr
+                    )
+                    event = self.cupy_stream.record(self.cupy.cuda.Event(disable_timing=True))
+                    done = lambda: event.done
+                else:
+                    out.copy_(y)
+                    event = self.torch_stream.record_event()
+                    done = event.query
+                if really and cross in RAW:
+                    event.synchronize()  # it waits for nothing that is held
+                waiting = not done()
+            host = out.get() if self.giver == "torch" else out.cpu().numpy()
+            return set(np.unique(host).tolist()), waiting
+
+        return twice(run)
+
+
+def by_interface_to_cupy(t):
+    import cupy
+
+    return cupy.asarray(t)  # __cuda_array_interface__ of torch names no stream
+
+
+def by_interface_to_torch(c):
+    import torch
+
+    return torch.as_tensor(c, device="cuda")  # torch ignores the stream that it names
+
+
+RAW = [by_interface_to_cupy, by_interface_to_torch]
+
+
+@pytest.fixture(params=["torch", "cupy"])
+def crossing(request, torch, cupy):
+    return Crossing(torch, cupy, request.param)
+
+
+def test_by_hand_the_consumer_reads_before_the_producer_has_written(crossing, gate):
+    """The negative control: the roads that the documentation of both libraries teaches."""
+    raw = RAW[0] if crossing.giver == "torch" else RAW[1]
+    assert crossing.body(gate, raw) == ({0.0}, False)
+
+
+def test_the_consumer_waits_for_the_producer_and_the_host_for_neither(crossing, gate):
+    cross = tb.to_cupy if crossing.giver == "torch" else tb.to_torch
+    assert crossing.body(gate, cross) == ({1.0}, True)
+
+
+def test_our_own_kernels_before_the_crossing_are_waited_for_too(torch, cupy, gate):
+    """A reversed array is packed on CuPy's stream, behind what holds it."""
+    giving, taking = cupy.cuda.Stream(non_blocking=True), torch.cuda.Stream()
+
+    def body(really):
+        c, out = cupy.arange(N, dtype=cupy.float32), torch.zeros(N, device="cuda")
+        torch.cuda.synchronize()
+        with torch.cuda.stream(taking), giving, gate.shut(really=really):
+            gate.put_on(giving)
+            out.copy_(tb.to_torch(c[::-1]))
+        return out.cpu().numpy()
+
+    assert np.array_equal(twice(body), np.arange(N, dtype=np.float32)[::-1])
+
+
+def test_streams_that_are_one_by_raw_handle_are_not_ordered(torch, cupy):
+    t = torch.ones(3, device="cuda")
+    with tb.use_stream(torch.cuda.Stream()):
+        assert [step.op for step in tb.plan(t, "cupy").steps] == ["detach", "share"]
+    with cupy.cuda.Stream(non_blocking=True):
+        assert "order" in [step.op for step in tb.plan(t, "cupy").steps]
+
+
+def test_both_default_streams_are_one(torch):
+    assert _streams.same(0)
+    assert "order" not in [step.op for step in tb.plan(torch.ones(3, device="cuda"), "cupy").steps]
+
+
+# use_stream
+
+
+def cuda_core_stream(torch, cupy):
+    from cuda.core import Device
+
+    device = Device(0)
+    device.set_current()
+    return device.create_stream()
+
+
+STREAMS = {
+    "torch": lambda torch, cupy: torch.cuda.Stream(),
+    "torch default": lambda torch, cupy: torch.cuda.default_stream(),
+    "CuPy": lambda torch, cupy: cupy.cuda.Stream(non_blocking=True),
+    "CuPy null": lambda torch, cupy: cupy.cuda.Stream.null,
+    "handle": lambda torch, cupy: torch.cuda.Stream().cuda_stream,
+    "0": lambda torch, cupy: 0,
+    "1": lambda torch, cupy: 1,
+}
+
+
+@pytest.mark.parametrize("name", STREAMS)
+def test_use_stream_is_current_in_both_and_kernels_of_both_run_on_it(torch, cupy, gate, unchanged, name):
+    stream = STREAMS[name](torch, cupy)
+    number, _ = _streams.identify(stream)
+    with tb.use_stream(stream):
+        assert (torch.cuda.current_stream().cuda_stream or 1) == number
+        assert (cupy.cuda.get_current_stream().ptr or 1) == number
+        t = torch.arange(N, device="cuda", dtype=torch.float32)
+        c = tb.to_cupy(t)
+        c += 1
+        total = float(tb.to_torch(c).sum())
+    assert total == N * (N + 1) / 2
+
+
+def test_use_stream_restores_after_an_error_and_a_stream_made_current_by_use(torch, cupy, unchanged):
+    mine = cupy.cuda.Stream(non_blocking=True)
+    before = cupy.cuda.get_current_stream()
+    mine.use()
+    with pytest.raises(ZeroDivisionError), tb.use_stream(torch.cuda.Stream()):
+        raise ZeroDivisionError
+    assert cupy.cuda.get_current_stream() is mine
+    before.use()
+
+
+def test_a_stream_of_torchs_pool_is_not_destroyed_with_its_cupy_wrapper(torch, cupy):
+    stream = torch.cuda.Stream()
+    for _ in range(3):
+        with tb.use_stream(stream):
+            cupy.zeros(3)
+    with torch.cuda.stream(stream):
+        assert torch.ones(3, device="cuda").sum().item() == 3
+
+
+@pytest.mark.parametrize("stream", [2, -1, None, "cuda"])
+def test_what_is_no_stream_is_refused_and_nothing_changes(torch, cupy, unchanged, stream):
+    with pytest.raises((TypeError, ValueError)):
+        tb.use_stream(stream).__enter__()
+
+
+# What waits for what
+
+
+def test_to_numpy_waits_for_the_producer(torch, gate):
+    stream = torch.cuda.Stream()
+
+    def body(really):
+        t = torch.zeros(N, device="cuda")
+        torch.cuda.synchronize()
+        with torch.cuda.stream(stream), gate.shut(really=really):
+            gate.put_on(stream)
+            t.fill_(1.0)
+            opener = threading.Timer(0.2, gate.open)
+            opener.start()
+            found = tb.to_numpy(t)
+            opener.join()
+        return set(np.unique(found).tolist())
+
+    assert twice(body) == {1.0}
+
+
+@pytest.mark.parametrize("n", [N, 16 * N], ids=["plain", "ring"])
+@pytest.mark.parametrize("framework", ["torch", "cupy"])
+def test_to_numpy_waits_for_its_own_stream_and_not_for_the_device(torch, cupy, gate, framework, n):
+    held, mine = torch.cuda.Stream(), torch.cuda.Stream()
+
+    def body(really):
+        with tb.use_stream(mine):
+            x = torch.ones(n, device="cuda") if framework == "torch" else cupy.ones(n, cupy.float32)
+            torch.cuda.synchronize()
+            with gate.shut(really=really):
+                gate.put_on(held)
+                found = tb.to_numpy(x)
+                assert not really or not held.query(), "it waited for the device"
+        return set(np.unique(found).tolist())
+
+    assert twice(body) == {1.0}
