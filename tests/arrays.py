@@ -22,6 +22,7 @@ from tensorbridge import BridgeError
 from tensorbridge._dtypes import DTYPES
 
 SIX = (2, 3)
+HALVES = [[1, 0, 2], [0, 3, 0]]  # of the numbers 1, 2 and 3 of twice the width
 
 
 def digits(*shape: int, dtype: Any = "float64") -> Any:
@@ -88,6 +89,11 @@ def on_disk(mode: Any) -> Any:
 
 
 KEPT: list[Any] = []
+
+
+@torch.inference_mode()
+def in_inference_mode() -> torch.Tensor:
+    return tensor(*SIX)
 
 
 class Tagged(np.ndarray):  # type: ignore[type-arg]
@@ -177,13 +183,13 @@ NUMPY: dict[str, Build] = {
     "strided-fortran": lambda: np.asfortranarray(digits(4, 6))[::2],
     "sliced-rows": lambda: digits(6, 4)[:, 1:3],
     "view-of-view": lambda: digits(12)[1:][1:].reshape(2, 5)[:, 1:],
-    "whole-view": lambda: digits(12)[:],
     "reversed": lambda: digits(6)[::-1],
     "reversed-rows": lambda: digits(*SIX)[::-1],
     "reversed-both": lambda: digits(4, 6)[::-2, ::-1],
     "reversed-fortran": lambda: np.asfortranarray(digits(*SIX))[:, ::-1],
     "reversed-read-only": lambda: frozen(digits(6)[::-1]),
     "odd": column,
+    "odd-but-aligned": lambda: filled(np.zeros(6, dtype=[("x", "c8"), ("tag", "i4")])["x"]),
     "odd-reversed": lambda: column()[::-1],
     "odd-read-only": lambda: frozen(column()),
     "overlap-writable": lambda: np.lib.stride_tricks.sliding_window_view(digits(6), 3, writeable=True),
@@ -230,7 +236,6 @@ NUMPY: dict[str, Build] = {
     "ulonglong": lambda: digits(6, dtype="ulonglong"),
     "subclass": lambda: digits(*SIX).view(Tagged),
     "subclass-read-only": lambda: frozen(digits(*SIX).view(Tagged)),
-    "matrix": lambda: digits(*SIX).view(np.matrix),
     "record-array-field": lambda: np.rec.fromarrays([digits(6), digits(6)], names="a,b").b,
 } | {f"dtype-{name}": partial(digits, *SIX, dtype=row.numpy) for name, row in DTYPES.items() if row.numpy is not None}
 
@@ -241,7 +246,9 @@ TENSOR_VIEWS: dict[str, Build] = {
     "view-of-tensor-transposed": lambda: tensor(*SIX).numpy().T,
     "view-of-tensor-reversed": lambda: tensor(6).numpy()[::-1],
     "view-of-tensor-reversed-once-more": lambda: tensor(6).numpy()[::-1][::-1],
-    "view-of-tensor-wider": lambda: torch.tensor([1, 0, 2, 0, 3, 0], dtype=torch.int32).numpy().view("int64"),
+    "view-of-tensor-wider": lambda: torch.tensor(HALVES).int().ravel().numpy().view("int64"),
+    "view-of-tensor-wider-than-its-rows": lambda: torch.tensor(HALVES).int().numpy().ravel().view("int64"),
+    "view-of-tensor-beyond-its-storage": lambda: strided(torch.from_numpy(digits(12)[:6]).numpy(), (16,)),
     "view-of-tensor-same-width": lambda: tensor(6, dtype=torch.int32).view(torch.float32).numpy().view("int32"),
     "view-of-tensor-bfloat16": lambda: (
         tensor(6, dtype=torch.bfloat16).view(torch.int16).numpy().view(ml_dtypes.bfloat16)
@@ -249,7 +256,6 @@ TENSOR_VIEWS: dict[str, Build] = {
     "view-of-tensor-read-only": lambda: frozen(tensor(*SIX).numpy()),
     "view-of-tensor-broadcast": lambda: np.broadcast_to(tensor(3).numpy(), SIX),
     "view-of-tensor-expanded": lambda: tensor(3).expand(2, 3).numpy(),
-    "view-of-tensor-of-array": lambda: torch.from_numpy(digits(6)).numpy(),
     "view-of-tensor-slice": lambda: tensor(12)[3:9].numpy()[::2],
     "view-of-tensor-big-endian": lambda: torch.from_numpy(digits(6).byteswap()).numpy().view(">f8"),
     "view-of-tensor-length-1": lambda: tensor(6).numpy()[::-1][:1],
@@ -309,11 +315,6 @@ TORCH: dict[str, Build] = {
     for name, row in DTYPES.items()
     if row.torch and name != "float4_e2m1fn_x2"
 } | {"dtype-float4_e2m1fn_x2": lambda: tensor(*SIX, dtype=torch.uint8).view(torch.float4_e2m1fn_x2)}  # fmt: skip
-
-
-def in_inference_mode() -> torch.Tensor:
-    with torch.inference_mode():
-        return tensor(*SIX)
 
 
 FOREIGN: dict[str, Build] = {

@@ -141,6 +141,8 @@ def assert_consistent(traits: Traits, want: Want, decision: Decision) -> None:
             assert step.kind == "", f"{step.op} moves nothing, yet says {step.kind!r}"
         if before.device != after.device:
             assert step.op in ("to_host", "to_device", "fill"), f"{step.op} changes the device"
+        if after.pinned and (moves or not before.pinned):
+            assert step.op in ("pin", "fill") or step.by == "pinned", f"{step.op} makes ordinary memory"
         if before.dtype != after.dtype:
             assert step.op in CHANGES_DTYPE, f"{step.op} changes the dtype"
             assert after.dtype.lstrip(">") in (before.dtype.lstrip(">"), want.dtype), "a dtype that nobody asked for"

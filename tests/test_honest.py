@@ -239,3 +239,26 @@ def test_a_trace_sees_what_would_go_by_a_fast_lane():
         tb.to_numpy(torch.ones(3))
         tb.to_torch(np.ones(3))
     assert [event.target for event in seen.events] == ["numpy float32 on cpu", "torch float64 on cpu"]
+
+
+ORDERS = {
+    "numpy-plain": "C",
+    "numpy-zero-d": "C",
+    "numpy-fortran": "F",
+    "numpy-permuted": "K",
+    "numpy-strided-fortran": "strided F",
+    "numpy-sliced-rows": "strided C",
+    "numpy-reversed-both": "reversed C",
+    "numpy-reversed-fortran": "reversed F",
+    "numpy-odd": "odd C",
+    "numpy-broadcast": "strided C",
+    "numpy-length-1-axis-odd": "C",
+    "torch-transposed": "F",
+    "torch-channels-last": "K",
+    "foreign-dlpack-reversed": "reversed C",
+}
+
+
+@pytest.mark.parametrize("name", ORDERS)
+def test_order_is_told_in_the_words_of_the_field(name):
+    assert tb.describe(ARRAYS[name]()).order == ORDERS[name]

@@ -33,6 +33,7 @@ OUTS = {
         "bfloat16": lambda shape: torch.zeros(shape, dtype=torch.bfloat16),
         "complex": lambda shape: torch.zeros(shape, dtype=torch.complex64),
         "strided": lambda shape: torch.zeros([*shape, 2])[..., 1],
+        "conj": lambda shape: torch.zeros(shape, dtype=torch.complex64).conj(),
     },
 }
 INTO_OUT = [

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import tensorbridge as tb
+from tensorbridge._memory import infos_share
 
 
 @settings(max_examples=300, deadline=None)
@@ -47,6 +48,18 @@ def addresses(a: Any) -> set[int]:
 def test_shares_memory_of_an_array_with_itself_unless_it_is_empty(name):
     array = ARRAYS[name]()
     assert tb.shares_memory(array, array) == ("empty" not in name)
+
+
+def test_one_address_on_two_devices_is_two_memories():
+    info = tb.describe(digits(6))
+    assert infos_share(info, info)
+    assert not infos_share(info, info._replace(device=tb.Device("cuda:0")))
+
+
+def test_what_has_no_memory_yet_shares_nothing():
+    assert not tb.shares_memory([1, 2], [1, 2])
+    assert not tb.shares_memory(1.0, 1.0)
+    assert not tb.shares_memory(digits(2)[:0], digits(2)[:0])
 
 
 def test_arrays_apart_share_nothing():

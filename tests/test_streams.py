@@ -1,6 +1,7 @@
 """Which stream is current, how one waits for another, and what a capture allows: on a recorded fake of CUDA."""
 
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -12,7 +13,8 @@ import pytest
 import tensorbridge as tb
 from tensorbridge import DeviceError, _streams
 
-DOCS = Path(__file__).parent.parent / "docs"
+ROOT = Path(__file__).parent.parent
+DOCS = ROOT / "docs"
 
 
 @pytest.fixture
@@ -311,3 +313,14 @@ def test_the_picture_in_the_documentation_is_what_its_script_draws():
     drawn = subprocess.run(script, capture_output=True, text=True, check=True)
     assert drawn.stdout == (DOCS / "streams.svg").read_text(), "run: python docs/streams_picture.py"
     assert "streams.svg" in (DOCS / "streams.md").read_text()
+
+
+# The list of facts
+
+
+def test_every_probe_that_the_list_of_facts_names_exists_and_every_probe_is_in_the_list():
+    named = set(re.findall(r"`(test_\w+)`", (DOCS / "gpu-facts.md").read_text()))
+    files = [*(ROOT / "tests" / "gpu").glob("test_*.py"), ROOT / "tests" / "test_facts_gpu.py"]
+    written = {file.name: set(re.findall(r"^def (test_\w+)", file.read_text(), re.MULTILINE)) for file in files}
+    assert named <= set().union(*written.values())
+    assert written["test_gpu_facts.py"] | written["test_facts_gpu.py"] <= named

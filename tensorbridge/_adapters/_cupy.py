@@ -149,6 +149,42 @@ def _at(address: int, shape: Any, strides: Any, dtype: Any, owner: object, index
     return cupy.ndarray(shape, dtype, cupy.cuda.MemoryPointer(memory, address - lowest), strides)
 
 
+def plain_from_torch(t: Any) -> Any:
+    """The lane of `to_cupy`: a plain contiguous tensor, of exactly that type, on one stream with CuPy; None for others.
+
+    A tensor without memory of its own (of torch.func, functional) raises RuntimeError when it is asked for its address.
+    """
+    dtype = _SHARED.get(t.dtype)
+    if dtype is None or t.requires_grad or t.is_neg() or t.is_nested or not t.is_contiguous():
+        return None
+    address, index = t.data_ptr(), t.get_device()
+    stream = cupy.cuda.get_current_stream(index)
+    number = int(stream.ptr) or _streams.LEGACY_DEFAULT
+    if not address or number == _streams.PER_THREAD_DEFAULT or number != _streams.current("torch", index):
+        return None
+    if _streams.capturing():
+        return None
+    _lease.settle()
+    owner = _lease.lend_tensor(t.detach(), number, index, stream)
+    memory = cupy.cuda.UnownedMemory(address, t.nbytes, owner, index)
+    return cupy.ndarray(tuple(t.shape), dtype, cupy.cuda.MemoryPointer(memory, 0))
+
+
+# torch's dtypes that CuPy has as themselves; complex tensors may be conjugate only by name, and are looked at in full.
+_SHARED: dict[Any, Any] = {}
+
+
+def open_lane(dtypes: dict[str, Any]) -> None:
+    """`dtypes`: torch's, by name."""
+    _SHARED.update(
+        {
+            dtype: _dtypes.DTYPES[name].numpy
+            for name, dtype in dtypes.items()
+            if _dtypes.DTYPES[name].cupy and not _dtypes.is_complex(name)
+        }
+    )
+
+
 # -- Over the bus
 
 

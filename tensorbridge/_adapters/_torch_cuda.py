@@ -42,6 +42,23 @@ def from_cupy(before: Traits) -> Callable[[Any], Tensor]:
     return share
 
 
+def plain_from_cupy(x: Any) -> Tensor | None:
+    """The lane of `to_torch`: a plain C-contiguous array, of exactly CuPy's type, on one stream with torch; else None."""
+    if x.dtype not in _SHARED or not x.size or not x.flags.c_contiguous:
+        return None
+    index = x.data.device_id
+    number = _streams.current("torch", index)
+    if number != _streams.current("cupy", index) or _streams.capturing():
+        return None
+    _lease.settle()
+    t = _imported(x.__dlpack__(stream=-1, max_version=(1, 0)), index)
+    _lease.lend_storage(t, x, number, index)
+    return t
+
+
+_SHARED = frozenset(row.numpy for row in _dtypes.DTYPES.values() if row.cupy and row.torch and not row.carrier)
+
+
 def _imported(capsule: Any, index: int) -> Tensor:
     if torch.cuda.current_device() == index:
         return torch.utils.dlpack.from_dlpack(capsule)
