@@ -75,7 +75,7 @@ def route(traits: Traits, steps: Sequence[Step]) -> Route | None:
     step = steps[moves[0]]
     before = steps[moves[0] - 1].after if moves[0] else traits
     row = _dtypes.DTYPES.get(before.dtype)  # swapped bytes have no row
-    if row is None or row.numpy is None or any(later.op == Op.FILL for later in steps):
+    if row is None or row.numpy is None:
         return None
     if before.graph or before.lazy or before.overlap or (before.order, before.spacing) != ("C", "dense"):
         return None

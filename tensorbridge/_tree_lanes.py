@@ -71,7 +71,7 @@ def _copied_arrays(leaves: list[Any], results: list[Any]) -> list[int]:
     for i, a in enumerate(leaves):
         if a.flags.num & _DENSE == _DENSE and a.nbytes < LARGE and ((dtype := a.dtype) is last or dtype in plain):
             last = dtype
-            if first is not None and first[id(a)] != i:
+            if first is not None and results[first[id(a)]] is not None:
                 results[i] = results[first[id(a)]]
                 continue
             try:
@@ -117,7 +117,7 @@ def _shared_tensors(leaves: list[Any], results: list[Any]) -> list[int]:
     rest: list[int] = []
     first = _first_of(leaves)
     for i, t in enumerate(leaves):
-        if first is not None and first[id(t)] != i:
+        if first is not None and results[first[id(t)]] is not None:
             results[i] = results[first[id(t)]]
         elif type(t) is tensor and t.is_cpu and not (t.is_conj() or t.is_neg()):
             try:

@@ -89,7 +89,9 @@ def test_numpy_numbers_keep_their_dtype():
     assert tb.collate([np.float32(1), np.float32(2)]).dtype == torch.float32
 
 
-@pytest.mark.parametrize("values", [["a", "b"], [b"a", b"b"], [None, None], [{1}, {2}]])
+@pytest.mark.parametrize(
+    "values", [["a", "b"], [b"a", b"b"], [None, None], [{1}, {2}], [torch.Size([2]), torch.Size([3])]]
+)
 def test_what_is_neither_array_nor_number_is_a_list(values):
     assert tb.collate([{"v": value, "x": np.zeros(1)} for value in values])["v"] == values
 

@@ -239,6 +239,7 @@ READ_ONLY = [
     "numpy-memmap-r-view",
     "numpy-memmap-r-reversed",
     "numpy-big-endian-unaligned-read-only",
+    "numpy-length-1-read-only",
     "numpy-medium-read-only",
     "numpy-subclass-read-only",
     "foreign-dlpack-read-only",

@@ -10,6 +10,7 @@ import textwrap
 import threading
 import time
 import traceback
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -346,23 +347,42 @@ def test_consumer_that_waits_is_woken_by_close():
 
 
 def test_batches_are_not_kept_after_they_were_taken():
-    import weakref
+    """Not even while the worker waits for the next one."""
+    gone: list[Any] = []
+    answer = threading.Event()
 
+    def source() -> Iterator[Any]:
+        a = np.zeros(3)
+        gone.append(weakref.ref(a))
+        yield a
+        del a
+        answer.wait(SOON)
+        yield np.ones(3)
+
+    ready = on_host(source())
+    batch = next(ready)
+    assert eventually(lambda: batch.sum() == 0 and gone[0]() is not None)
+    del batch
+    assert eventually(lambda: gone[0]() is None)
+    answer.set()
+    assert len(list(ready)) == 1
+
+
+def test_batches_that_nobody_took_are_dropped_by_close():
     gone: list[Any] = []
 
     def source() -> Iterator[Any]:
-        for _ in range(4):
+        for _ in range(9):
             a = np.zeros(3)
             gone.append(weakref.ref(a))
             yield a
+            del a
 
-    ready = on_host(source(), depth=1)
-    for _ in range(3):
-        batch = next(ready)
-    del batch
-    assert gone[0]() is None
-    assert gone[1]() is None
+    ready = on_host(source(), depth=3)
+    assert eventually(lambda: len(gone) == 3)
     ready.close()
+    assert all(reference() is None for reference in gone)
+    assert list(ready) == []
 
 
 def run(code: str, *, timeout: float = 60.0) -> subprocess.CompletedProcess[str]:

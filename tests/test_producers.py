@@ -5,6 +5,7 @@ A capsule is made up field by field (see _producers.py); what it describes is ne
 
 from __future__ import annotations
 
+import ctypes
 import warnings
 
 import numpy as np
@@ -14,6 +15,7 @@ from _facts_probes import address, capsule_name
 from _producers import AGES, LEGACY, VERSIONED, Holder, Made, Producer, laid_out, numbers
 
 import tensorbridge as tb
+from tensorbridge._adapters import _dlpack
 from tensorbridge._dtypes import DTYPES
 
 TARGETS = {"numpy": tb.to_numpy, "torch": tb.to_torch}
@@ -352,3 +354,19 @@ def test_a_copy_lets_the_capsule_go():
     copies = tb.to_numpy(producer, copy=True), tb.to_torch(producer, dtype="float32")
     assert [c.tolist() for c in copies] == [[1, 2, 3], [1, 2, 3]]
     assert producer.made.freed == producer.made.made == 2
+
+
+def test_other_users_of_ctypes_do_not_disturb_the_reading(monkeypatch):
+    """What attributes of ctypes.pythonapi give is shared by the process: others set other argument types on it."""
+    assert _dlpack  # imported before the others come
+    for name in ("PyCapsule_SetName", "PyCapsule_GetName", "PyCapsule_GetPointer"):
+        monkeypatch.setattr(getattr(ctypes.pythonapi, name), "argtypes", [ctypes.c_double])
+
+    class Foreign:
+        def __dlpack__(self, **keywords):
+            return np.arange(3.0).__dlpack__(**keywords)
+
+        def __dlpack_device__(self):
+            return (1, 0)
+
+    assert tb.to_numpy(Foreign()).tolist() == [0.0, 1.0, 2.0]

@@ -22,7 +22,9 @@ from torch.autograd import forward_ad
 from torch.utils import _pytree
 
 import tensorbridge as tb
-from tensorbridge import tree
+from tensorbridge import _leaf, tree
+from tensorbridge._adapters import adapter_of
+from tensorbridge._step import Want
 
 # -- Containers, by name: each holds the array `a` at two places, and things that are no arrays
 
@@ -401,12 +403,41 @@ def test_leaf_becomes_what_it_becomes_alone(name, to):
             assert tb.shares_memory(leaf, x) == tb.shares_memory(alone, x), options
 
 
+def test_arrays_that_are_decided_alike_are_alike():
+    kinds: dict[Any, dict[Any, str]] = collections.defaultdict(dict)
+    for name in LEAVES:
+        x = ARRAYS[name]()
+        for array in (x, sibling(x)) if isinstance(x, (np.ndarray, torch.Tensor)) else ():
+            key = _leaf._key(array)
+            if key is not None:
+                adapter = adapter_of(type(array))
+                kinds[type(array), key][adapter.open(array, Want("numpy"))[1]] = name
+    assert len(kinds) > 20
+    assert [found for found in kinds.values() if len(found) > 1] == []
+
+
 def test_tensor_with_a_tangent_is_what_it_is_alone():
     with forward_ad.dual_level():
         dual = forward_ad.make_dual(torch.ones(2), torch.ones(2))
-        alone, beside = tb.to_numpy(dual), tree.to_numpy([torch.ones(2), torch.ones(2), dual])[2]
-        assert described(beside) == described(alone)
-        assert not beside.flags.writeable
+        for options in ({}, {"dtype": "float32"}):
+            alone = tb.to_numpy(dual, **options)
+            beside = tree.to_numpy([torch.ones(2), torch.ones(2), dual], **options)[2]
+            assert described(beside) == described(alone)
+            assert not beside.flags.writeable
+
+
+def test_view_of_a_tensor_comes_back_as_its_alias_beside_plain_arrays_too():
+    t = torch.zeros(6, dtype=torch.float64)
+    for options in ({}, {"dtype": "float64"}):
+        tree.to_torch([np.ones(6), np.ones(6), t.numpy()], **options)[2].add_(1)
+    assert t._version == 2
+
+
+def test_staying_in_torch_gives_back_each_tensor_itself():
+    t = torch.arange(6.0)
+    view, parameter = t.view(6), torch.nn.Parameter(t)
+    result = tree.to_torch([t, view, parameter, t])
+    assert all(x is y for x, y in zip(result, [t, view, parameter, t], strict=True))
 
 
 def test_lists_inside_trees_are_containers_and_numbers_stay_numbers():
@@ -459,8 +490,23 @@ def test_same_memory_is_copied_once(name, to):
 @pytest.mark.parametrize("name", ONE)
 def test_same_memory_shared_is_still_one(name):
     first, second = ONE[name]()
-    result = tree.to_torch([first, second], share_readonly=True)
-    assert tb.shares_memory(*result)
+    assert tb.shares_memory(*tree.to_torch([first, second], share_readonly=True))
+    assert tb.shares_memory(*tree.to_numpy([first, second]))
+
+
+@pytest.mark.parametrize("to", [tree.to_torch, tree.to_numpy])
+@pytest.mark.parametrize("name", [name for name in ONE if name.startswith("one ")])
+def test_one_object_becomes_one_object(name, to):
+    first, second = ONE[name]()
+    made = to([first, np.zeros(1), torch.zeros(1), second])
+    assert made[0] is made[3]
+
+
+def test_lazy_views_of_one_tensor_are_resolved_once():
+    z = torch.tensor([1 + 2j, 3j])
+    made = tree.to_numpy([z.conj(), z.conj()])
+    assert made[0] is made[1]
+    assert made[0].tolist() == [1 - 2j, -3j]
 
 
 def test_state_dict_of_tied_weights_stays_tied():
@@ -487,6 +533,7 @@ DIFFERENT: dict[str, Any] = {
     "negative bit": lambda: two(torch.tensor([1 + 2j]).conj().imag, same, torch._neg_view),
     "requires grad": lambda: two(torch.ones(3, requires_grad=True), same, torch.Tensor.detach),
     "node": lambda: two(torch.ones(3, requires_grad=True) * 2, same, lambda t: t.view(3)),
+    "node of a view": lambda: two(torch.ones(6, requires_grad=True) * 2, lambda t: t[::2], lambda t: t[::2]),
     "writable": lambda: two(six(), same, lambda a: np.broadcast_to(a, a.shape)),
     "memory": lambda: (np.zeros(3), np.zeros(3)),
     "memory of tensors": lambda: (torch.zeros(3), torch.zeros(3)),
@@ -498,10 +545,12 @@ DIFFERENT: dict[str, Any] = {
 @pytest.mark.parametrize("name", DIFFERENT)
 def test_what_differs_in_anything_that_decides_stays_two(name, to):
     first, second = DIFFERENT[name]()
-    result = getattr(tree, f"to_{to}")([first, second], copy=True)
-    assert result[0] is not result[1]
-    assert np.array_equal(numbers(result[0]), numbers(first))
-    assert np.array_equal(numbers(result[1]), numbers(second))
+    for copy in (True, None):
+        result = getattr(tree, f"to_{to}")([first, second], copy=copy)
+        assert result[0] is not result[1]
+        for made, source in zip(result, (first, second), strict=True):
+            assert np.array_equal(numbers(made), numbers(source))
+            assert tb.describe(made).shape == tb.describe(source).shape
 
 
 def test_many_views_of_one_block_are_told_apart_and_twins_kept():

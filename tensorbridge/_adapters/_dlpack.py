@@ -65,17 +65,19 @@ def request(x: Any, **stream: int) -> Any:
     return x.__dlpack__(**stream)
 
 
-_name_of = ctypes.pythonapi.PyCapsule_GetName
+# By item: functions of our own. Those that attributes of ctypes.pythonapi give are shared, argument types and all, with
+# every library of the process (datasets sets them too).
+_name_of = ctypes.pythonapi["PyCapsule_GetName"]
 _name_of.restype, _name_of.argtypes = ctypes.c_char_p, [ctypes.py_object]
-_pointer_of = ctypes.pythonapi.PyCapsule_GetPointer
+_pointer_of = ctypes.pythonapi["PyCapsule_GetPointer"]
 _pointer_of.restype, _pointer_of.argtypes = ctypes.c_void_p, [ctypes.py_object, ctypes.c_char_p]
-_rename = ctypes.pythonapi.PyCapsule_SetName
+_rename = ctypes.pythonapi["PyCapsule_SetName"]
 _rename.restype, _rename.argtypes = ctypes.c_int, [ctypes.py_object, ctypes.c_void_p]
 _name_pointer_of = ctypes.pythonapi["PyCapsule_GetName"]  # the pointer itself, which belongs to the producer
 _name_pointer_of.restype, _name_pointer_of.argtypes = ctypes.c_void_p, [ctypes.py_object]
 _USED = {name: ctypes.create_string_buffer(b"used_" + name) for name in (b"dltensor", b"dltensor_versioned")}
 for _buffer_of_name in _USED.values():  # a capsule may outlive this module, and its name is only a pointer
-    ctypes.pythonapi.Py_IncRef(ctypes.py_object(_buffer_of_name))
+    ctypes.pythonapi["Py_IncRef"](ctypes.py_object(_buffer_of_name))
 
 
 class _Taken:

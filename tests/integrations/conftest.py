@@ -10,11 +10,10 @@ import pytest
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # before JAX is imported
 
-missing = [name for name in ("jax", "pandas", "polars", "pyarrow") if importlib.util.find_spec(name) is None]
+LIBRARIES = ("datasets", "jax", "optree", "pandas", "polars", "pyarrow", "transformers")
+missing = [name for name in LIBRARIES if importlib.util.find_spec(name) is None]
 if missing:
-    raise pytest.UsageError(
-        f"{', '.join(missing)} cannot be imported; `make test-integrations` installs what is needed"
-    )
+    raise pytest.UsageError(f"missing: {', '.join(missing)}; `make test-integrations` installs what these tests need")
 
 
 @pytest.fixture(autouse=True)
