@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar, overload
 
 import numpy as np
 
-from tensorbridge import _lanes, _options
+from tensorbridge import _device_lanes, _lanes, _options
 from tensorbridge import _words as words
 from tensorbridge._array import ArrayInfo
 from tensorbridge._convert import convert, described, moment, opened
@@ -115,6 +115,7 @@ def to_numpy(
 
 
 @_lanes.plain_array_to_torch
+@_device_lanes.plain_cupy_to_torch
 @eager
 def to_torch(
     x: Any,
@@ -181,7 +182,7 @@ def to_torch(
     >>> to_torch(a[::-1], copy=False)
     Traceback (most recent call last):
     ...
-    tensorbridge._errors.CopyRequiredError: to_torch(copy=False): numpy float64 (3,) on cpu cannot be shared.
+    tensorbridge.CopyRequiredError: to_torch(copy=False): numpy float64 (3,) on cpu cannot be shared.
       pack   24 B   torch has no negative strides
       share   0 B   torch.from_numpy: the same memory
     Allow the copy with copy=None, or reverse on the torch side: to_torch(a[::-1]).flip(0).
@@ -191,6 +192,7 @@ def to_torch(
     return convert(x, want, out)  # type: ignore[no-any-return]
 
 
+@_device_lanes.plain_tensor_to_cupy
 @eager
 def to_cupy(
     x: Any,

@@ -7,9 +7,9 @@ import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from tensorbridge import _lanes, _options, _streams, _watch
+from tensorbridge import _device_lanes, _lanes, _options, _streams, _watch
 from tensorbridge import _words as words
-from tensorbridge._adapters import Adapter, adapter_of, performer
+from tensorbridge._adapters import Adapter, adapter_of, named, performer
 from tensorbridge._array import CPU, ArrayInfo, Traits
 from tensorbridge._errors import BridgeError, UnsupportedArrayError
 from tensorbridge._plan import decide
@@ -101,6 +101,8 @@ def open_lanes() -> None:
     tensor = getattr(sys.modules.get("torch"), "Tensor", None)
     if tensor is not None and _lanes._Tensor is None:
         _lanes.open(adapter_of(tensor))
+    if tensor is not None and "cupy" in sys.modules and _device_lanes._Tensor is None:
+        _device_lanes.open(adapter_of(tensor), named("cupy"))
 
 
 _THREADED = frozenset({"medium", "large"})

@@ -18,7 +18,10 @@ if TYPE_CHECKING:
 _HALF = frozenset(name for name in _dtypes.DTYPES if name in ("float16", "bfloat16") or name.startswith("float8"))
 
 
-_FLOATS = _HALF | {"float32", "float64"}  # between others, values out of range would depend on the kernel
+# Casts that give the same values by every kernel: widening, and rounding once. From float64 torch rounds twice, and the
+# float8 types differ beyond their range; such a cast stays where it is, whether torch is loaded or not.
+_WIDE = frozenset({"float32", "float64"})
+_ROUNDED_ALIKE = frozenset({"float16", "bfloat16"})
 
 
 class Kernel(NamedTuple):
@@ -33,7 +36,7 @@ def kernel(now: Traits, dtype: str, order: str, here: Here) -> Kernel:
     """Whose kernel copies an array of kind `now`, which torch can view, to `dtype` and memory `order` on the host."""
     if here.worker or not here.torch or now.size == "empty":
         return NUMPY
-    if now.dtype != dtype and _HALF & {now.dtype, dtype} and {now.dtype, dtype} <= _FLOATS:
+    if (now.dtype in _HALF and dtype in _WIDE) or (now.dtype == "float32" and dtype in _ROUNDED_ALIKE):
         return Kernel("torch", "its half-precision casts are vectorised")
     if now.order != order and now.size != "small":
         return Kernel("torch", "it transposes in blocks")

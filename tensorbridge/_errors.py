@@ -51,3 +51,16 @@ class MissingFrameworkError(BridgeError, ImportError):
 
 class ProducerError(BridgeError, BufferError):
     """A foreign array failed while exporting its memory, or described it wrongly; its own error is the cause."""
+
+
+for _error in (
+    CopyWarning,
+    BridgeError,
+    CopyRequiredError,
+    GraphError,
+    UnsupportedArrayError,
+    DeviceError,
+    MissingFrameworkError,
+    ProducerError,
+):
+    _error.__module__ = "tensorbridge"  # tracebacks show the name that callers import

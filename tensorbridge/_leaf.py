@@ -92,7 +92,7 @@ def decided(
         x = arrays[i]
         first = first_of.setdefault(id(x), i)
         if first == i:
-            key = _key(x)
+            key = key_of(x)
             kind = None if key is None else kinds.get(key)
             if kind is not None:
                 leaf = Leaf(i, x, kind, True)
@@ -116,9 +116,10 @@ def decided(
 
 
 _PLAIN, _WRITABLE = 0x101, 0x400  # of NumPy's flags: in C order and aligned; writable
+FACTS = _PLAIN | _WRITABLE
 
 
-def _key(x: Any) -> Any:
+def key_of(x: Any) -> Any:
     """A key under which small plain arrays are decided alike; None for all others.
 
     Whether a host tensor is pinned is not in it: that costs a call of the driver, and packing does not ask. A leaf that

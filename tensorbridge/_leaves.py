@@ -12,11 +12,13 @@ from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
-from tensorbridge import _api, _convert, _options, _pack, _tables, _watch
+import numpy as np
+
+from tensorbridge import _api, _convert, _lanes, _options, _pack, _tables, _watch
 from tensorbridge import _words as words
 from tensorbridge._array import CPU
 from tensorbridge._containers import Flat, flatten
-from tensorbridge._leaf import NAMED, Kind, Leaf, decided, name, opened
+from tensorbridge._leaf import FACTS, NAMED, Kind, Leaf, decided, key_of, name, opened
 from tensorbridge._pack import Block
 from tensorbridge._step import Op, Plan, Want, bind
 from tensorbridge._tree_lanes import through_lanes
@@ -46,6 +48,9 @@ def converted(
 def _through_decisions(
     flat: Flat, want: Want, rest: Sequence[int], results: list[Any], seen: dict[Any, int], pack: bool
 ) -> None:
+    at_once: list[tuple[Block, dict[int, Kind]]] = []
+    if pack and not _watch.watching and len(rest) == len(results):
+        at_once, rest = _decided_at_once(flat, want)
     leaves, same = decided(flat, want, rest, seen)
     blocks = blocks_of(leaves) if pack else []
     alone = outside(blocks, leaves, flat, want)
@@ -55,13 +60,13 @@ def _through_decisions(
         _allow(flat, [(leaf, None) for leaf in alone])
         allowed = _watch.copy_guard("allow")  # all of it was, before the first byte moves
     with allowed:
+        for block, kinds in at_once:
+            _cross_at_once(block, flat.leaves, [kinds[id(run.route)] for run in block.runs], block.members, results)
         for block in blocks:
             _cross(block, leaves, results)
         for leaf in alone:
             try:
-                results[leaf.place] = _watched(
-                    leaf, None, partial(_convert.perform, leaf.kind.road, leaf.handle, None)
-                )
+                results[leaf.place] = _watched(leaf, None, partial(_convert.perform, leaf.kind.road, leaf.handle, None))
             except NAMED as error:
                 name(error, flat, leaf.place)
                 raise
@@ -69,20 +74,95 @@ def _through_decisions(
         results[i] = results[first]
 
 
+# A thousand small arrays of few kinds and shapes: decided by kind and shape, without a look at each by itself.
+
+
+def _decided_at_once(flat: Flat, want: Want) -> tuple[list[tuple[Block, dict[int, Kind]]], Sequence[int]]:
+    """The blocks of a tree whose arrays are all plain and all apart, with the kind of each route; the other places.
+
+    No block where any array is a view, comes twice, or could be the same memory as another: that takes a closer look.
+    """
+    leaves, everything = flat.leaves, range(len(flat.leaves))
+    classes = set(map(type, leaves))
+    up = want.framework == "cupy" or want.device not in (None, CPU)
+    if classes == {np.ndarray} and up:
+        groups = _owned(leaves)
+    elif classes == {_lanes._Tensor} and (up or want.framework == "numpy" or want.device == CPU):
+        groups = _tensors(leaves, on_host=up)
+    else:
+        groups = {}
+    rest: list[int] = []
+    ways: dict[Any, list[_pack.Group]] = {}
+    kinds: dict[int, Kind] = {}  # by the identity of routes
+    routes: dict[Any, _pack.Route | None] = {None: None}
+    for members in groups.values():
+        first = leaves[members[0]]
+        key = key_of(first)
+        if key not in routes:
+            try:
+                kind = opened(members[0], first, want).kind
+            except NAMED as error:
+                name(error, flat, members[0])
+                raise
+            routes[key] = _pack.route(kind.traits, kind.road.decision.steps)
+            kinds[id(routes[key])] = kind
+        route = routes[key]
+        if route is None:
+            rest += members
+        else:
+            ways.setdefault(route.way, []).append((route, tuple(first.shape), members))
+    blocks = [block for way in ways.values() for block in _pack.filled(way)]
+    rest += [i for block in blocks if len(block.members) == 1 for i in block.members]
+    return [(block, kinds) for block in blocks if len(block.members) > 1], rest if groups else everything
+
+
+def _owned(leaves: list[Any]) -> dict[Any, list[int]]:
+    """Arrays by what decides, and by shape. Those that own their memory are apart if they are not the same object."""
+    found: dict[Any, list[int]] = {}
+    if len(set(map(id, leaves))) < len(leaves):
+        return found
+    last: Any = None
+    members: list[int] = []
+    for i, a in enumerate(leaves):
+        if a.base is not None:
+            return {}
+        dtype, shape, facts = a.dtype, a.shape, a.flags.num & FACTS
+        if last is None or dtype is not last[0] or shape != last[1] or facts != last[2]:
+            last = (dtype, shape, facts)
+            members = found.setdefault(last, [])
+        members.append(i)
+    return found
+
+
+def _tensors(leaves: list[Any], on_host: bool) -> dict[Any, list[int]]:
+    """Tensors by what decides, and by shape; apart if no two begin at one address."""
+    found: dict[Any, list[int]] = {}
+    addresses = set()
+    for i, t in enumerate(leaves):
+        key = key_of(t) if t.is_cpu is on_host else None
+        if key is None:
+            return {}
+        addresses.add(t.data_ptr())
+        found.setdefault((key, t.shape), []).append(i)
+    return found if len(addresses) == len(leaves) else {}
+
+
 def blocks_of(leaves: Sequence[Leaf]) -> list[Block]:
     """The blocks in which leaves cross the bus, by their index in `leaves`. A guard may forbid what packing adds."""
     policy = _watch._policy.get() if _watch.watching else None
     forbidden = policy.kinds if policy is not None and policy.mode != "allow" else frozenset()
     routes: dict[int, _pack.Route | None] = {}  # by the identity of kinds
-    found: list[tuple[_pack.Route, tuple[int, ...]] | None] = []
-    for leaf in leaves:
+    groups: dict[Any, _pack.Group] = {}
+    for i, leaf in enumerate(leaves):
         kind = leaf.kind
         if id(kind) not in routes:
             route = _pack.route(kind.traits, kind.road.decision.steps) if _may_cross(kind) else None
             routes[id(kind)] = None if route is None or _pack.EXTRA[route.kind] & forbidden else route
         route = routes[id(kind)]
-        found.append(None if route is None else (route, leaf.handle.shape))
-    return _pack.blocks(found)
+        if route is not None:
+            shape = tuple(leaf.handle.shape)
+            groups.setdefault((id(kind), shape), (route, shape, []))[2].append(i)
+    return _pack.blocks(groups.values())
 
 
 def _may_cross(kind: Kind) -> bool:
@@ -128,28 +208,36 @@ def _watched(leaf: Leaf, block: Block | None, run: Callable[[], Any]) -> Any:
 def _cross(block: Block, leaves: Sequence[Leaf], results: list[Any]) -> None:
     """The leaves of a block, converted. A trace sees an event for each; the time is in the first one's."""
     if not _watch.watching:
-        _cross_at_once(block, leaves, results)
+        _cross_leaves(block, leaves, results)
         return
     first, *others = [leaves[i] for i in block.members]
-    _watched(first, block, lambda: _cross_at_once(block, leaves, results))
+    _watched(first, block, lambda: _cross_leaves(block, leaves, results))
     for leaf in others:
         _watched(leaf, block, lambda: None)
 
 
-def _cross_at_once(block: Block, leaves: Sequence[Leaf], results: list[Any]) -> None:
-    kinds = {id(leaves[i].kind): leaves[i].kind for i in block.members}
-    befores = {which: _before(kind) for which, kind in kinds.items()}
-    afters = {which: _after(kind) for which, kind in kinds.items()}
-    arrays = []
-    for run in block.runs:
-        members = [leaves[i] for i in run.leaves]
-        arrays.append([_through(leaf.handle, f) if (f := befores[id(leaf.kind)]) else leaf.handle for leaf in members])
+def _cross_leaves(block: Block, leaves: Sequence[Leaf], results: list[Any]) -> None:
+    arrays = [leaf.handle for leaf in leaves]
+    kinds = [leaves[run.leaves[0]].kind for run in block.runs]
+    _cross_at_once(block, arrays, kinds, [leaves[i].place for i in block.members], results)
+
+
+def _cross_at_once(
+    block: Block, arrays: Sequence[Any], kinds: list[Kind], places: Sequence[int], results: list[Any]
+) -> None:
+    """The arrays of a block, each run of one kind, converted into `results` at `places`."""
+    befores = [_before(kind) for kind in kinds]
+    given = [
+        [_through(arrays[i], before) for i in run.leaves] if before else [arrays[i] for i in run.leaves]
+        for run, before in zip(block.runs, befores, strict=True)
+    ]
     crossing = _pack.upload if block.route.kind == "h2d" else _pack.download
-    for run, made in zip(block.runs, crossing(block, arrays, _pack.bus_for(block)), strict=True):
-        for i, x in zip(run.leaves, made, strict=True):
-            leaf = leaves[i]
-            functions = afters[id(leaf.kind)]
-            results[leaf.place] = _through(x, functions) if functions else x
+    made: list[Any] = []
+    for kind, crossed in zip(kinds, crossing(block, given, _pack.bus_for(block)), strict=True):
+        after = _after(kind)
+        made += [_through(x, after) for x in crossed] if after else crossed
+    for place, x in zip(places, made, strict=True):
+        results[place] = x
 
 
 def _step_across(kind: Kind) -> int:

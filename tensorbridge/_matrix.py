@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from tensorbridge._array import Device, Traits
 from tensorbridge._plan import decide
-from tensorbridge._step import HERE, Want
+from tensorbridge._step import HERE, Op, Want
 
 CUDA = Device("cuda:0")
 TARGETS = ("numpy", "torch", "cupy")
@@ -58,9 +58,11 @@ def cell(source: str, target: str) -> Cell:
     moves = [step for step in decision.steps if step.kind]
     result = decision.steps[-1].after
     frozen = "" if result.writable else ", read-only"
+    if decision.steps[0].op == Op.WRAP and not moves:
+        return Cell(source, target, True, "wrapped, 0 B")
     if not moves:
         alias = decision.steps[-1].why.startswith("an alias")
-        return Cell(source, target, True, ("**the tensor itself**" if alias else "**shared**") + frozen)
+        return Cell(source, target, True, ("**an alias of it**" if alias else "**shared**") + frozen)
     words = [_BUS.get(step.kind, step.op) for step in moves]
     reasons = ", ".join(word for word in words if word != "copy")
     return Cell(source, target, False, (f"copy: {reasons}" if reasons else "copy") + frozen)

@@ -9,9 +9,9 @@ out of the block and stands alone altogether.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeAlias
 
 import numpy as np
 
@@ -36,12 +36,17 @@ class Route(NamedTuple):
     device: Device
     dtype: str
 
+    @property
+    def way(self) -> tuple[Any, ...]:
+        """What leaves of one block have in common."""
+        return self.kind, self.giver, self.receiver, self.device
+
 
 class Run(NamedTuple):
-    """Leaves of one dtype and shape in a block, in equal steps."""
+    """Leaves of one kind and shape in a block, in equal steps."""
 
     leaves: tuple[int, ...]
-    route: Route  # of the first
+    route: Route
     shape: tuple[int, ...]
     offset: int  # bytes
     step: int  # bytes
@@ -87,29 +92,23 @@ def route(traits: Traits, steps: Sequence[Step]) -> Route | None:
     return Route(moves[0], step.kind, giver, step.after.framework, device, before.dtype)
 
 
-def blocks(leaves: Sequence[tuple[Route, tuple[int, ...]] | None]) -> list[Block]:
-    """The blocks in which leaves cross, by route and shape; those that are in none cross by themselves."""
-    kinds: dict[tuple[int, tuple[int, ...]], list[int]] = {}
-    for i, leaf in enumerate(leaves):
-        if leaf is not None:
-            kinds.setdefault((id(leaf[0]), leaf[1]), []).append(i)  # leaves of one kind have one Route object, mostly
-    ways: dict[tuple[Any, ...], dict[tuple[str, tuple[int, ...]], tuple[Route, list[int]]]] = {}
-    for members in kinds.values():
-        route, shape = leaves[members[0]]  # type: ignore[misc]
-        way = ways.setdefault((route.kind, route.giver, route.receiver, route.device), {})
-        way.setdefault((route.dtype, shape), (route, []))[1].extend(members)
-    found: list[Block] = []
-    for way in ways.values():
-        found += _filled([(route, shape, members) for (_, shape), (route, members) in way.items()])
-    return [block for block in found if len(block.members) > 1]
+Group: TypeAlias = "tuple[Route, tuple[int, ...], list[int]]"  # leaves of one route and shape
 
 
-def _filled(kinds: list[tuple[Route, tuple[int, ...], list[int]]]) -> list[Block]:
-    """One block after the other, each as full as the cap allows."""
+def blocks(groups: Iterable[Group]) -> list[Block]:
+    """The blocks in which leaves cross; one that would be alone in its block crosses by itself."""
+    ways: dict[Any, list[Group]] = {}
+    for group in groups:
+        ways.setdefault(group[0].way, []).append(group)
+    return [block for way in ways.values() for block in filled(way) if len(block.members) > 1]
+
+
+def filled(groups: Iterable[Group]) -> list[Block]:
+    """Blocks for leaves that go one way, one after the other, each as full as the cap allows."""
     found: list[Block] = []
     runs: list[Run] = []
     end = 0
-    for route, shape, members in kinds:
+    for route, shape, members in groups:
         nbytes = math.prod(shape) * _dtypes.DTYPES[route.dtype].itemsize
         step = -(-nbytes // ALIGN) * ALIGN
         left = members
@@ -176,48 +175,65 @@ def upload(block: Block, arrays: Sequence[Sequence[Any]], bus: Bus) -> list[Sequ
     host = bus.host_block(block.nbytes)
     for run, members in zip(block.runs, arrays, strict=True):
         rows, carrier = _rows(run, host), _dtypes.DTYPES[run.route.dtype].carrier
+        if not carrier and not isinstance(members[0], np.ndarray):
+            _stack(rows, members)
+            continue
         for i, array in enumerate(members):
-            rows[i] = array if type(array) is np.ndarray and not carrier else _carried(array, carrier)
+            rows[i] = _carried(array, carrier) if carrier else array
     there = bus.up(host, block.route.device)
-    cut = _torch_leaves if block.route.receiver == "torch" else _cupy_leaves
-    return [cut(there, run) for run in block.runs]
+    return (_torch_leaves if block.route.receiver == "torch" else _cupy_leaves)(there, block.runs)
+
+
+def _stack(rows: Any, members: Sequence[Tensor]) -> None:
+    import torch
+
+    torch.stack(list(members), out=torch.from_numpy(rows))
 
 
 def _carried(array: Any, carrier: str) -> Any:
     """A host array as NumPy, under its carrier type."""
     if isinstance(array, np.ndarray):
-        return array.view(carrier) if carrier else array
+        return array.view(carrier)
     import torch
 
-    return (array.view(getattr(torch, carrier)) if carrier else array).numpy()
+    return array.view(getattr(torch, carrier)).numpy()
 
 
-def _torch_leaves(block: Tensor, run: Run) -> Sequence[Tensor]:
+def _torch_leaves(block: Tensor, runs: Sequence[Run]) -> list[Sequence[Tensor]]:
     """Tensors over the block's storage, each with a version counter of its own.
 
     Below autograd's dispatch a view is just a tensor. Where that is no longer so, `Tensor.data` makes it one.
     """
     import torch
 
-    rows = _torch_rows(block, run, getattr(torch, _dtypes.DTYPES[run.route.dtype].torch))
     below: Any = getattr(torch._C, "_AutoDispatchBelowADInplaceOrView", nullcontext)
     with below():
-        leaves = rows.unbind(0)
-    return leaves if leaves[0]._base is None else [leaf.data for leaf in leaves]
+        typed = {name: block.view(getattr(torch, _dtypes.DTYPES[name].torch)) for name in {r.route.dtype for r in runs}}
+        found: list[Sequence[Tensor]] = []
+        for run in runs:
+            itemsize = _dtypes.DTYPES[run.route.dtype].itemsize
+            whole, strides = typed[run.route.dtype], _c_strides(run.shape, 1)
+            if len(run.leaves) == 1:
+                found.append([whole.as_strided(run.shape, strides, run.offset // itemsize)])
+            else:
+                found.append(_torch_rows(whole, run, itemsize).unbind(0))
+    return found if found[0][0]._base is None else [[leaf.data for leaf in leaves] for leaves in found]
 
 
-def _torch_rows(block: Tensor, run: Run, dtype: Any) -> Tensor:
-    itemsize = dtype.itemsize
+def _torch_rows(typed: Tensor, run: Run, itemsize: int) -> Tensor:
     shape = (len(run.leaves), *run.shape)
     strides = (run.step // itemsize, *_c_strides(run.shape, 1))
-    return block.view(dtype).as_strided(shape, strides, run.offset // itemsize)
+    return typed.as_strided(shape, strides, run.offset // itemsize)
 
 
-def _cupy_leaves(block: Any, run: Run) -> Sequence[Any]:
+def _cupy_leaves(block: Any, runs: Sequence[Run]) -> list[Sequence[Any]]:
     import cupy
 
-    dtype, start = _dtypes.DTYPES[run.route.dtype].numpy, block.data + run.offset
-    return [cupy.ndarray(run.shape, dtype, start + i * run.step) for i in range(len(run.leaves))]
+    def leaves(run: Run) -> Sequence[Any]:
+        dtype, start = _dtypes.DTYPES[run.route.dtype].numpy, block.data + run.offset
+        return [cupy.ndarray(run.shape, dtype, start + i * run.step) for i in range(len(run.leaves))]
+
+    return [leaves(run) for run in runs]
 
 
 def download(block: Block, arrays: Sequence[Sequence[Any]], bus: Bus) -> list[Sequence[Any]]:
@@ -245,7 +261,7 @@ def _fill_torch_block(block: Block, arrays: Sequence[Sequence[Tensor]]) -> Tenso
         plain = _OPAQUE.get(row.name) or row.carrier
         dtype = getattr(torch, plain or row.torch)
         parts = [t.view(dtype) for t in members] if plain else list(members)
-        torch.stack(parts, out=_torch_rows(there, run, dtype))
+        torch.stack(parts, out=_torch_rows(there.view(dtype), run, row.itemsize))
     return there
 
 

@@ -234,7 +234,7 @@ def _share(steps: _Steps, receiver: str, here: Here) -> None:
     if now.framework == receiver:
         then(Op.SHARE, f"the same {'tensor' if receiver == 'torch' else 'array'}")
     elif _is_alias(now, receiver):
-        why = "an alias of the tensor that the array views"
+        why = "an alias of the tensor behind the array" + (", which is not read-only" if not now.writable else "")
         then(Op.SHARE, why, framework="torch", writable=True, origin="", loose=False)
     else:
         origin = "tensor" if receiver == "numpy" else ""
@@ -304,7 +304,7 @@ def _into_out(steps: _Steps, want: Want, here: Here, where: Device) -> _Steps:
             _make_holdable(steps, "torch")
     then(
         Op.FILL,
-        "into the caller's array, `out`",
+        f"into the caller's array, `out`{_roads.into(steps.now, out)}",
         by=by,
         framework=receiver,
         device=out.device,

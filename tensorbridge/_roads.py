@@ -42,5 +42,12 @@ def up(now: Traits, *, pinned: bool) -> Road:
     return _RING if now.size == "large" else Road(PLAIN)
 
 
+def into(now: Traits, out: Traits) -> str:
+    """What the plan adds where `out` is filled over the bus; whether that is pinned, the driver is asked then."""
+    crosses = (now.device.type == "cpu") != (out.device.type == "cpu")
+    block = _plain_bytes(now) and out.spacing == "dense" and now.dtype == out.dtype
+    return f"{_RING.why}, or directly where it is pinned" if crosses and block and now.size == "large" else ""
+
+
 def _plain_bytes(now: Traits) -> bool:
     return now.spacing == "dense" and not now.overlap and not now.graph and not now.lazy

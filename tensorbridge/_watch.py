@@ -6,6 +6,7 @@ trace is a profiler: it sees every thread of the process. Neither sees child pro
 
 from __future__ import annotations
 
+import inspect
 import os
 import sys
 import threading
@@ -15,12 +16,13 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ContextDecorator, contextmanager
 from contextvars import ContextVar, Token
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeVar
 
 from tensorbridge._eager import eager
 from tensorbridge._errors import CopyRequiredError, CopyWarning
 from tensorbridge._step import Plan, Step, bytes_text, step_lines
 
+_F = TypeVar("_F", bound=Callable[..., Any])
 KINDS = ("h2h", "h2d", "d2h", "d2d")
 
 watching = 0  # open guards and traces: what a conversion asks first, and all that it pays when there is none
@@ -82,7 +84,7 @@ class copy_guard(ContextDecorator):
     ...     tb.to_torch(np.zeros(3)[::-1])
     Traceback (most recent call last):
     ...
-    tensorbridge._errors.CopyRequiredError: to_torch: numpy float64 (3,) on cpu would move 24 B, and copy_guard("error") forbids it.
+    tensorbridge.CopyRequiredError: to_torch: numpy float64 (3,) on cpu would move 24 B, and copy_guard("error") forbids it.
       pack   24 B   torch has no negative strides
       share   0 B   torch.from_numpy: the same memory
     Allow it with copy_guard("allow") around this call, or reverse on the torch side: to_torch(a[::-1]).flip(0).
@@ -102,6 +104,19 @@ class copy_guard(ContextDecorator):
             raise ValueError(f"copy_guard(kinds={sorted(chosen - set(KINDS))}): choose from {', '.join(KINDS)}")
         self._policy = _Policy(mode, min_bytes, chosen)
         self._tokens: list[Token[_Policy | None]] = []
+
+    def __call__(self, function: _F) -> _F:
+        if (
+            inspect.iscoroutinefunction(function)
+            or inspect.isgeneratorfunction(function)
+            or inspect.isasyncgenfunction(function)
+        ):
+            name = getattr(function, "__name__", "it")
+            raise TypeError(
+                f"copy_guard as a decorator would guard only the call that makes the coroutine or generator {name}, "
+                "not its body; open it with a with block inside"
+            )
+        return super().__call__(function)
 
     def _recreate_cm(self) -> copy_guard:
         return copy_guard(self._policy.mode, min_bytes=self._policy.min_bytes, kinds=self._policy.kinds)  # type: ignore[arg-type]

@@ -69,7 +69,8 @@ class Storage:
 class Tensor:
     """A contiguous float32 tensor on a CUDA device: no more of it than the GPU modules touch."""
 
-    is_cuda = True
+    is_cuda, dtype = True, "torch.float32"
+    requires_grad = is_nested = False
 
     def __init__(self, storage, address, shape, index):
         self._storage, self._address, self.shape, self.index = storage, address, shape, index
@@ -80,6 +81,19 @@ class Tensor:
 
     def data_ptr(self):
         return self._address
+
+    def is_neg(self):
+        return False
+
+    def is_contiguous(self):
+        return True
+
+    def get_device(self):
+        return self.index
+
+    @property
+    def nbytes(self):
+        return 4 * self.numel()
 
     def numel(self):
         return int(np.prod(self.shape))
@@ -276,6 +290,7 @@ def make_cupy(machine):
             self.shape, self.dtype = dense.shape, dense.dtype
             self.strides = dense.strides if strides is None else strides
             self.size, self.itemsize, self.nbytes, self.ndim = dense.size, dense.itemsize, dense.nbytes, dense.ndim
+            self.flags = types.SimpleNamespace(c_contiguous=self.strides == dense.strides)
             self.data = memptr or MemoryPointer(OwnMemory(machine.cupy_memory.alloc(dense.nbytes)), 0)
             self.base = None
 

@@ -169,10 +169,10 @@ def test_no_samples_are_an_error():
 
 
 def test_trace_and_guard_see_the_copy():
-    samples = [np.zeros(3), np.ones(3)]
+    samples = [frozen(np.zeros(3)), np.ones(3)]
     with tb.trace() as seen:
         tb.collate(samples)
-    assert seen.totals.nbytes == 48
+    assert seen.totals.nbytes == 48  # every element once, read-only or not
     with tb.copy_guard("error"), pytest.raises(tb.CopyRequiredError, match="collate"):
         tb.collate(samples)
 

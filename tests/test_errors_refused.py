@@ -381,7 +381,7 @@ def test_missing_framework_is_named_with_the_command_that_installs_it(what):
     blocked = ("cupy",) if "torch;" in code else ("torch", "cupy")
     status, words = last_words(code, *blocked)
     assert status == 1
-    assert words.rstrip().endswith(f"tensorbridge._errors.MissingFrameworkError: {text}")
+    assert words.rstrip().endswith(f"tensorbridge.MissingFrameworkError: {text}")
 
 
 def test_everything_else_works_without_torch_and_cupy():

@@ -305,3 +305,9 @@ def test_lists_deeper_than_an_array_can_be_are_refused(depth):
         assert depth > sys.getrecursionlimit() or depth < 1000
         with pytest.raises(tb.UnsupportedArrayError, match="65 axes or more"):
             tb.to_torch(nested)
+
+
+def test_a_list_of_arrays_has_one_axis_more_than_they():
+    with pytest.raises(tb.UnsupportedArrayError, match="65 axes or more"):
+        tb.to_numpy([np.ones((1,) * 64)])
+    assert tb.to_torch([torch.ones((1,) * 64)]).dim() == 65

@@ -149,6 +149,13 @@ def test_a_list_of_read_only_parts_becomes_an_array_of_its_own(source, name):
     assert values(source) == before
 
 
+def test_a_copy_of_a_memmap_is_no_memmap(file):
+    copied = frozen(np.memmap(file, mode="r", dtype="float64").copy())
+    with pytest.raises(tb.CopyRequiredError) as caught:
+        tb.to_torch(copied[:], copy=False)
+    assert 'mode="c"' not in str(caught.value)
+
+
 def test_a_memmap_in_mode_c_is_shared_and_leaves_the_file_alone(file):
     t = tb.to_torch(np.memmap(file, mode="c", dtype="float64"), copy=False)
     t.zero_()

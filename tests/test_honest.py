@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 from typing import Any
 
 import ml_dtypes
@@ -16,6 +17,7 @@ from torch.autograd import forward_ad
 import tensorbridge as tb
 from tensorbridge import _convert, _options
 from tensorbridge._adapters import adapter_of
+from tensorbridge._dtypes import DTYPES
 from tensorbridge._plan import decide
 from tensorbridge._step import Want, bind
 
@@ -162,12 +164,13 @@ def looks(x: Any) -> tuple[Any, ...]:
 
 @silent
 @pytest.mark.parametrize("target", CONVERT)
+@pytest.mark.parametrize("options", [{}, {"copy": True}], ids=["as it is", "copied"])
 @pytest.mark.parametrize("name", ARRAYS)
-def test_fast_lanes_give_what_the_full_road_gives(name, target):
+def test_fast_lanes_give_what_the_full_road_gives(name, options, target):
     array = ARRAYS[name]()
     convert = CONVERT[target]
-    full, refusal = attempt(lambda: convert.__wrapped__(array))
-    result, again = attempt(lambda: convert(array))
+    full, refusal = attempt(lambda: convert.__wrapped__(array, **options))
+    result, again = attempt(lambda: convert(array, **options))
     assert str(refusal) == str(again)
     if refusal is not None:
         return
@@ -177,6 +180,13 @@ def test_fast_lanes_give_what_the_full_road_gives(name, target):
         assert tb.shares_memory(array, result) == tb.shares_memory(array, full)
     if tb.shares_memory(result, full):
         assert address(result) == address(full)
+
+
+@pytest.mark.parametrize("options", [{}, {"copy": True}], ids=["as it is", "copied"])
+def test_fast_lane_leaves_a_mask_to_the_full_road(options):
+    tb.to_torch(np.ones(3))  # the lanes are open from here on, if they were not
+    with pytest.raises(tb.UnsupportedArrayError):
+        tb.to_torch(np.ma.array([1.0, 2.0], mask=[0, 1]), **options)
 
 
 NO_MEMORY_OF_ITS_OWN = {
@@ -262,3 +272,29 @@ ORDERS = {
 @pytest.mark.parametrize("name", ORDERS)
 def test_order_is_told_in_the_words_of_the_field(name):
     assert tb.describe(ARRAYS[name]()).order == ORDERS[name]
+
+
+# -- Every cast
+
+ONES = {f"numpy-{name}": ("numpy", row.numpy) for name, row in DTYPES.items() if row.numpy is not None} | {
+    f"torch-{name}": ("torch", getattr(torch, row.torch)) for name, row in DTYPES.items() if row.torch
+}
+
+
+@silent
+@pytest.mark.parametrize("target", CONVERT)
+@pytest.mark.parametrize("source", ONES)
+def test_every_cast_keeps_a_one_or_is_refused_in_our_words(source, target):
+    framework, dtype = ONES[source]
+    if source == "torch-float4_e2m1fn_x2":
+        ones = torch.ones(3, dtype=torch.uint8).view(dtype)
+    else:
+        ones = torch.ones(3).to(dtype) if framework == "torch" else np.ones(3, dtype="float32").astype(dtype)
+    for wanted in DTYPES:
+        result, refusal = attempt(lambda wanted=wanted: CONVERT[target](ones, dtype=wanted))
+        if refusal is None:
+            assert tb.describe(result).dtype == wanted
+            assert numbers(result).tolist() == [1, 1, 1], wanted
+        else:
+            assert type(refusal) is tb.UnsupportedArrayError, f"{wanted}: {refusal!r}"
+            assert re.search(f"has no {wanted}|cast|imaginary part", str(refusal)), wanted

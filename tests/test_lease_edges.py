@@ -1,4 +1,4 @@
-"""Leases at the edges: memory of others, captures, threads, forks, exit, and what `used_on` refuses."""
+"""Leases at the edges: captures, threads, forks, exit, thousands of them, and what `used_on` refuses."""
 
 import gc
 import itertools
@@ -12,7 +12,7 @@ import weakref
 import numpy as np
 import pytest
 from fake_frameworks import cupy_adapter
-from races import ON_CUPY, ON_TORCH, SHAPE, Producer, Race, address, crossings, foreign, plays, raw, with_adapters
+from races import ON_CUPY, ON_TORCH, SHAPE, Producer, Race, address, crossings, plays, raw, with_adapters
 
 import tensorbridge as tb
 from tensorbridge import _lease, _streams
@@ -35,71 +35,6 @@ def cupy(machine):
 
 
 OWNERS = pytest.mark.parametrize("owner", ["torch", "cupy"])
-
-
-@pytest.mark.parametrize("capsule", [None, "a capsule"])
-def test_a_foreign_producer_is_kept_until_cupys_stream_is_done_and_is_ordered_by_us(machine, capsule):
-    producer = Producer()
-    alive = weakref.ref(producer)
-    facts = foreign(producer, capsule=capsule, stream=0x70)
-    machine.current["cupy"][0] = 0x60
-    c = cupy_adapter().imported(facts)
-    assert [call for call in machine.calls if call[0] in ("record", "wait")] == [("record", 0x70), ("wait", 0x60)]
-    assert (c.data.ptr, c.shape, c.strides) == (facts.address, SHAPE, (12, 4))
-    del facts, producer
-    with machine.hold(0, 0x60):
-        machine.kernel(0, 0x60, lambda: None)
-        del c
-        gc.collect()
-        assert alive() is not None
-    assert _lease.settle() == 0
-    assert alive() is None
-
-
-def test_a_further_stream_is_added_to_the_lease_of_a_foreign_array(machine):
-    producer = Producer()
-    alive = weakref.ref(producer)
-    c = cupy_adapter().imported(foreign(producer))
-    tb.used_on(c, 0x80)
-    del producer
-    with machine.hold(0, 0x80):
-        machine.kernel(0, 0x80, lambda: None)
-        del c
-        machine.run()
-        _lease.settle()
-        assert alive() is not None
-    _lease.settle()
-    assert alive() is None
-
-
-def test_a_foreign_capsule_in_torchs_hands_is_ordered_checked_and_kept(machine):
-    exporter = machine.cupy.full(SHAPE, 1.0)
-    producer = Producer()
-    alive = weakref.ref(producer)
-    machine.current["torch"][0] = 0x60
-    facts = foreign(producer, address=exporter.data.ptr, capsule=exporter.__dlpack__(), stream=0x70)
-    machine.calls.clear()
-    t = _torch_cuda.imported(facts)
-    assert [call for call in machine.calls if call[0] in ("record", "wait")] == [("record", 0x70), ("wait", 0x60)]
-    assert t.data_ptr() == exporter.data.ptr
-    del facts, producer
-    with machine.hold(0, 0x60):
-        machine.kernel(0, 0x60, lambda: None)
-        del t
-        assert alive() is not None
-    _lease.settle()
-    assert alive() is None
-    wrong = foreign(Producer(), address=1 << 20, capsule=exporter.__dlpack__())
-    with pytest.raises(tb.ProducerError, match="not on cuda:0"):
-        _torch_cuda.imported(wrong)
-
-
-def test_a_foreign_array_with_negative_strides_spans_all_of_its_memory(machine):
-    memory = np.arange(6, dtype=np.float32)[::-1]
-    producer = types.SimpleNamespace(memory=memory)
-    facts = foreign(producer, shape=(6,), strides=(-4,))
-    c = cupy_adapter().imported(facts)
-    assert (c.data.ptr, c.data.mem.ptr, c.data.mem.size) == (facts.address, facts.address - 20, 24)
 
 
 @OWNERS
@@ -208,6 +143,24 @@ def test_a_slow_stream_does_not_hold_back_the_others(machine):
         machine.run()
         assert _lease.settle() == 1
     assert _lease.settle() == 0
+
+
+def test_a_crossing_looks_at_a_few_of_thousands_and_gets_round_to_all(machine):
+    """A host that runs far ahead of the device."""
+    with machine.hold(0, 0x60):
+        machine.kernel(0, 0x60, lambda: None)
+        for _ in range(1000):
+            _lease.keep(object(), 0x60, 0)
+        machine.kernel(0, 0x70, lambda: None)
+        _lease.keep(object(), 0x70, 0)
+        machine.run()
+        machine.calls.clear()
+        assert _lease.settle() == 1001
+        assert machine.names().count("query") <= _lease.GLANCES
+        for _ in range(1001 // _lease.GLANCES + 1):
+            _lease.settle()
+        assert _lease.settle() == 1000
+    assert _lease.settle() == 0, "once they have passed, all at once"
 
 
 def test_owners_that_release_others_while_they_are_dropped_are_no_problem(machine):

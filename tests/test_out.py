@@ -84,3 +84,12 @@ def test_out_keeps_the_graph_of_a_tensor_unless_detached():
     x = tensor(3).requires_grad_()
     assert tb.to_torch(x, out=torch.zeros(3)).requires_grad
     assert not tb.to_torch(x, out=torch.zeros(3), detach=True).requires_grad
+
+
+def test_filling_a_numpy_view_of_a_tensor_is_seen_by_autograd():
+    saved = torch.ones(3)
+    w = torch.ones(3, requires_grad=True)
+    z = (saved * w).sum()
+    tb.to_numpy(torch.zeros(3), out=tb.to_numpy(saved))
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        z.backward()

@@ -60,8 +60,8 @@ def bus(monkeypatch: pytest.MonkeyPatch) -> Recorder:
 ROUTE = Route(0, "h2d", "", "torch", CUDA0, "float32")
 
 
-def leaf(nbytes: int = 4096, **changes: Any) -> tuple[Route, tuple[int, ...]]:
-    return ROUTE._replace(**changes), (nbytes // 4,)
+def group(count: int, first: int = 0, nbytes: int = 4096, **changes: Any) -> _pack.Group:
+    return ROUTE._replace(**changes), (nbytes // 4,), list(range(first, first + count))
 
 
 # -- Which leaves cross together
@@ -115,65 +115,67 @@ def test_who_may_cross_in_a_block(name):
 
 
 def test_blocks_are_by_route():
-    routes = [
-        leaf(),
-        leaf(device=CUDA1),
-        leaf(receiver="cupy"),
-        leaf(kind="d2h", giver="torch"),
-        leaf(kind="d2h", giver="cupy", receiver="numpy"),
+    changes: list[dict[str, Any]] = [
+        {},
+        {"device": CUDA1},
+        {"receiver": "cupy"},
+        {"kind": "d2h", "giver": "torch"},
+        {"kind": "d2h", "giver": "cupy", "receiver": "numpy"},
     ]
-    found = _pack.blocks([*routes, None, *routes])
-    assert [block.members for block in found] == [[i, i + 6] for i in range(5)]
+    groups = [group(2, 10 * i, nbytes, **change) for nbytes in (4096, 8) for i, change in enumerate(changes)]
+    found = _pack.blocks(groups)
+    assert [block.members for block in found] == [[10 * i, 10 * i + 1] * 2 for i in range(5)]
 
 
 def test_one_leaf_crosses_by_itself():
-    assert _pack.blocks([leaf(), None, leaf(device=CUDA1)]) == []
+    assert _pack.blocks([group(1), group(1, device=CUDA1)]) == []
     assert _pack.blocks([]) == []
 
 
 def test_thousand_pages_cross_in_one_block():
-    (block,) = _pack.blocks([leaf(4096)] * 1000)
+    (block,) = _pack.blocks([group(1000)])
     assert len(block.members) == 1000
     assert block.nbytes == 4096 * 1000 <= BLOCK
 
 
 def test_no_block_is_larger_than_the_cap():
-    found = _pack.blocks([leaf(SMALL - 4)] * 200)
+    found = _pack.blocks([group(200, nbytes=SMALL - 4)])
     assert len(found) == 4
     assert all(block.nbytes <= BLOCK for block in found)
     assert sorted(i for block in found for i in block.members) == list(range(200))
 
 
-kinds = st.tuples(
-    st.builds(
-        lambda kind, receiver, dtype: ROUTE._replace(kind=kind, receiver=receiver, dtype=dtype),
-        st.sampled_from(["h2d", "d2h"]),
-        st.sampled_from(["torch", "cupy"]),
-        st.sampled_from(["bool", "int16", "float32", "complex128", "bfloat16"]),
-    ),
-    st.lists(st.integers(1, 20), max_size=3).map(tuple),
+routes = st.builds(
+    lambda kind, receiver, dtype: ROUTE._replace(kind=kind, receiver=receiver, dtype=dtype),
+    st.sampled_from(["h2d", "d2h"]),
+    st.sampled_from(["torch", "cupy"]),
+    st.sampled_from(["bool", "int16", "float32", "complex128", "bfloat16"]),
 )
+shapes = st.lists(st.integers(1, 20), max_size=3).map(tuple)
 ITEMSIZE = {"bool": 1, "int16": 2, "float32": 4, "complex128": 16, "bfloat16": 2}
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.lists(st.none() | kinds, max_size=40), st.integers(1, 200))
-def test_runs_lie_apart_aligned_and_in_equal_steps(leaves, times):
-    leaves = leaves * times
-    found = _pack.blocks(leaves)
+@given(st.lists(st.tuples(routes, shapes, st.integers(1, 300)), max_size=12))
+def test_runs_lie_apart_aligned_and_in_equal_steps(kinds):
+    groups, leaves = [], []
+    for route, shape, count in kinds:
+        groups.append((route, shape, list(range(len(leaves), len(leaves) + count))))
+        leaves += [(route, shape)] * count
+    found = _pack.blocks(groups)
     packed = [i for block in found for i in block.members]
     assert len(packed) == len(set(packed))
-    routes = [x and (x[0].kind, x[0].receiver) for x in leaves]
-    assert all(i in set(packed) for i, route in enumerate(routes) if route is not None and times > 2)
+    for way in {route.way for route, _ in leaves}:
+        assert sum(leaves[i][0].way == way for i in set(range(len(leaves))) - set(packed)) <= 1
     for block in found:
         assert len(block.members) > 1
         assert block.nbytes <= BLOCK
-        assert len({routes[i] for i in block.members}) == 1
+        assert len({leaves[i][0].way for i in block.members}) == 1
         end = 0
         for run in block.runs:
             assert run.offset >= end
             assert run.offset % ALIGN == run.step % ALIGN == 0
-            assert {(leaves[i][0].dtype, leaves[i][1]) for i in run.leaves} == {(run.route.dtype, run.shape)}
+            assert {leaves[i] for i in run.leaves} == {(run.route, run.shape)}
             assert run.nbytes == int(np.prod(run.shape)) * ITEMSIZE[run.route.dtype] <= run.step
             end = run.offset + run.step * len(run.leaves)
         assert end <= block.nbytes
@@ -216,6 +218,50 @@ def test_small_leaves_go_up_in_one_transfer_and_keep_their_values(bus):
         assert np.array_equal(numbers(made), numbers(x)), name
         assert made.data_ptr() % ALIGN == result["batch"]["f4"].data_ptr() % ALIGN
     assert result["list"][0] is result["batch"]["f4"]
+
+
+def test_plain_arrays_cross_alike_whatever_is_beside_them(bus):
+    """All plain and apart, they are decided by kind and shape; beside anything else, one by one."""
+    plain = {i: np.full(i % 7 + 2, i % 5, dtype=["f4", "i8", "?"][i % 3]) for i in range(60)}
+    for beside in (
+        {},
+        {"tensor": torch.ones(2)},
+        {"view": np.arange(9.0)[1:]},
+        {"again": plain[0]},
+        {"n": np.ones((2, 1))},
+    ):
+        made = tree.to_torch(plain | beside, device="cuda:0")
+        for name, x in (plain | beside).items():
+            assert np.array_equal(numbers(made[name]), numbers(x))
+            assert tb.describe(made[name]).dtype == tb.describe(x).dtype
+        assert list(made) == list(plain | beside)
+        assert "again" not in made or made["again"] is made[0]
+    assert bus.ups == [60 * ALIGN] + [61 * ALIGN] * 2 + [60 * ALIGN] + [61 * ALIGN]
+
+
+def test_plain_tensors_cross_alike_whatever_is_beside_them(bus):
+    plain = {
+        i: torch.full((i % 7 + 2,), i % 5).to([torch.float32, torch.bool, torch.bfloat16][i % 3]) for i in range(60)
+    }
+    for beside in (
+        {},
+        {"view": plain[0].view(-1)},
+        {"array": np.ones(2)},
+        {"grad": torch.ones(3, requires_grad=True) * 2},
+    ):
+        made = tree.to_torch(plain | beside, device="cuda:0", detach=True)
+        for name, x in (plain | beside).items():
+            assert np.array_equal(numbers(made[name]), numbers(x))
+            assert tb.describe(made[name]).dtype == tb.describe(x).dtype
+        assert "view" not in made or made["view"] is made[0]
+    assert bus.ups == [60 * ALIGN] * 2 + [61 * ALIGN] * 2
+
+
+@pytest.mark.parametrize("bad", [np.array(["text"]), np.array(["text"] * 50_000), np.zeros(2, dtype="M8[s]")])
+def test_what_cannot_cross_is_refused_before_the_block_does(bad, bus):
+    with pytest.raises(tb.UnsupportedArrayError, match=r"^batch\['bad'\]: "):
+        tree.to_torch({**{str(i): np.zeros(3) for i in range(9)}, "bad": bad}, device="cuda:0")
+    assert bus.ups == []
 
 
 def test_cast_after_the_bus_is_done_on_each_leaf(bus):
@@ -411,7 +457,7 @@ def test_plan_of_a_leaf_that_comes_down_says_every_move():
     steps = decide(ON_CUDA, Want("numpy")).steps
     info = tb.describe(torch.zeros(8))._replace(device=CUDA0)
     route = _pack.route(ON_CUDA, steps)
-    (block,) = _pack.blocks([(route, (8,))] * 2)
+    (block,) = _pack.blocks([(route, (8,), [0, 1])])
     plan = _pack.planned(bind(steps, info, Want("numpy")), route.step, block)
     assert [(s.op, s.kind, s.nbytes) for s in plan.steps if s.kind] == [
         ("pack", "d2d", 32),

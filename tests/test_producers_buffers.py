@@ -113,8 +113,10 @@ GARBAGE = {
 def test_a_garbled_array_interface_is_a_malformed_producer(fault, target):
     fields = GARBAGE[fault]
     producer = interface(np.zeros(3), **fields) if isinstance(fields, dict) else Says(__array_interface__=fields)
-    with pytest.raises(tb.ProducerError, match=f"^to_{target}: Says is a malformed producer: __array_inter"):
+    with pytest.raises(tb.ProducerError, match=f"^to_{target}: Says is a malformed producer: __array_inter") as caught:
         TARGETS[target](producer)
+    if fault in ("no dict", "no shape", "no typestr"):  # asked before NumPy is, which dies of it up to 2.2
+        assert "no dict with a shape and a typestr" in str(caught.value)
 
 
 MEANT = {

@@ -83,6 +83,21 @@ def test_gaps_are_no_plain_bytes():
     assert _roads.down(overlapping, pinned=False) == _roads.Road(_roads.PLAIN)
 
 
+@pytest.mark.parametrize(
+    ("change", "ring"),
+    [({}, True), ({"size": "medium"}, False), ({"dtype": "float64"}, False), ({"lazy": "conj"}, False)],
+    ids=str,
+)
+def test_the_plan_says_by_which_road_out_is_filled(change, ring):
+    for device in (CUDA0, CPU):
+        source = ON_TORCH._replace(device=device)._replace(**change)
+        out = Traits("torch", CPU if device == CUDA0 else CUDA0, size="large")
+        fill = steps(source, Want("torch", out.device, "float32", detach=False, out=out))["fill"]
+        assert ("through the ring" in fill.why) is ring
+    on_one_side = steps(ON_TORCH, Want("torch", CUDA0, "float32", detach=False, out=ON_TORCH))["fill"]
+    assert on_one_side.why == "into the caller's array, `out`"
+
+
 def test_what_lies_with_gaps_is_packed_on_its_side_of_the_bus_by_a_step_of_its_own():
     down = decide(ON_TORCH._replace(spacing="strided"), Want("numpy"), Here()).steps
     up = decide(Traits("numpy", spacing="strided", size="large"), Want("torch", CUDA0), Here()).steps

@@ -253,3 +253,15 @@ def test_unwritable_path_is_an_error_and_the_events_are_kept(tmp_path, reversed_
     with pytest.raises(OSError, match="its 1 events are kept"):
         seen.save(tmp_path / "no" / "such" / "folder.json")
     assert len(seen.events) == 1
+
+
+def test_guard_refuses_to_decorate_what_it_could_not_guard():
+    async def coroutine():
+        return None
+
+    def generator():
+        yield
+
+    for function in (coroutine, generator):
+        with pytest.raises(TypeError, match="with block inside"):
+            tb.copy_guard("error")(function)

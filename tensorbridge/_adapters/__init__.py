@@ -72,4 +72,8 @@ def performer(step: Step, before: Traits, want: Want) -> Callable[..., Any]:
     owner = receiver if receiver != "numpy" else giver
     if step.by == "torch":
         owner = "torch"
-    return named(owner).performer(step, before, want)
+    function = named(owner).performer(step, before, want)
+    if step.op == Op.FILL and want.out is not None and want.out.origin == "tensor":
+        torch: Any = named("torch")
+        return torch.counted(function)  # type: ignore[no-any-return]
+    return function

@@ -150,14 +150,14 @@ def _at(address: int, shape: Any, strides: Any, dtype: Any, owner: object, index
 
 
 def plain_from_torch(t: Any) -> Any:
-    """The lane of `to_cupy`: a plain contiguous tensor, of exactly that type, on one stream with CuPy; None for others.
-
-    A tensor without memory of its own (of torch.func, functional) raises RuntimeError when it is asked for its address.
-    """
+    """The lane of `to_cupy`: a plain tensor, of exactly torch's type, on one stream with CuPy; None for others."""
     dtype = _SHARED.get(t.dtype)
     if dtype is None or t.requires_grad or t.is_neg() or t.is_nested or not t.is_contiguous():
         return None
-    address, index = t.data_ptr(), t.get_device()
+    try:
+        address, index = t.data_ptr(), t.get_device()
+    except RuntimeError:  # of torch.func, or functional: it has no memory of its own
+        return None
     stream = cupy.cuda.get_current_stream(index)
     number = int(stream.ptr) or _streams.LEGACY_DEFAULT
     if not address or number == _streams.PER_THREAD_DEFAULT or number != _streams.current("torch", index):
@@ -172,6 +172,9 @@ def plain_from_torch(t: Any) -> Any:
 
 # torch's dtypes that CuPy has as themselves; complex tensors may be conjugate only by name, and are looked at in full.
 _SHARED: dict[Any, Any] = {}
+
+
+Array = cupy.ndarray
 
 
 def open_lane(dtypes: dict[str, Any]) -> None:

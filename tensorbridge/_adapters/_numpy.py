@@ -65,7 +65,7 @@ def _origin(a: Array, name: str, lay: Layout) -> str:
     base: Any = owner_of(a)
     if type(base) is np.ndarray:
         return ""
-    if isinstance(base, np.memmap) or type(base).__name__ == "mmap":
+    if type(base).__name__ == "mmap":
         return "memmap"
     torch = sys.modules.get("torch")
     if torch is None or not isinstance(base, getattr(torch, "Tensor", ())):
@@ -86,9 +86,9 @@ def _origin(a: Array, name: str, lay: Layout) -> str:
 
 
 def owner_of(a: Any) -> Any:
-    """The object at the end of the chain of views: an array with memory of its own, a memmap, a tensor ..."""
+    """The object at the end of the chain of views: an array with memory of its own, a mapping, a tensor ..."""
     owner: Any = a
-    while isinstance(owner, np.ndarray) and owner.base is not None and not isinstance(owner, np.memmap):
+    while isinstance(owner, np.ndarray) and owner.base is not None:
         owner = owner.base
     return owner
 

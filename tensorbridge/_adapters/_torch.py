@@ -260,6 +260,17 @@ def _into_numpy_pages(before: Traits, after: Traits, by: str) -> Callable[[Tenso
     return copy
 
 
+def counted(fill: Callable[..., Any]) -> Callable[..., Any]:
+    """Fill a NumPy view of a tensor, and let autograd know."""
+
+    def filled(x: Any, out: Any) -> Any:
+        result = fill(x, out)
+        torch.autograd.graph.increment_version(_numpy.owner_of(out))
+        return result
+
+    return filled
+
+
 def _filler(before: Traits, want: Want) -> Callable[..., Any]:
     """Write into `out`, on whichever side it is."""
     share = _from_numpy(before) if before.framework == "numpy" and torch_holds(before) else _same
@@ -302,12 +313,12 @@ def view_of(a: Any) -> Tensor:
     return _from_numpy(_numpy.traits(a)._replace(dtype=_dtypes.of_numpy(a.dtype)))(a)
 
 
-imported = _torch_cuda.imported
+imported, plain_from_cupy = _torch_cuda.imported, _torch_cuda.plain_from_cupy
 
 # -- What the fast lanes ask for
 
 
-COMMON = torch.float32
+COMMON, DTYPES = torch.float32, _DTYPE
 PLAIN = frozenset(dtype for name, dtype in _DTYPE.items() if _dtypes.crosses_plainly(name))
 # Not the complex ones, whose alignment has to be asked.
 PLAIN_NUMPY = frozenset(_dtypes.DTYPES[_NAME[dtype]].numpy for dtype in PLAIN if not dtype.is_complex)

@@ -43,7 +43,7 @@ def from_cupy(before: Traits) -> Callable[[Any], Tensor]:
 
 
 def plain_from_cupy(x: Any) -> Tensor | None:
-    """The lane of `to_torch`: a plain C-contiguous array, of exactly CuPy's type, on one stream with torch; else None."""
+    """The lane of `to_torch`: a plain array, of exactly CuPy's type, on one stream with torch; None for others."""
     if x.dtype not in _SHARED or not x.size or not x.flags.c_contiguous:
         return None
     index = x.data.device_id
@@ -91,8 +91,11 @@ def imported(x: Any) -> Tensor:
     if x.capsule is not None:
         t = _imported(x.capsule, index)
     else:
-        with torch.cuda.device(index):
-            t = torch.as_tensor(_Interface(x), device=f"cuda:{index}")
+        try:
+            with torch.cuda.device(index):
+                t = torch.as_tensor(_Interface(x), device=f"cuda:{index}")
+        except RuntimeError as error:  # no memory of a device is at this address
+            raise ProducerError(f"{type(x.producer).__name__} is a malformed producer: {error}") from error
     if t.numel() and t.data_ptr() != x.address:  # torch copies what it finds on another device
         raise ProducerError(f"{type(x.producer).__name__} is a malformed producer: its memory is not on {x.device}.")
     _lease.lend_storage(t, x.producer, number, index)
