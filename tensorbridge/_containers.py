@@ -164,7 +164,10 @@ _PROTOCOLS = ("__dlpack__", "__cuda_array_interface__", "__array_interface__", "
 def kind_of(x: Any) -> Any:
     """The Kind of a container, ARRAY or OTHER."""
     cls = type(x)
-    return _exact.get(cls) or _registered(cls) or _by_class(x, cls)
+    found = _exact.get(cls)
+    if found is None and cls is getattr(sys.modules.get("torch"), "Size", None):
+        found = _exact[cls] = OTHER  # a shape, though some torch modules register it as a pytree
+    return found or _registered(cls) or _by_class(x, cls)
 
 
 def is_array(x: Any) -> bool:
@@ -214,10 +217,7 @@ def _by_class(x: Any, cls: type) -> Any:
         return ARRAY
     if issubclass(cls, _KEPT):
         return OTHER
-    torch: Any = sys.modules.get("torch")
     if issubclass(cls, tuple):
-        if torch is not None and issubclass(cls, getattr(torch, "Size", ())):
-            return OTHER
         return Kind(_sequence_open, _tuple_build, _namedtuple_name if hasattr(cls, "_fields") else _at)
     if issubclass(cls, (list, UserList)):
         return Kind(_sequence_open, _list_build, _at)

@@ -17,6 +17,7 @@ from tensorbridge._adapters import Adapter
 from tensorbridge._array import SMALL, ArrayInfo, Traits
 from tensorbridge._containers import Flat
 from tensorbridge._errors import BridgeError
+from tensorbridge._pack import c_strides
 from tensorbridge._plan import decide
 from tensorbridge._step import Want
 
@@ -128,7 +129,9 @@ def key_of(x: Any) -> Any:
     cls = type(x)
     if cls is np.ndarray:
         flags, base = x.flags.num, x.base
-        if flags & _PLAIN != _PLAIN or 1 in x.shape or not 0 < x.nbytes < SMALL:
+        if flags & _PLAIN != _PLAIN or not 0 < x.nbytes < SMALL:
+            return None
+        if 1 in x.shape and x.strides != c_strides(x.shape, x.itemsize):  # they mean nothing, and torch may refuse them
             return None
         if base is not None and not (type(base) is np.ndarray and base.base is None and x.dtype.kind != "c"):
             return None  # a complex view may be aligned to NumPy, and not to torch
@@ -139,7 +142,9 @@ def key_of(x: Any) -> Any:
         # A tensor without memory of its own (sparse, meta, inside torch.func) has no address, or raises; so does the
         # shape of a nested one. A dtype that is never converted stops the first of its kind.
         address = x.data_ptr()
-        if not address or address % 16 or not x.is_contiguous() or 1 in x.shape or x.nbytes >= SMALL:
+        if not address or address % 16 or not x.is_contiguous() or x.nbytes >= SMALL:
+            return None
+        if 1 in x.shape and x.stride() != c_strides(x.shape, 1):
             return None
         if not (x.is_cpu or x.is_cuda) or x.is_neg() or x.is_conj():
             return None

@@ -160,10 +160,10 @@ def _rows(run: Run, block: Any) -> Any:
     row = _dtypes.DTYPES[run.route.dtype]
     carrier = np.dtype(row.carrier or row.numpy)
     shape = (len(run.leaves), *run.shape)
-    return np.ndarray(shape, carrier, block, run.offset, (run.step, *_c_strides(run.shape, carrier.itemsize)))
+    return np.ndarray(shape, carrier, block, run.offset, (run.step, *c_strides(run.shape, carrier.itemsize)))
 
 
-def _c_strides(shape: tuple[int, ...], itemsize: int) -> tuple[int, ...]:
+def c_strides(shape: tuple[int, ...], itemsize: int) -> tuple[int, ...]:
     strides = [itemsize] * len(shape)
     for axis in range(len(shape) - 2, -1, -1):
         strides[axis] = strides[axis + 1] * shape[axis + 1]
@@ -212,7 +212,7 @@ def _torch_leaves(block: Tensor, runs: Sequence[Run]) -> list[Sequence[Tensor]]:
         found: list[Sequence[Tensor]] = []
         for run in runs:
             itemsize = _dtypes.DTYPES[run.route.dtype].itemsize
-            whole, strides = typed[run.route.dtype], _c_strides(run.shape, 1)
+            whole, strides = typed[run.route.dtype], c_strides(run.shape, 1)
             if len(run.leaves) == 1:
                 found.append([whole.as_strided(run.shape, strides, run.offset // itemsize)])
             else:
@@ -222,7 +222,7 @@ def _torch_leaves(block: Tensor, runs: Sequence[Run]) -> list[Sequence[Tensor]]:
 
 def _torch_rows(typed: Tensor, run: Run, itemsize: int) -> Tensor:
     shape = (len(run.leaves), *run.shape)
-    strides = (run.step // itemsize, *_c_strides(run.shape, 1))
+    strides = (run.step // itemsize, *c_strides(run.shape, 1))
     return typed.as_strided(shape, strides, run.offset // itemsize)
 
 
@@ -274,7 +274,7 @@ def _fill_cupy_block(block: Block, arrays: Sequence[Sequence[Any]]) -> Any:
             dtype = _dtypes.DTYPES[run.route.dtype].numpy
             assert dtype is not None
             shape = (len(run.leaves), *run.shape)
-            strides = (run.step, *_c_strides(run.shape, dtype.itemsize))
+            strides = (run.step, *c_strides(run.shape, dtype.itemsize))
             rows = cupy.ndarray(shape, dtype, there.data + run.offset, strides)
             cupy.stack(members, out=rows)
     return there

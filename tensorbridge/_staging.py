@@ -377,13 +377,7 @@ def download(block: Any, *, framework: str, index: int, out: Bytes | None = None
 
 
 def upload(
-    source: Bytes,
-    *,
-    framework: str,
-    index: int,
-    into: Any = None,
-    pinned: bool = False,
-    non_blocking: bool = False,
+    source: Bytes, *, framework: str, index: int, into: Any = None, pinned: bool = False, non_blocking: bool = False
 ) -> Any:
     """A device block with these bytes (`into`, or a fresh one), for work on the current stream.
 

@@ -24,7 +24,7 @@ def through_lanes(leaves: list[Any], want: Want, results: list[Any], seen: dict[
     if want.framework == "torch" and on_host and want.dtype is None and not want.pin_memory and want.copy is not False:
         if not want.copy:
             return _shared_arrays(leaves, results)
-        if all(type(a) is np.ndarray and a.base is None for a in leaves):
+        if set(map(type, leaves)) == {np.ndarray} and not [a for a in leaves if a.base is not None]:
             return _copied_arrays(leaves, results)
         return _copied_views(leaves, results, seen)
     if want == _WANT_NUMPY:
