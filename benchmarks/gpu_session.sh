@@ -46,7 +46,8 @@ tail -n 40 "$OUT/machine.txt"
 
 # Facts first: what fails there explains what fails later.
 TESTS="tests/gpu/test_gpu_facts.py tests/test_facts_gpu.py tests/gpu/test_gpu_order.py tests/gpu/test_gpu_lifetime.py
-tests/gpu/test_gpu_conversions.py tests/gpu/test_gpu_transfers.py tests/gpu/test_gpu_capture.py tests/gpu/test_gpu_leaks.py"
+tests/gpu/test_gpu_conversions.py tests/gpu/test_gpu_transfers.py tests/gpu/test_gpu_bad_input.py
+tests/gpu/test_gpu_capture.py tests/gpu/test_gpu_leaks.py"
 FAILED=0
 : >"$OUT/tests.txt"
 for file in $TESTS; do

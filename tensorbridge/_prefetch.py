@@ -47,7 +47,8 @@ def prefetch(
     Parameters
     ----------
     batches : iterable of trees of arrays
-        A list, a generator, a DataLoader. Read by a thread, in order.
+        A list, a generator, a DataLoader. Read by a thread, ahead of the consumer: a source that fills one buffer again
+        and again must yield copies, since on the host batches are shared with it.
     to : "torch", "cupy" or "numpy"
     device : as for `to_torch` and `to_cupy`
         "cpu" converts on the host (for NumPy the only choice).
@@ -88,6 +89,7 @@ def prefetch(
     state = _State(depth)
     context = copy_context()
     where = _watch._caller()[0]
+    context.run(_watch.called_from.set, where)
     worker = threading.Thread(
         target=context.run,
         args=(_work, state, source, transform, want, road, _grad_mode()),

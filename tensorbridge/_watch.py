@@ -157,7 +157,13 @@ def allow(plan: Plan, asked: str) -> None:
     if policy.mode == "warn":
         why = next(s.why for s in plan.steps if s.kind in policy.kinds)
         text = f"{asked}: {plan.source} moves {bytes_text(nbytes)}: {why}"
-        warnings.warn(text + (f" (avoid it: {cure})" if cure else ""), CopyWarning, stacklevel=_caller()[1])
+        text += f" (avoid it: {cure})" if cure else ""
+        where = called_from.get()
+        if where is None:
+            warnings.warn(text, CopyWarning, stacklevel=_caller()[1])
+        else:
+            path, _, line = where.rpartition(":")
+            warnings.warn_explicit(text, CopyWarning, path, int(line))
         return
     last = 'Allow it with copy_guard("allow") around this call' + (f", or {cure}." if cure else ".")
     error = CopyRequiredError("\n".join([first, *step_lines(plan.steps), last]))
@@ -166,6 +172,10 @@ def allow(plan: Plan, asked: str) -> None:
 
 
 _HERE = os.path.dirname(os.path.abspath(__file__)) + os.sep
+
+
+# Set in a worker's context: the ``file:line`` that started it, as no line of the caller's is on its stack.
+called_from: ContextVar[str | None] = ContextVar("tensorbridge_called_from", default=None)
 
 
 def _caller() -> tuple[str, int]:
@@ -382,7 +392,7 @@ def perform(plan: Plan, asked: str, run: Callable[[], Any]) -> Any:
         plan.bytes_moved,
         seconds,
         "+".join(kinds),
-        _caller()[0],
+        called_from.get() or _caller()[0],
         threading.current_thread().name,
     )
     for seen in traces:

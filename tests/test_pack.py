@@ -228,6 +228,7 @@ def test_plain_arrays_cross_alike_whatever_is_beside_them(bus):
         {"tensor": torch.ones(2)},
         {"view": np.arange(9.0)[1:]},
         {"again": plain[0]},
+        {"twin": plain[0][:]},
         {"n": np.ones((2, 1))},
     ):
         made = tree.to_torch(plain | beside, device="cuda:0")
@@ -235,8 +236,8 @@ def test_plain_arrays_cross_alike_whatever_is_beside_them(bus):
             assert np.array_equal(numbers(made[name]), numbers(x))
             assert tb.describe(made[name]).dtype == tb.describe(x).dtype
         assert list(made) == list(plain | beside)
-        assert "again" not in made or made["again"] is made[0]
-    assert bus.ups == [60 * ALIGN] + [61 * ALIGN] * 2 + [60 * ALIGN] + [61 * ALIGN]
+        assert made.get("again", made[0]) is made.get("twin", made[0]) is made[0]
+    assert bus.ups == [n * ALIGN for n in (60, 61, 61, 60, 60, 61)]
 
 
 def test_plain_tensors_cross_alike_whatever_is_beside_them(bus):
@@ -264,6 +265,13 @@ def test_what_cannot_cross_is_refused_before_the_block_does(bad, bus):
     assert bus.ups == []
 
 
+@pytest.mark.parametrize("leaf", [np.zeros(3, "f4"), np.zeros(40_000), torch.zeros(3)])
+def test_leaf_that_is_alone_takes_the_road_of_an_array_alone(leaf, bus):
+    with pytest.raises((RuntimeError, AssertionError)):  # which needs a device, and there is none
+        tree.to_torch({"x": leaf, "text": "x"}, device="cuda:0")
+    assert bus.ups == []
+
+
 def test_cast_after_the_bus_is_done_on_each_leaf(bus):
     result = tree.to_torch([np.arange(3, dtype="u1"), np.arange(4, dtype="u1")], device="cuda", dtype="float32")
     assert bus.ups == [2 * ALIGN]
@@ -272,7 +280,7 @@ def test_cast_after_the_bus_is_done_on_each_leaf(bus):
 
 
 def test_pack_can_be_turned_off(bus):
-    leaves = [np.zeros(3, "f4")] * 2 + [np.ones(3, "f4")]
+    leaves = [np.zeros(3, "f4"), np.ones(3, "f4")]
     assert len(tree.plan(leaves, "torch", device="cuda:0").blocks) == 1
     assert tree.plan(leaves, "torch", device="cuda:0", pack=False).blocks == ()
     with pytest.raises((RuntimeError, AssertionError)):  # each by itself needs a device, and there is none
@@ -351,9 +359,15 @@ def test_views_that_share_a_version_counter_would_disturb_it():
         backward_through_neighbour(split_views())
 
 
-def test_packed_tensor_has_its_own_counter_and_no_base(packed):
+@pytest.mark.parametrize("below", [True, False])
+def test_packed_tensor_has_its_own_counter_and_no_base(below, bus, monkeypatch):
+    """By torch's dispatch below autograd, and by `Tensor.data` where a torch does not offer that."""
+    if not below:
+        monkeypatch.delattr(torch._C, "_AutoDispatchBelowADInplaceOrView")
+    packed = tree.to_torch([*(np.full((4, 4), i, "f4") for i in range(3)), np.zeros(2)], device="cuda:0")
     packed[0].zero_()
-    assert [t._version for t in packed] == [1, 0, 0]
+    packed[3].zero_()
+    assert [t._version for t in packed] == [1, 0, 0, 1]
     assert all(t._base is None and t.is_leaf and t.is_contiguous() for t in packed)
     assert packed[1].requires_grad_().requires_grad
     assert not packed[2].requires_grad

@@ -265,3 +265,20 @@ def test_guard_refuses_to_decorate_what_it_could_not_guard():
     for function in (coroutine, generator):
         with pytest.raises(TypeError, match="with block inside"):
             tb.copy_guard("error")(function)
+
+
+def test_what_a_prefetch_worker_does_is_told_of_the_line_that_started_it(reversed_array):
+    with tb.trace() as seen, tb.copy_guard("warn"), pytest.warns(tb.CopyWarning) as caught:
+        batches = tb.prefetch([{"x": reversed_array}], device="cpu")
+        line = "test_watch.py:" + str(line_before())
+        list(batches)
+    assert seen.events[0].where.startswith(__file__)
+    assert seen.events[0].where.endswith(line)
+    assert caught[0].filename == __file__
+
+
+def line_before():
+    """The line before the one that calls this."""
+    import sys
+
+    return sys._getframe(1).f_lineno - 1

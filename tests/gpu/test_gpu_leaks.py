@@ -22,12 +22,12 @@ def settled(torch):
 
 
 def state(torch, cupy):
-    ring = _staging._ring
+    pending, ring = settled(torch), _staging._ring
     return {
         "torch": torch.cuda.memory_allocated(),
         "CuPy": cupy.get_default_memory_pool().used_bytes(),
         "leases": len(_lease._leases),
-        "pending": settled(torch),
+        "pending": pending,
         "streams held": len(_streams._held),
         "slots": None if ring is None else ring._made,
     }

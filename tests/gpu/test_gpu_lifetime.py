@@ -144,6 +144,9 @@ def race(case, gate, cross, *, stream=None, use=lambda x, view, case: view, drop
             box = [x, view]
             del x, view
             drop(box)
+            if stream is not None:  # what was lent for has been done, and only a further stream is held
+                case.reading.synchronize()
+                _lease.settle()
             successor = case.make(2.0)
             case.settle_owner()
             assert not really or not case.is_idle(reading), "blind: the stream was not held"

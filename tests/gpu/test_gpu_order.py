@@ -117,14 +117,6 @@ def test_both_default_streams_are_one(torch):
 # use_stream
 
 
-def cuda_core_stream(torch, cupy):
-    from cuda.core import Device
-
-    device = Device(0)
-    device.set_current()
-    return device.create_stream()
-
-
 STREAMS = {
     "torch": lambda torch, cupy: torch.cuda.Stream(),
     "torch default": lambda torch, cupy: torch.cuda.default_stream(),

@@ -165,6 +165,7 @@ def test_deeper_lists_are_deeper_arrays():
         (pa.array([[1, 2], [3]]), "is ragged: its lists have 1 to 2 elements"),
         (pa.array([[1, 2], None]), "1 missing value"),
         (pa.array([[1, None], [3, 4]]), "1 missing value"),
+        (pa.array([[True, None], [False, True]]), "1 missing value"),
         (pa.array([["a", "b"], ["c", "d"]]), "refuses to export"),
         (pa.array([{"a": 1}]), "refuses to export"),
         (pa.array(["a", "b"]).dictionary_encode(), "refuses to export"),
