@@ -18,7 +18,7 @@ import time
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from contextvars import copy_context
 from types import TracebackType
 from typing import Any, Literal, NamedTuple, TypeVar
@@ -258,10 +258,11 @@ def _read(state: _State, source: Iterator[Any], transform: Any, want: Want, road
     while state.wait_for_room():
         try:
             batch = next(source)
+            read = road.on_device(batch)
             if transform is not None:
                 batch = _transformed(transform, batch, number)
-            item: Any = road.converted(batch, want)
-            del batch
+            item: Any = road.converted(batch, want, read)
+            del batch, read
         except StopIteration:
             return
         except BaseException as error:
@@ -317,8 +318,12 @@ class _Host:
         """What the worker runs in."""
         return nullcontext()
 
-    def converted(self, batch: Any, want: Want) -> _Batch:
-        """Called by the worker."""
+    def on_device(self, batch: Any) -> list[Any]:
+        """The arrays of a batch that lie on a device."""
+        return []
+
+    def converted(self, batch: Any, want: Want, read: list[Any]) -> _Batch:
+        """Called by the worker; `read` are device arrays that it has read meanwhile."""
         return _Batch(_leaves.converted(batch, want))
 
     def handed_over(self, batch: _Batch) -> Any:
@@ -339,11 +344,24 @@ class _Cuda(_Host):
     def entered(self) -> AbstractContextManager[Any]:
         return _streams.use_stream(self.stream)
 
-    def converted(self, batch: Any, want: Want) -> _Batch:
-        for array in _on_device(batch):  # read on this stream, and perhaps dropped before that is done
-            _lease.used_on(array, self.stream)
+    def on_device(self, batch: Any) -> list[Any]:
+        found: dict[int, Any] = {}  # one for each storage
+        cupy_array = getattr(sys.modules.get("cupy"), "ndarray", ())
+        for leaf in flatten(batch).leaves:
+            if getattr(leaf, "is_cuda", False):
+                found[leaf.untyped_storage()._cdata] = leaf
+            elif isinstance(leaf, cupy_array):
+                found[id(leaf)] = leaf
+        return list(found.values())
+
+    def converted(self, batch: Any, want: Want, read: list[Any]) -> _Batch:
+        read += self.on_device(batch)
         made = _leaves.converted(batch, want)
-        return _Batch(made, _streams.mark(self.number, self.index), _on_device(made))
+        for (
+            array
+        ) in read:  # on this stream, of which their owners know nothing; and perhaps dropped before that is done
+            _lease.keep(array, self.number, self.index)
+        return _Batch(made, _streams.mark(self.number, self.index), self.on_device(made))
 
     def handed_over(self, batch: _Batch) -> Any:
         stream = _current_stream(self.framework, self.index)
@@ -351,7 +369,8 @@ class _Cuda(_Host):
         if number != self.number:
             _wait(batch.mark, number, self.index)
             for array in batch.memory:
-                _lease.used_on(array, stream)
+                with suppress(ValueError):  # memory of another library that came as it was: used as without prefetch
+                    _lease.used_on(array, stream)
         return batch.value
 
 
@@ -368,18 +387,6 @@ def _wait(mark: _streams.Mark, number: int, index: int) -> None:
 def _current_stream(framework: str, index: int) -> Any:
     cuda = sys.modules[framework].cuda
     return cuda.current_stream(index) if framework == "torch" else cuda.get_current_stream(index)
-
-
-def _on_device(batch: Any) -> list[Any]:
-    """The arrays of a batch on CUDA devices, one for each storage."""
-    found: dict[int, Any] = {}
-    cupy_array = getattr(sys.modules.get("cupy"), "ndarray", ())
-    for leaf in flatten(batch).leaves:
-        if getattr(leaf, "is_cuda", False):
-            found[leaf.untyped_storage()._cdata] = leaf
-        elif isinstance(leaf, cupy_array):
-            found[id(leaf)] = leaf
-    return list(found.values())
 
 
 def _road(want: Want) -> _Host:

@@ -14,7 +14,7 @@ import numpy as np
 from fake_cuda import LEGACY, PER_THREAD, Event, Machine, at
 
 import tensorbridge._adapters as adapters
-from tensorbridge import _lease, _staging, _streams
+from tensorbridge import _device_lanes, _lease, _staging, _streams
 
 
 def installed(monkeypatch, *, devices=1, without=()):
@@ -34,6 +34,8 @@ def installed(monkeypatch, *, devices=1, without=()):
         (_lease, "_leases", {}),
         (_lease, "_pending", deque()),
         (_staging, "_ring", None),
+        (_device_lanes, "_Tensor", None),
+        (_device_lanes, "_Array", None),
         (adapters, "_of_type", dict(adapters._of_type)),
     ):
         monkeypatch.setattr(module, name, value)

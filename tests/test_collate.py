@@ -180,6 +180,18 @@ def test_trace_and_guard_see_the_copy():
 # -- In worker processes
 
 
+def run_until_it_fails(loader: Any) -> None:
+    """To the end of a loader; where it fails, torch would wait five seconds for each worker to see it is not needed."""
+    batches = iter(loader)
+    try:
+        list(batches)
+    finally:
+        for worker, queue in zip(getattr(batches, "_workers", ()), getattr(batches, "_index_queues", ()), strict=True):
+            batches._workers_done_event.set()
+            queue.put(None)
+            worker.join()
+
+
 class Digits(Dataset):  # type: ignore[type-arg]
     """Everything that a dataset may hold; `broken` names what is wrong with sample 5."""
 
@@ -247,13 +259,13 @@ def test_error_in_a_worker_names_the_leaf(workers, start):
     with pytest.raises(
         tb.UnsupportedArrayError, match=r"batch\['x'\]: sample 0 has shape \(2, 3\), sample 1 has \(3,\)"
     ):
-        list(loader)
+        run_until_it_fails(loader)
 
 
 def test_graph_cannot_go_to_another_process():
     loader = DataLoader(Digits("graph"), 4, num_workers=1, multiprocessing_context="fork", collate_fn=tb.collate)
     with pytest.raises(tb.GraphError, match=r"batch\['w'\]: a sample requires grad.*\n.*detach"):
-        list(loader)
+        run_until_it_fails(loader)
 
 
 def test_worker_that_dies_is_an_error_of_the_loader_through_prefetch_too():

@@ -510,6 +510,11 @@ def test_batch_is_handed_over_to_the_stream_that_asks(monkeypatch):
     """Worker: read on the side stream, marked there. Consumer: waits for that mark, keeps the memory for its stream."""
     calls: list[Any] = []
     streams = {"side": 100, "mine": 7}
+
+    def used_on(array: Any, stream: Any) -> None:
+        calls.append(("used_on", array, stream))
+        raise ValueError("memory of another library: nobody here knows its owner, and it is handed over as it is")
+
     monkeypatch.setattr(_streams, "side_stream", lambda index: "side")
     monkeypatch.setattr(_streams, "identify", lambda stream: (streams[stream], 0))
     monkeypatch.setattr(_streams, "current", lambda framework, index: 7)
@@ -517,8 +522,9 @@ def test_batch_is_handed_over_to_the_stream_that_asks(monkeypatch):
     monkeypatch.setattr(_streams, "use_stream", lambda stream: calls.append(("use", stream)) or tb.copy_guard("allow"))
     monkeypatch.setattr(_streams, "mark", lambda number, index: calls.append(("mark", number)) or len(calls))
     monkeypatch.setattr(_prefetch, "_wait", lambda mark, number, index: calls.append(("wait", mark, number)))
-    monkeypatch.setattr(_lease, "used_on", lambda array, stream: calls.append(("used_on", array, stream)))
-    monkeypatch.setattr(_prefetch, "_on_device", lambda batch: [type(batch).__name__])
+    monkeypatch.setattr(_lease, "used_on", used_on)
+    monkeypatch.setattr(_lease, "keep", lambda array, number, index: calls.append(("keep", array, number)))
+    monkeypatch.setattr(_prefetch._Cuda, "on_device", lambda road, batch: [type(batch).__name__])
     monkeypatch.setattr(_prefetch, "_current_stream", lambda framework, index: "mine")
     monkeypatch.setattr(_prefetch._leaves, "converted", lambda batch, want: calls.append("convert") or (batch,))
     monkeypatch.setattr(_prefetch, "_road", lambda want: _prefetch._Cuda("torch", 0))
@@ -528,10 +534,11 @@ def test_batch_is_handed_over_to_the_stream_that_asks(monkeypatch):
     assert calls == [
         ("link", 7, 100, 0),
         ("use", "side"),
-        ("used_on", "list", "side"),
         "convert",
+        ("keep", "list", 100),
+        ("keep", "list", 100),
         ("mark", 100),
-        ("wait", 5, 7),
+        ("wait", 6, 7),
         ("used_on", "tuple", "mine"),
     ]
 
