@@ -28,6 +28,10 @@ class Kernel(NamedTuple):
     by: str  # "numpy" or "torch"
     why: str = ""
 
+    @property
+    def said(self) -> str:
+        return f"; by {self.by}: {self.why}" if self.why else ""
+
 
 NUMPY = Kernel("numpy")
 
@@ -43,7 +47,18 @@ def kernel(now: Traits, dtype: str, order: str, here: Here) -> Kernel:
     return NUMPY
 
 
+def of_tensor(now: Traits, dtype: str, order: str, here: Here) -> Kernel:
+    """The same for a tensor. A cast has torch's values, whatever its size; but a forked process must not wait for
+    threads that it does not have.
+    """
+    if now.dtype == dtype or here.worker:
+        return kernel(now, dtype, order, here._replace(torch=True))
+    return Kernel("torch")
+
+
 def wants_numpy_pages(now: Traits, dtype: str) -> bool:
-    """Whether the copy of a tensor goes into memory that NumPy allocates; a copy in a graph is autograd's own."""
+    """Whether the copy of a tensor goes into memory that NumPy allocates: from the size on where torch's own would use
+    threads, or small pages. A copy in a graph is autograd's.
+    """
     both = _dtypes.exists_in(now.dtype, "numpy") and _dtypes.exists_in(dtype, "numpy")
-    return now.size == "large" and not now.graph and not now.lazy and both
+    return now.size in ("medium", "large") and not now.graph and not now.lazy and both

@@ -173,8 +173,8 @@ def _copy(steps: _Steps, op: str, why: str, here: Here, *, cure: str = "", **cha
         if now.framework == "numpy" and torch_holds(now) and _dtypes.exists_in(dtype, "torch"):
             choice = _engine.kernel(now, dtype, now.order, here)
         elif now.framework == "torch" and _engine.wants_numpy_pages(now, dtype):
-            choice = _engine.kernel(now, dtype, now.order, here._replace(torch=True))
-    steps.then(op, why + (f"; by {choice.by}: {choice.why}" if choice.why else ""), by=choice.by, cure=cure, **changes)
+            choice = _engine.of_tensor(now, dtype, now.order, here)
+    steps.then(op, why + choice.said, by=choice.by, cure=cure, **changes)
 
 
 def _to_device(steps: _Steps, receiver: str, where: Device, pinned: bool, cure: str = "") -> None:
@@ -289,23 +289,17 @@ def _into_out(steps: _Steps, want: Want, here: Here, where: Device) -> _Steps:
         if steps.now.device != CPU:
             then(Op.TO_HOST, f"{steps.now.device} to the host", device=CPU)
         then(Op.SHARE, _share_why("torch", "numpy"), framework="numpy", origin="tensor", pinned=None)
-    by = "torch" if "torch" in (steps.now.framework, receiver) else receiver
-    if steps.now.framework == receiver == "numpy" and torch_holds(steps.now) and torch_holds(out):
-        by = _engine.kernel(steps.now, out.dtype, out.order, here).by
-    if steps.now.framework == "numpy" and receiver == "torch" and not torch_holds(steps.now):
-        name = steps.now.dtype.lstrip(">")
-        castable = name == out.dtype or _dtypes.can_cast("numpy", name, out.dtype)
-        if out.device == CPU and not out.lazy and castable:
-            by = "numpy"  # it reads any layout, and writes into the tensor's memory
-        else:
-            _make_fillable(steps, "torch", out)
-            if steps.now.dtype.startswith(">"):
-                then(Op.BYTESWAP, "torch has native byte order only", dtype=name)
-            _make_holdable(steps, "torch")
+    held = steps.now.framework != "numpy" or torch_holds(steps.now)
+    if receiver == "torch" and not held and not _numpy_fills(steps.now, out):
+        _make_fillable(steps, "torch", out)
+        if steps.now.dtype.startswith(">"):
+            then(Op.BYTESWAP, "torch has native byte order only", dtype=steps.now.dtype[1:])
+        _make_holdable(steps, "torch")
+    choice = _filling(steps.now, out, receiver, here)
     then(
         Op.FILL,
-        f"into the caller's array, `out`{_roads.into(steps.now, out)}",
-        by=by,
+        f"into the caller's array, `out`{_roads.into(steps.now, out)}{choice.said}",
+        by=choice.by,
         framework=receiver,
         device=out.device,
         dtype=out.dtype,
@@ -315,6 +309,25 @@ def _into_out(steps: _Steps, want: Want, here: Here, where: Device) -> _Steps:
     if want.writable is False:
         then(Op.PROTECT, "writable=False: a read-only view", writable=False)
     return steps
+
+
+def _numpy_fills(now: Traits, out: Traits) -> bool:
+    """Whether NumPy can write these elements into `out`, whatever the layout of both."""
+    name, wanted = now.dtype.lstrip(">"), out.dtype.lstrip(">")
+    if now.device != CPU or out.device != CPU or now.lazy or out.lazy or now.graph:
+        return False
+    known = _dtypes.exists_in(name, "numpy") and _dtypes.exists_in(wanted, "numpy")
+    return known and (name == wanted or _dtypes.can_cast("numpy", name, wanted))
+
+
+def _filling(now: Traits, out: Traits, receiver: str, here: Here) -> _engine.Kernel:
+    """Whose kernel writes into `out`: where the engine has the choice, the one that a fresh copy would get."""
+    if "numpy" not in (now.framework, receiver) or not _numpy_fills(now, out):
+        return _engine.Kernel("torch" if "torch" in (now.framework, receiver) else receiver)
+    if now.framework == "torch":
+        return _engine.of_tensor(now, out.dtype, out.order, here)
+    holds = torch_holds(now) and (receiver == "torch" or torch_holds(out))
+    return _engine.kernel(now, out.dtype, out.order, here) if holds else _engine.NUMPY
 
 
 def _make_fillable(steps: _Steps, filler: str, out: Traits) -> None:

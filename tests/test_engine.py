@@ -49,3 +49,50 @@ def test_plain_copies_stay_with_numpy_and_large_transposes_go_to_torch():
     assert _engine.kernel(plain, "float32", "C", LOADED).by == "numpy"
     assert _engine.kernel(plain, "float32", "F", LOADED).by == "torch"
     assert _engine.kernel(plain._replace(size="small"), "float32", "F", LOADED).by == "numpy"
+
+
+MEDIUM = 100_000
+PLAIN_COPIES = {
+    "array, copied": lambda: tb.plan(np.zeros(MEDIUM), "torch", copy=True),
+    "tensor, copied": lambda: tb.plan(torch.zeros(MEDIUM), "numpy", copy=True),
+    "array, into a tensor": lambda: tb.plan(np.zeros(MEDIUM), "torch", out=torch.zeros(MEDIUM, dtype=torch.float64)),
+    "tensor, into an array": lambda: tb.plan(torch.zeros(MEDIUM), "numpy", out=np.zeros(MEDIUM, "float32")),
+}
+
+
+@pytest.mark.parametrize("name", PLAIN_COPIES)
+def test_plain_copies_from_64_kib_on_use_one_thread_whichever_side_they_start_from(name):
+    moving = [step for step in PLAIN_COPIES[name]().steps if step.kind]
+    assert [step.by for step in moving] == ["numpy"]
+
+
+@pytest.mark.parametrize("count", [100, 50_000, 600_000])
+@pytest.mark.parametrize("wanted", ["float16", "bfloat16", "float8_e4m3fn"])
+def test_out_gives_the_values_that_dtype_gives(wanted, count):
+    between = np.random.default_rng(1).standard_normal(count)
+    for source, convert in ((between, tb.to_torch), (torch.from_numpy(between), tb.to_numpy)):
+        cast = convert(source, dtype=wanted)
+        out = cast.clone() if isinstance(cast, torch.Tensor) else cast.copy()
+        out[:] = 0
+        filled = convert(source, out=out)
+        assert tb.to_numpy(filled).tobytes() == tb.to_numpy(cast).tobytes()
+
+
+@pytest.mark.parametrize("wanted", ["float16", "int32"])
+@pytest.mark.parametrize("count", [100, 50_000, 600_000])
+def test_cast_of_a_tensor_has_torch_values_whatever_its_size(wanted, count):
+    t = torch.from_numpy(np.random.default_rng(1).standard_normal(count) * 1000)
+    assert torch.equal(torch.from_numpy(tb.to_numpy(t, dtype=wanted)), t.to(getattr(torch, wanted)))
+
+
+def test_large_tensor_is_transposed_by_torch():
+    tensor = Traits("torch", size="large")
+    assert _engine.of_tensor(tensor, "float32", "F", HERE).by == "torch"
+    assert _engine.of_tensor(tensor, "float32", "C", HERE).by == "numpy"
+    assert _engine.of_tensor(tensor, "int32", "C", HERE._replace(worker=True)).by == "numpy"
+
+
+def test_plan_of_a_fill_says_whose_kernel_and_why():
+    half = torch.zeros(3, dtype=torch.float16)
+    fill = tb.plan(np.zeros(3, "float32"), "torch", out=half).steps[-1]
+    assert fill.why == "into the caller's array, `out`; by torch: its half-precision casts are vectorised"

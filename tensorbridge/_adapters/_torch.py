@@ -14,7 +14,6 @@ from torch.autograd import forward_ad
 from tensorbridge import _dtypes, _engine, _streams
 from tensorbridge._adapters import _numpy, _torch_cuda
 from tensorbridge._array import CPU, ArrayInfo, Device, Layout, Traits, layout, order_text, shape_text, size_class
-from tensorbridge._plan import torch_holds
 from tensorbridge._refuse import Obstacle
 from tensorbridge._step import Op, Step, Want
 
@@ -161,7 +160,7 @@ def performer(step: Step, before: Traits, want: Want) -> Callable[[Any], Any]:
             return _alias if before.origin == "tensor" else _from_numpy(before)
         return _torch_cuda.from_cupy(before) if before.framework == "cupy" else _same
     if op == Op.FILL:
-        return _filler(before, want)
+        return _filler(before, step, want)
     if op in (Op.CAST, Op.COPY) and before.framework == "numpy":
         return _array_copied(before, after)
     if op in (Op.CAST, Op.COPY) and before.device == CPU and _engine.wants_numpy_pages(before, after.dtype):
@@ -271,35 +270,38 @@ def counted(fill: Callable[..., Any]) -> Callable[..., Any]:
     return filled
 
 
-def _filler(before: Traits, want: Want) -> Callable[..., Any]:
+def _filler(before: Traits, step: Step, want: Want) -> Callable[..., Any]:
     """Write into `out`, on whichever side it is."""
-    share = _from_numpy(before) if before.framework == "numpy" and torch_holds(before) else _same
-    over_bus = _torch_cuda.filler(before, want)
-    if want.framework == "numpy":
+    if step.by == "numpy":
 
-        def into_numpy(x: Any, out: Any) -> Any:
-            (over_bus or Tensor.copy_)(view_of(out), share(x))
-            return out
-
-        return into_numpy
-    if before.framework == "numpy" and not torch_holds(before):
-
-        def by_numpy(a: Any, out: Tensor) -> Tensor:
-            np.copyto(_borrowed(out), a, casting="unsafe")
-            torch.autograd.graph.increment_version(out)  # NumPy's writes are not seen by autograd
+        def by_numpy(x: Any, out: Any) -> Any:
+            np.copyto(_borrowed(out), _borrowed(x), casting="unsafe")
+            if want.framework == "torch":
+                torch.autograd.graph.increment_version(out)  # NumPy's writes are not seen by autograd
             return out
 
         return by_numpy
+    share = _from_numpy(before) if before.framework == "numpy" else _same
+    fill: Any = _torch_cuda.filler(before, want) or Tensor.copy_
+    if want.framework == "numpy":
+
+        def into_numpy(x: Any, out: Any) -> Any:
+            fill(view_of(out), share(x))
+            return out
+
+        return into_numpy
 
     def into_torch(x: Any, out: Tensor) -> Tensor:
-        (over_bus or Tensor.copy_)(out, share(x))
+        fill(out, share(x))
         return out
 
     return into_torch
 
 
-def _borrowed(t: Tensor) -> Any:
+def _borrowed(t: Any) -> Any:
     """A NumPy view for the moment: `Tensor.numpy` would make the storage refuse to be resized for good."""
+    if not isinstance(t, Tensor):
+        return t
     row, itemsize = _dtypes.DTYPES[_NAME[t.dtype]], t.element_size()
     if not t.numel():
         return np.empty(tuple(t.shape), row.numpy)
