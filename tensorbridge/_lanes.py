@@ -1,4 +1,5 @@
-"""The fast lanes: plain arrays of exact types, without options, cross with no decision to look up.
+"""The fast lanes: plain arrays of exact types, without options, cross with no decision to look up (those with
+`copy=True` or `out=` in `_copy_lanes`).
 
 A lane takes only what it can tell for sure in a few checks, and a test holds it to the result of the full road for
 every kind of array. Everything else, and everything while a guard or a trace is open, goes the full road.
@@ -12,7 +13,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from tensorbridge import _eager, _watch
+from tensorbridge import _copy_lanes, _eager, _watch
 from tensorbridge._adapters import Adapter
 from tensorbridge._array import layout
 
@@ -34,6 +35,7 @@ def open(adapter: Adapter) -> None:
     _common, _plain_dtypes, _plain_numpy = facts.COMMON, facts.PLAIN, facts.PLAIN_NUMPY
     _forward_ad, _from_numpy = facts.forward_ad, facts.from_numpy
     _Tensor = facts.Tensor
+    _copy_lanes.open(adapter)
     _eager.mark()
 
 
@@ -46,9 +48,12 @@ def plain_tensor_to_numpy(full: _F) -> _F:
 
     @wraps(full)
     def to_numpy(x: Any, **options: Any) -> Any:
-        if type(x) is _Tensor and not options and not _watch.watching:
+        if type(x) is _Tensor and not _watch.watching:
             dtype = x.dtype
-            if (dtype is _common or dtype in _plain_dtypes) and x.is_cpu and _forward_ad._current_level < 0:
+            if options:
+                if (made := _copy_lanes.tensor_to_numpy(x, options)) is not None:
+                    return made
+            elif (dtype is _common or dtype in _plain_dtypes) and x.is_cpu and _forward_ad._current_level < 0:
                 try:
                     if x.requires_grad:
                         if _eager.compiling() is not None:
@@ -78,20 +83,31 @@ def _is_forward(a: Any) -> bool:
     return not lay.overlap and lay.spacing in ("dense", "strided")
 
 
+def _is_whole(a: Any, base: Any) -> bool:
+    """Whether this array is all of the tensor behind it, as `Tensor.numpy` made it."""
+    t: Any = _from_numpy(a)
+    same = t.data_ptr() == base.data_ptr() and t.dtype is base.dtype and t.shape == base.shape
+    return same and base.is_contiguous() and not base.requires_grad
+
+
 def plain_array_to_torch(full: _F) -> _F:
-    """A lane in front of `to_torch`. A view is plain if an array with memory of its own stands behind it."""
+    """A lane in front of `to_torch`. A view is plain if an array with its own memory stands behind it, or a tensor of
+    which it is the whole.
+    """
 
     @wraps(full)
     def to_torch(x: Any, **options: Any) -> Any:
         if type(x) is _ndarray and not _watch.watching and x.dtype in _plain_numpy:
             try:
                 if not options:
-                    base = x.base
+                    base: Any = x.base
                     if base is None or (type(base) is _ndarray and base.base is None):
                         if x.flags.carray or (x.flags.behaved and _is_forward(x)):
                             return _from_numpy(x)
-                elif x.flags.forc and len(options) == 1 and options.get("copy") is True:
-                    return _from_numpy(x.copy("K"))
+                    elif type(base) is _Tensor and x.flags.carray and x.size and _is_whole(x, base):
+                        return base.detach()
+                elif (made := _copy_lanes.array_to_torch(x, options)) is not None:
+                    return made
             except (ValueError, TypeError):  # a negative stride on an axis of length 1; C's unsigned long long
                 pass
         if _eager.unmarked:

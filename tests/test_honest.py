@@ -189,6 +189,68 @@ def test_fast_lane_leaves_a_mask_to_the_full_road(options):
         tb.to_torch(np.ma.array([1.0, 2.0], mask=[0, 1]), **options)
 
 
+def out_for(array, target, kind):
+    """An `out` that fits this array, or only nearly does."""
+    info = tb.describe(array)
+    dtype, shape = getattr(torch, info.dtype.lstrip(">"), torch.float32), info.shape
+    t = torch.zeros(shape[::-1], dtype=dtype).permute(list(reversed(range(len(shape)))))
+    if kind == "wider":
+        t = torch.zeros(shape, dtype=torch.complex128)
+    elif kind == "another shape":
+        t = torch.zeros([2, *shape], dtype=dtype)
+    elif kind != "transposed":
+        t = t.contiguous()
+    if kind == "requires grad" and (dtype.is_floating_point or dtype.is_complex):
+        t.requires_grad_()
+    if kind == "inference":
+        with torch.inference_mode():
+            t = t.clone()
+    if kind == "functional":
+        t = torch._to_functional_tensor(t)
+    if target == "torch":
+        return t
+    a = tb.to_numpy(t.detach(), copy=kind != "view of a tensor")
+    a.flags.writeable = kind != "read-only"
+    return a
+
+
+OUTS = {
+    "numpy": ("plain", "transposed", "wider", "another shape", "read-only", "view of a tensor"),
+    "torch": ("plain", "transposed", "wider", "another shape", "requires grad", "inference", "functional"),
+}
+
+
+@silent
+@pytest.mark.parametrize("target", CONVERT)
+@pytest.mark.parametrize(
+    "name", [name for name in ARRAYS if not any(word in name for word in ("large", "python", "int4", "int2"))]
+)
+def test_fast_lanes_fill_what_the_full_road_fills(name, target):
+    def filled(convert, kind):
+        array = ARRAYS[name]()
+        out, impossible = attempt(lambda: array if kind == "itself" else out_for(array, target, kind))
+        if impossible is not None:
+            return None
+        result, refusal = attempt(lambda: convert(array, out=out))
+        if refusal is not None:
+            return str(refusal)
+        assert result is out
+        tensor = out if target == "torch" else out.base
+        written = tensor._version if isinstance(tensor, torch.Tensor) else 0
+        return looks(result), written, numbers(result).tolist(), numbers(array).tolist()
+
+    for kind in (*OUTS[target], "itself"):
+        by_lane, by_road = filled(CONVERT[target], kind), filled(CONVERT[target].__wrapped__, kind)
+        assert repr(by_lane) == repr(by_road), kind
+
+
+def test_copying_lanes_leave_the_source_resizable():
+    t = torch.ones(3)
+    tb.to_numpy(t, copy=True)
+    tb.to_numpy(t, out=np.zeros(3, "float32"))
+    assert t.untyped_storage().resizable()
+
+
 NO_MEMORY_OF_ITS_OWN = {
     "vmap": lambda see: torch.func.vmap(see)(torch.ones(2, 3)),
     "grad": lambda see: torch.func.grad(lambda x: (see(x), x.sum())[1])(torch.ones(3)),
@@ -202,6 +264,35 @@ NO_MEMORY_OF_ITS_OWN = {
 def in_fake_mode(see):
     with FakeTensorMode():
         see(torch.ones(3))
+
+
+@pytest.mark.parametrize("options", [{"copy": True}, {"out": np.zeros(3, "float32")}], ids=["copied", "into out"])
+def test_copying_lanes_refuse_what_has_no_memory_of_its_own(options):
+    for see in NO_MEMORY_OF_ITS_OWN.values():
+        seen: list[Any] = []
+
+        def refused(x, seen=seen):
+            with pytest.raises(tb.UnsupportedArrayError):
+                tb.to_numpy(x, **options)
+            seen.append(x)
+            return x * 1
+
+        see(refused)
+        assert seen
+
+
+@pytest.mark.parametrize("where", NO_MEMORY_OF_ITS_OWN)
+def test_fast_lane_fills_no_tensor_without_memory_of_its_own(where):
+    def see(out):
+        for convert in (tb.to_torch, tb.to_torch.__wrapped__):
+            with pytest.raises((ValueError, tb.UnsupportedArrayError)):
+                convert(np.ones(out.shape, "float32"), out=out)
+        seen.append(out)
+        return out * 1
+
+    seen: list[Any] = []
+    NO_MEMORY_OF_ITS_OWN[where](see)
+    assert seen
 
 
 @pytest.mark.parametrize("where", NO_MEMORY_OF_ITS_OWN)

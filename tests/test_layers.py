@@ -25,6 +25,7 @@ LAYERS = [
     {"_adapters._columns", "_adapters._numpy"},
     {"_adapters._dlpack", "_adapters._python", "_adapters._torch_cuda", "_adapters._cupy"},
     {"_adapters._protocols", "_adapters._torch"},
+    {"_copy_lanes"},
     {"_memory", "_lanes", "_device_lanes"},
     {"_options"},
     {"_convert", "_pool"},

@@ -222,7 +222,9 @@ def _alias(a: Any) -> Tensor:
     itemsize = a.itemsize
     offset = (a.__array_interface__["data"][0] - base.untyped_storage().data_ptr()) // itemsize
     # A length-1 axis may carry any stride; as_strided wants none that is negative.
-    strides = [max(s, 0) // itemsize for s in a.strides]
+    strides = tuple(max(s, 0) // itemsize for s in a.strides)
+    if (a.shape, strides, offset) == (base.shape, base.stride(), base.storage_offset()) and not base.requires_grad:
+        return base.detach()
     return base.as_strided(a.shape, strides, offset)
 
 
@@ -324,4 +326,4 @@ COMMON, DTYPES = torch.float32, _DTYPE
 PLAIN = frozenset(dtype for name, dtype in _DTYPE.items() if _dtypes.crosses_plainly(name))
 # Not the complex ones, whose alignment has to be asked.
 PLAIN_NUMPY = frozenset(_dtypes.DTYPES[_NAME[dtype]].numpy for dtype in PLAIN if not dtype.is_complex)
-from_numpy = torch.from_numpy
+from_numpy, is_functional = torch.from_numpy, torch._is_functional_tensor

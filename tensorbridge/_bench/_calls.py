@@ -165,7 +165,7 @@ class _Unasked(ast.NodeTransformer):
         self.generic_visit(node)
         kept = [value for value in node.values if "_watch.watching" not in ast.unparse(value)]
         self.taken += len(node.values) - len(kept)
-        return node if len(kept) == len(node.values) else ast.BoolOp(node.op, kept)
+        return kept[0] if len(kept) == 1 else ast.BoolOp(node.op, kept)
 
 
 def unasked_lanes() -> types.ModuleType:
