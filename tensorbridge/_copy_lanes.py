@@ -1,8 +1,8 @@
-"""Fast lanes for small copies: `copy=True` or `out=`, alone, of plain dense arrays of exact types.
+"""Fast lanes for copies: `copy=True` or `out=`, alone, of plain dense arrays of exact types.
 
-As in `_lanes`: a lane takes only what it can tell for sure in a few checks, and gives what the full road gives. It is
-for arrays so small that torch's kernels use one thread, and that deciding would cost more than copying. None is no
-answer: the full road decides.
+As in `_lanes`: a lane takes only what it can tell for sure in a few checks, and gives what the full road gives. None is
+no answer: the full road decides. Where arrays are so small that torch's kernels use one thread, they are called, for
+their calls are cheaper; from there on NumPy copies, over a view that it borrows for the moment.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import numpy as np
 
 from tensorbridge._adapters import Adapter
 
-_MOST = 32_768  # bytes; torch's kernels start a second thread at so many elements
+_SMALL = 32_768  # bytes; torch's kernels start a second thread at so many elements
 _ndarray = np.ndarray
 
 _Tensor: Any = None
@@ -22,26 +22,33 @@ _plain: frozenset[Any] = frozenset()
 _plain_numpy: frozenset[Any] = frozenset()
 _forward_ad: Any
 _from_numpy: Callable[[Any], Any]
+_borrowed: Callable[[Any], Any]
 _is_functional: Callable[[Any], bool]
+_increment_version: Callable[[Any], None]
 
 
 def open(adapter: Adapter) -> None:
-    global _Tensor, _plain, _plain_numpy, _forward_ad, _from_numpy, _is_functional
+    global _Tensor, _plain, _plain_numpy, _forward_ad, _from_numpy, _borrowed, _is_functional, _increment_version
     facts: Any = adapter
     _plain, _plain_numpy = facts.PLAIN, facts.PLAIN_NUMPY
-    _forward_ad, _from_numpy, _is_functional = facts.forward_ad, facts.from_numpy, facts.is_functional
+    _forward_ad, _from_numpy, _borrowed = facts.forward_ad, facts.from_numpy, facts.borrowed
+    _is_functional, _increment_version = facts.is_functional, facts.increment_version
     _Tensor = facts.Tensor
 
 
 def tensor_to_numpy(x: Any, options: dict[str, Any]) -> Any:
     """What `to_numpy` gives for a tensor of exactly that type."""
-    if len(options) != 1 or x.dtype not in _plain or x.nbytes > _MOST or not _is_dense(x):
+    if len(options) != 1 or x.dtype not in _plain or not _is_dense(x):
         return None
     try:
         if x.requires_grad:
             x = x.detach()
+        small = x.nbytes <= _SMALL
+        if not small and not _is_as_it_says(x):
+            return None
         if options.get("copy") is True:
-            made = x.clone().numpy()  # of the clone: the source's own storage stays resizable
+            # Not x.numpy(): the storage of x must stay resizable.
+            made = (x.clone() if small else _from_numpy(_borrowed(x).copy("K"))).numpy()
             return None if made.flags.owndata else made
         out: Any = options.get("out")
         if type(out) is not _ndarray or not out.flags.carray or out.dtype not in _plain_numpy:
@@ -50,7 +57,10 @@ def tensor_to_numpy(x: Any, options: dict[str, Any]) -> Any:
             return None
         into = _from_numpy(out)
         if into.dtype is x.dtype and into.shape == x.shape and _are_apart(into, x):
-            into.copy_(x)
+            if small:
+                into.copy_(x)
+            else:
+                np.copyto(out, _borrowed(x))
             return out
     except (RuntimeError, TypeError, ValueError):  # no memory of its own, a lazy bit, a strange stride: too rare to ask
         pass
@@ -64,20 +74,30 @@ def array_to_torch(x: Any, options: dict[str, Any]) -> Any:
     if options.get("copy") is True:
         return _from_numpy(x.copy("K"))
     out: Any = options.get("out")
-    if type(out) is not _Tensor or not x.flags.carray or x.nbytes > _MOST or not _is_dense(out) or out.requires_grad:
+    if type(out) is not _Tensor or not x.flags.carray or out.requires_grad or not _is_dense(out):
         return None
     source = _from_numpy(x)
     try:
         fits = out.dtype is source.dtype and out.shape == source.shape and _are_apart(out, source)
-        if fits and not _is_functional(out):
+        if not fits or not _is_as_it_says(out) or out.is_inference():
+            return None
+        if x.nbytes <= _SMALL:
             return out.copy_(source)
-    except RuntimeError:  # no memory of its own; an inference tensor
+        np.copyto(_borrowed(out), x)
+        _increment_version(out)
+        return out
+    except RuntimeError:  # no memory of its own
         pass
     return None
 
 
 def _is_dense(t: Any) -> bool:
     return t.is_cpu and t.is_contiguous() and _forward_ad._current_level < 0  # type: ignore[no-any-return]
+
+
+def _is_as_it_says(t: Any) -> bool:
+    """Whether the elements of a tensor are what its bytes say, and its bytes where it says."""
+    return not (t.is_neg() or t.is_conj() or t._is_zerotensor() or _is_functional(t))
 
 
 def _are_apart(a: Any, b: Any) -> bool:

@@ -10,6 +10,7 @@ from tensorbridge import _dtypes
 from tensorbridge._adapters import _numpy
 from tensorbridge._array import ArrayInfo
 
+_DENSE = frozenset({"C", "F"})
 _BOUND: Any = 10_000  # candidate solutions that NumPy may try
 
 
@@ -28,6 +29,8 @@ def infos_share(a: ArrayInfo, b: ArrayInfo) -> bool:
 
 
 def _bounds(info: ArrayInfo) -> tuple[int, int]:
+    if info.order in _DENSE:
+        return info.address, info.address + info.nbytes
     steps = [(n - 1) * s for n, s in zip(info.shape, info.strides, strict=True)]
     itemsize = _dtypes.DTYPES[info.dtype.lstrip(">")].itemsize
     return info.address + sum(s for s in steps if s < 0), info.address + sum(s for s in steps if s > 0) + itemsize

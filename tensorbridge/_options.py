@@ -173,19 +173,21 @@ def _with_out(want: Want, out: Any) -> Want:
         raise ValueError(f"{call}: out is {name}, and dtype={want.dtype} was asked for")
     if want.device is not None and want.device not in (traits.device, traits.device.type):
         raise ValueError(f"{call}: out is on {traits.device}, and device={str(want.device)!r} was asked for")
-    for bad, why in (
-        (not traits.writable, "out is read-only"),
-        (traits.graph, "out requires grad; fill out.detach(), or use copy_ under autograd's eyes"),
-        (traits.overlap, "out overlaps itself: two of its elements are one"),
-        (traits.lazy == "zero", "out is a zero tensor, which has no memory; fill out.clone()"),
-        (
-            _is_frozen(out),
-            "out is an inference tensor, which torch writes only inside inference_mode; fill out.clone()",
-        ),
-    ):
-        if bad:
-            raise ValueError(f"{call}: {why}")
+    if not traits.writable or traits.graph or traits.overlap or traits.lazy == "zero" or _is_frozen(out):
+        raise ValueError(f"{call}: {_why_not_filled(traits)}")
     return want._replace(dtype=name, device=None if want.framework == "numpy" else traits.device, out=traits)
+
+
+def _why_not_filled(out: Traits) -> str:
+    if not out.writable:
+        return "out is read-only"
+    if out.graph:
+        return "out requires grad; fill out.detach(), or use copy_ under autograd's eyes"
+    if out.overlap:
+        return "out overlaps itself: two of its elements are one"
+    if out.lazy == "zero":
+        return "out is a zero tensor, which has no memory; fill out.clone()"
+    return "out is an inference tensor, which torch writes only inside inference_mode; fill out.clone()"
 
 
 def _is_frozen(out: Any) -> bool:

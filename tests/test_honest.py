@@ -15,8 +15,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
 
 import tensorbridge as tb
-from tensorbridge import _convert, _options
+from tensorbridge import _convert, _copy_lanes, _options
 from tensorbridge._adapters import adapter_of
+from tensorbridge._adapters._numpy import owner_of
 from tensorbridge._dtypes import DTYPES
 from tensorbridge._plan import decide
 from tensorbridge._step import Want, bind
@@ -164,9 +165,16 @@ def looks(x: Any) -> tuple[Any, ...]:
 
 @silent
 @pytest.mark.parametrize("target", CONVERT)
-@pytest.mark.parametrize("options", [{}, {"copy": True}], ids=["as it is", "copied"])
-@pytest.mark.parametrize("name", ARRAYS)
-def test_fast_lanes_give_what_the_full_road_gives(name, options, target):
+@pytest.mark.parametrize(
+    ("name", "how"),
+    [(name, how) for name in ARRAYS for how in ("as it is", "copied")]
+    # Whose copies differ from torch's in the strides of axes of length 1, which mean nothing.
+    + [(name, "copied by NumPy") for name in ARRAYS if "length-1" not in name],
+)
+def test_fast_lanes_give_what_the_full_road_gives(name, how, target, monkeypatch):
+    if how == "copied by NumPy":
+        monkeypatch.setattr(_copy_lanes, "_SMALL", -1)
+    options = {"copy": True} if how.startswith("copied") else {}
     array = ARRAYS[name]()
     convert = CONVERT[target]
     full, refusal = attempt(lambda: convert.__wrapped__(array, **options))
@@ -209,13 +217,22 @@ def out_for(array, target, kind):
         t = torch._to_functional_tensor(t)
     if target == "torch":
         return t
-    a = tb.to_numpy(t.detach(), copy=kind != "view of a tensor")
+    a = tb.to_numpy(t.detach(), copy="view of a tensor" not in kind)
+    a = a[...] if kind.startswith("view of a view") else a
     a.flags.writeable = kind != "read-only"
     return a
 
 
 OUTS = {
-    "numpy": ("plain", "transposed", "wider", "another shape", "read-only", "view of a tensor"),
+    "numpy": (
+        "plain",
+        "transposed",
+        "wider",
+        "another shape",
+        "read-only",
+        "view of a tensor",
+        "view of a view of a tensor",
+    ),
     "torch": ("plain", "transposed", "wider", "another shape", "requires grad", "inference", "functional"),
 }
 
@@ -225,7 +242,11 @@ OUTS = {
 @pytest.mark.parametrize(
     "name", [name for name in ARRAYS if not any(word in name for word in ("large", "python", "int4", "int2"))]
 )
-def test_fast_lanes_fill_what_the_full_road_fills(name, target):
+@pytest.mark.parametrize("kernel", ["torch's", "NumPy's"])
+def test_fast_lanes_fill_what_the_full_road_fills(name, target, kernel, monkeypatch):
+    if kernel == "NumPy's":
+        monkeypatch.setattr(_copy_lanes, "_SMALL", -1)
+
     def filled(convert, kind):
         array = ARRAYS[name]()
         out, impossible = attempt(lambda: array if kind == "itself" else out_for(array, target, kind))
@@ -235,13 +256,21 @@ def test_fast_lanes_fill_what_the_full_road_fills(name, target):
         if refusal is not None:
             return str(refusal)
         assert result is out
-        tensor = out if target == "torch" else out.base
+        tensor = out if target == "torch" else owner_of(out)
         written = tensor._version if isinstance(tensor, torch.Tensor) else 0
         return looks(result), written, numbers(result).tolist(), numbers(array).tolist()
 
     for kind in (*OUTS[target], "itself"):
         by_lane, by_road = filled(CONVERT[target], kind), filled(CONVERT[target].__wrapped__, kind)
         assert repr(by_lane) == repr(by_road), kind
+
+
+@pytest.mark.parametrize("count", [3, 30_000])
+def test_copying_lanes_read_and_write_the_signs_that_a_mark_changes(count):
+    negative = torch._neg_view(torch.ones(count))
+    assert tb.to_numpy(negative, copy=True).sum() == -count
+    assert tb.to_numpy(negative, out=np.zeros(count, "float32")).sum() == -count
+    assert tb.to_torch(np.ones(count, "float32"), out=negative).sum() == count
 
 
 def test_copying_lanes_leave_the_source_resizable():
@@ -266,8 +295,11 @@ def in_fake_mode(see):
         see(torch.ones(3))
 
 
+@pytest.mark.parametrize("kernel", ["torch's", "NumPy's"])
 @pytest.mark.parametrize("options", [{"copy": True}, {"out": np.zeros(3, "float32")}], ids=["copied", "into out"])
-def test_copying_lanes_refuse_what_has_no_memory_of_its_own(options):
+def test_copying_lanes_refuse_what_has_no_memory_of_its_own(options, kernel, monkeypatch):
+    if kernel == "NumPy's":
+        monkeypatch.setattr(_copy_lanes, "_SMALL", -1)
     for see in NO_MEMORY_OF_ITS_OWN.values():
         seen: list[Any] = []
 

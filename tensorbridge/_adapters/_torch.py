@@ -277,7 +277,7 @@ def _filler(before: Traits, step: Step, want: Want) -> Callable[..., Any]:
     if step.by == "numpy":
 
         def by_numpy(x: Any, out: Any) -> Any:
-            np.copyto(_borrowed(out), _borrowed(x), casting="unsafe")
+            np.copyto(borrowed(out), borrowed(x), casting="unsafe")
             if want.framework == "torch":
                 torch.autograd.graph.increment_version(out)  # NumPy's writes are not seen by autograd
             return out
@@ -300,7 +300,7 @@ def _filler(before: Traits, step: Step, want: Want) -> Callable[..., Any]:
     return into_torch
 
 
-def _borrowed(t: Any) -> Any:
+def borrowed(t: Any) -> Any:
     """A NumPy view for the moment: `Tensor.numpy` would make the storage refuse to be resized for good."""
     if not isinstance(t, Tensor):
         return t
@@ -327,3 +327,4 @@ PLAIN = frozenset(dtype for name, dtype in _DTYPE.items() if _dtypes.crosses_pla
 # Not the complex ones, whose alignment has to be asked.
 PLAIN_NUMPY = frozenset(_dtypes.DTYPES[_NAME[dtype]].numpy for dtype in PLAIN if not dtype.is_complex)
 from_numpy, is_functional = torch.from_numpy, torch._is_functional_tensor
+increment_version = torch.autograd.graph.increment_version

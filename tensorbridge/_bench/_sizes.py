@@ -39,8 +39,8 @@ class Direction(NamedTuple):
 def from_array(count: int) -> dict[str, Any]:
     import torch
 
-    w = torch.zeros(count)
-    return {"x": random_array("float32", count), "w": w, "wn": w.numpy()}
+    wn = random_array("float32", count)
+    return {"x": random_array("float32", count), "w": torch.from_numpy(wn), "wn": wn}
 
 
 def from_tensor(count: int) -> dict[str, Any]:
