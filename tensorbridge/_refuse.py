@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from tensorbridge import _dtypes
-from tensorbridge._array import CPU, Traits
+from tensorbridge._array import CPU, MOST_AXES, Traits
 from tensorbridge._errors import DeviceError, GraphError, UnsupportedArrayError
 from tensorbridge._step import Here, Refusal, Step, Want
 
@@ -51,6 +51,18 @@ OBSTACLES: dict[str, Refusal] = {
     "fake": _unsupported(
         "a fake tensor has a shape but no data", "Convert outside FakeTensorMode, torch.export or tracing."
     ),
+    "fake mode": _unsupported(
+        "inside FakeTensorMode torch computes shapes and no values",
+        "Convert outside FakeTensorMode, torch.export or tracing.",
+    ),
+    "uninitialized": _unsupported(
+        "a lazy module has not given it a shape yet", "Run a forward pass of its module first."
+    ),
+    "short storage": _unsupported(
+        "",
+        "Convert what is there, torch.empty(0, dtype=x.dtype).set_(x.untyped_storage()), or have it filled again.",
+    ),
+    "elsewhere": _unsupported("only the host and CUDA devices are known here", "Convert x.cpu()."),
     "functional": _unsupported(
         "a tensor inside functionalization has no memory of its own", "Convert outside the functionalized function."
     ),
@@ -121,6 +133,11 @@ def before(traits: Traits, want: Want, here: Here) -> Refusal | None:
             f"a {CALLED[want.framework]} array cannot carry the autograd graph{{grad_fn}}, and detach=False keeps it",
             f"Leave detach=False out to get {'a read-only view of ' if want.framework == 'numpy' else ''}the values, "
             "or stay in torch.",
+        )
+    if traits.size == "beyond" and leaving_torch:
+        return _unsupported(
+            f"a {CALLED[want.framework]} array has at most {MOST_AXES} axes and 2**63 - 1 bytes",
+            "Flatten it first, x.flatten(), or convert a part of it.",
         )
     source = traits.dtype.lstrip(">")
     wanted = want.dtype or source

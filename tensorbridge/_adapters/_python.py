@@ -150,7 +150,7 @@ def _arrays(outer: tuple[int, ...], leaves: list[Any], want: Want) -> tuple[Part
         dtype,
         "C" if all(t.order == "C" for _, t, _ in opened) else "K",  # else the framework's choice
         graph=any(t.graph for _, t, _ in opened),
-        size=size_class(math.prod(shape) * _dtypes.DTYPES[dtype].itemsize) if dtype in _dtypes.DTYPES else "small",
+        size=size_class(math.prod(shape) * _dtypes.DTYPES[dtype].itemsize, len(shape)),
     )
     return Parts(shape, outer, [handle for handle, _, _ in opened], ()), found
 
