@@ -145,7 +145,8 @@ def to_torch(
     share_readonly : bool
         A tensor cannot be read-only, so a read-only source is copied. True shares it instead: you will not write.
     detach : bool
-        True leaves the graph of a tensor behind; the default keeps it.
+        True leaves the graph of a tensor behind; the default keeps it. A `dtype` without gradients (integers, bool)
+        ends it, as in torch, and the plan says so.
     pin_memory : bool
         The result lies in page-locked host memory.
     non_blocking : bool

@@ -197,7 +197,7 @@ REFUSED = {
         lambda: 2**70,
         "Python int of 71 bits",
         "a Python integer is int64 here, and this one does not fit",
-        "Use numpy.uint64(x), or float(x).",
+        'Say dtype="uint64" if it is below 2**64, or make it a float: float(x).',
     ),
 }
 EVERYWHERE = {"to_numpy": tb.to_numpy, "to_torch": tb.to_torch, "describe": tb.describe}
