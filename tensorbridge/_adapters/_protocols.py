@@ -106,7 +106,7 @@ def _asked(call: Callable[[], Any], x: Any, what: str) -> Any:
     except TypeError as error:
         text = f"{type(x).__name__} refuses to export {what}: {error}\n{_columns.cure(x)}"
         raise UnsupportedArrayError(text) from error
-    except Exception as error:
+    except Exception as error:  # foreign code may raise anything, and whose failure it was must be told from ours
         raise ProducerError(f"{type(x).__name__} failed to export {what}: {type(error).__name__}: {error}") from error
 
 
