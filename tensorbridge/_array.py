@@ -91,7 +91,9 @@ class ArrayInfo(NamedTuple):
         return f"{self.framework} {self.dtype} {shape_text(self.shape)} on {self.device}{graph}{lazy}{frozen}"
 
 
-def shape_text(shape: tuple[int, ...]) -> str:
+def shape_text(shape: tuple[int, ...] | None) -> str:
+    if shape is None:
+        return "(?)"
     return "(" + ", ".join(map(str, shape)) + ("," if len(shape) == 1 else "") + ")"
 
 

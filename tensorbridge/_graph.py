@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from tensorbridge import _picture
-from tensorbridge._array import reached
-from tensorbridge._editing import dtype_name, intercepts, on_host, shape_text, torch_of
+from tensorbridge._array import reached, shape_text
+from tensorbridge._editing import dtype_name, intercepts, on_host, torch_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator

@@ -16,17 +16,17 @@ ROOT = Path(tensorbridge.__file__).parent
 
 # From the ground up. A module imports modules of the rows below its own, and none of its own row.
 LAYERS = [
-    {"_array", "_errors", "_eager", "_roads", "_svg"},
-    {"_dtypes", "_streams", "_editing"},
+    {"_array", "_block", "_errors", "_eager", "_roads", "_svg"},
+    {"_dtypes", "_streams"},
     {"_step", "_engine", "_lease", "_picture"},
-    {"_refuse", "_staging", "_graph", "_words", "_watch"},
-    {"_plan"},
+    {"_refuse", "_staging", "_words", "_events"},
+    {"_plan", "_watch"},
     {"_adapters"},
     {"_adapters._columns", "_adapters._numpy"},
     {"_adapters._dlpack", "_adapters._python", "_adapters._torch_cuda", "_adapters._cupy"},
     {"_adapters._protocols", "_adapters._torch"},
-    {"_memory", "_lanes", "_device_lanes"},
-    {"_options"},
+    {"_memory", "_lanes", "_device_lanes", "_editing"},
+    {"_options", "_graph"},
     {"_convert", "_pool"},
     {"_api"},
     {"_tables", "_pack", "_tree_lanes"},
