@@ -52,13 +52,15 @@ def packed():
 
 
 NOT_AN_ARRAY = "it is no array of NumPy, torch or CuPy, and has no __dlpack__, array interface, buffer or __array__"
+MISSING_NUMBER = 'Say float("nan") for what is missing, or leave it out.'
+ENCODE = "Encode it as numbers first."
 GIVE = "Give an array, a number or a list of them; of an object that holds an array, that array."
 DENSE = "a sparse tensor has no strided memory to share"
 UNPACK = "Convert x.to_padded_tensor(0.0), x.values(), or each tensor of x.unbind()."
 FIELDS = "Convert one field, x['name'], or the tree {n: x[n] for n in x.dtype.names}."
 CODES = "Encode it first: np.unique(x, return_inverse=True) gives codes."
 TREE = "Use tensorbridge.tree, which converts every leaf."
-ONE_KIND = "Bring the parts to one framework, device and dtype first."
+ONE_KIND = "Bring the parts to one framework, device and dtype first, by to_numpy or to_torch of each."
 PAD = "Pad the parts to one shape, or keep the list and use tensorbridge.tree."
 
 # name: how to make it, what it is called, why not, what works
@@ -183,13 +185,14 @@ REFUSED = {
         ONE_KIND,
     ),
     "numbers and arrays": (lambda: [np.zeros(2), 3], "list of 2", "it holds both numbers and arrays", ONE_KIND),
-    "list of text": (lambda: ["a", "b"], "list of 2: str", "text is not an array", "Encode it as numbers first."),
-    "list with None": (lambda: [None, 1], "list of 2: NoneType", NOT_AN_ARRAY, GIVE),
+    "list of text": (lambda: ["a"], "list of 1, item [0]: str", "text is not an array", ENCODE),
+    "list with None": (lambda: [1, None], "list of 2, item [1]: None", "None is no number", MISSING_NUMBER),
+    "lists with text": (lambda: [[1, 2], [3, "4"]], "list of 4, item [1][1]: str", "text is not an array", ENCODE),
     "dict": (lambda: {"a": np.zeros(2)}, "dict", "a container is not one array", TREE),
     "dataclass": (lambda: Batch(np.zeros(2)), "Batch", "a container is not one array", TREE),
     "namedtuple": (lambda: Pair(1, 2), "namedtuple Pair", "a container is not one array", TREE),
     "set": (lambda: {1, 2}, "set", "the elements of a set have no order", "Convert list(x), or each element."),
-    "text": (lambda: "abc", "str", "text is not an array", "Encode it as numbers first."),
+    "text": (lambda: "abc", "str", "text is not an array", ENCODE),
     "None": (lambda: None, "NoneType", NOT_AN_ARRAY, GIVE),
     "generator": (lambda: (i for i in range(3)), "generator", NOT_AN_ARRAY, GIVE),
     "class": (lambda: np.ndarray, "type", NOT_AN_ARRAY, GIVE),
@@ -229,6 +232,9 @@ CURES = {
     "durations": ['x.view("int64")'],
     "void": ['x.view("uint8")'],
     "set": ["list(x)"],
+    "list with None": ['[float("nan") if n is None else n for n in x]', "x[:1]"],
+    "mixed frameworks": ['[tb.to_torch(part, dtype="float32") for part in x]'],
+    "mixed dtypes": ['[tb.to_numpy(part, dtype="float32") for part in x]'],
     "large integer": ["float(x)"],
 }
 
@@ -236,7 +242,7 @@ CURES = {
 @pytest.mark.parametrize("name", CURES)
 def test_cure_that_a_refusal_names_does_work(name):
     for cure in CURES[name]:
-        x = eval(cure, {"x": REFUSED[name][0](), "torch": torch, "np": np})
+        x = eval(cure, {"x": REFUSED[name][0](), "torch": torch, "np": np, "tb": tb})
         assert tb.to_numpy(x).shape == tuple(np.shape(x))
 
 

@@ -121,16 +121,18 @@ def _number_dtype(leaves: list[Any], kinds: set[type], want: Want) -> str:
 def _arrays(outer: tuple[int, ...], leaves: list[Any], want: Want) -> tuple[Parts, Traits]:
     what = f"list of {len(leaves)}"
     opened = []
-    for leaf in leaves:
-        adapter = adapter_of(type(leaf))
+    for place, leaf in enumerate(leaves):
         try:
+            if leaf is None:
+                raise Obstacle("missing number", "None")
+            adapter = adapter_of(type(leaf))
             handle, found = adapter.open(leaf, want._replace(copy=None))
         except Obstacle as obstacle:
-            obstacle.what = f"{what}: {obstacle.what}"
+            obstacle.what = f"{what}, item {_index(place, outer)}: {obstacle.what}"
             raise
-        if found.framework == "python scalar":
-            raise Obstacle("mixed list", what, "it holds both numbers and arrays")
         opened.append((handle, found, adapter.describe(handle, found)))
+    if any(found.framework == "python scalar" for _, found, _ in opened):
+        raise Obstacle("mixed list", what, "it holds both numbers and arrays")
     shapes = {info.shape for _, _, info in opened}
     if len(shapes) > 1:
         raise _ragged(leaves, map(shape_text, sorted(shapes)))
@@ -157,6 +159,15 @@ def _arrays(outer: tuple[int, ...], leaves: list[Any], want: Want) -> tuple[Part
         size=size_class(math.prod(shape) * _dtypes.DTYPES[dtype].itemsize, len(shape)),
     )
     return Parts(shape, outer, [handle for handle, _, _ in opened], ()), found
+
+
+def _index(place: int, outer: tuple[int, ...]) -> str:
+    """Where a leaf is, as one would index it: ``[0][2]``."""
+    path = []
+    for length in reversed(outer):
+        place, here = divmod(place, length)
+        path.append(f"[{here}]")
+    return "".join(reversed(path))
 
 
 def _ragged(parts: Sequence[Any], shapes: Any) -> Obstacle:
