@@ -90,7 +90,9 @@ OBSTACLES: dict[str, Refusal] = {
         "object elements are Python references, not numbers",
         'Convert x.astype("float64"), after dealing with None and text.',
     ),
-    "string": _unsupported("text is not a number", "Encode it first: np.unique(x, return_inverse=True) gives codes."),
+    "string": _unsupported(
+        "text is not a number", "Encode it first: np.unique(x, return_inverse=True)[1] gives codes."
+    ),
     "datetime": _unsupported(
         "dates and durations are not plain numbers to torch and CuPy",
         'Convert x.view("int64") and keep the unit beside it.',
@@ -103,7 +105,7 @@ OBSTACLES: dict[str, Refusal] = {
         "", "Bring the parts to one framework, device and dtype first, by to_numpy or to_torch of each."
     ),
     "missing number": _unsupported("None is no number", 'Say float("nan") for what is missing, or leave it out.'),
-    "container": _unsupported("a container is not one array", "Use tensorbridge.tree, which converts every leaf."),
+    "container": _unsupported("a container is not one array", "Convert every leaf: tensorbridge.tree.to_numpy(x)."),
     "text": _unsupported("text is not an array", "Encode it as numbers first."),
     "big integer": _unsupported(
         "a Python integer is int64 here, and this one does not fit",
@@ -155,7 +157,7 @@ def before(traits: Traits, want: Want, here: Here) -> Refusal | None:
     sides = {holder(traits, want, here), want.framework}
     if source != wanted and not any(_dtypes.can_cast(side, source, wanted) for side in sides):
         who = f"{CALLED[sides.pop()]} cannot" if len(sides) == 1 else "neither side can"
-        cure = "Cast in two calls, by way of float32."
+        cure = f'Cast in two calls: to_{want.framework}(to_{want.framework}(x, dtype="float32"), dtype="{wanted}").'
         if source == "float4_e2m1fn_x2":
             cure = "Convert x.view(torch.uint8), two elements a byte."
         elif wanted == "float4_e2m1fn_x2":

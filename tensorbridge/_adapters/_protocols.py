@@ -124,7 +124,8 @@ def _by_dlpack(x: Any, want: Want) -> Any:
         return _dlpack.host_array(x, capsule)
     if kind not in _dlpack.CUDA:
         raise DeviceError(
-            f"{type(x).__name__} lies on a device of DLPack type {kind}; only the host and CUDA are known here."
+            f"{type(x).__name__} lies on a device of DLPack type {kind}; only the host and CUDA are known here.\n"
+            "Copy it to the host with its own library first."
         )
     reader = want.framework if want.framework != "numpy" else "torch" if "torch" in sys.modules else "cupy"
     number = _stream(type(x).__name__, reader, index)
