@@ -187,14 +187,16 @@ def _with_out(want: Want, out: Any) -> Want:
     except Obstacle as obstacle:
         raise ValueError(f"{call}: out is {obstacle.what}: {obstacle.why}") from None
     if want.copy is False:
-        raise ValueError(f"{call}: filling out moves bytes, which copy=False forbids")
+        raise ValueError(f"{call}: filling out moves bytes, which copy=False forbids; leave copy out")
     if want.pin_memory:
         raise ValueError(f"{call}: out has its memory already; leave pin_memory out")
     name = traits.dtype.lstrip(">")
     if want.dtype not in (None, name):
-        raise ValueError(f"{call}: out is {name}, and dtype={want.dtype} was asked for")
+        raise ValueError(f"{call}: out is {name}, and dtype={want.dtype} was asked for; leave dtype out")
     if want.device is not None and want.device not in (traits.device, traits.device.type):
-        raise ValueError(f"{call}: out is on {traits.device}, and device={str(want.device)!r} was asked for")
+        raise ValueError(
+            f"{call}: out is on {traits.device}, and device={str(want.device)!r} was asked for; leave device out"
+        )
     for bad, why in (
         (not traits.writable, "out is read-only"),
         (traits.graph, "out requires grad; fill out.detach(), or use copy_ under autograd's eyes"),

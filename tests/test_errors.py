@@ -248,17 +248,17 @@ OUTS = {
     "dtype": (
         ValueError,
         lambda: tb.to_torch(six(), out=torch.zeros(6), dtype="float64"),
-        "out is float32, and dtype=float64 was asked for",
+        "out is float32, and dtype=float64 was asked for; leave dtype out",
     ),
     "device": (
         ValueError,
         lambda: tb.to_torch(six(), out=torch.zeros(6), device="cuda"),
-        "out is on cpu, and device='cuda' was asked for",
+        "out is on cpu, and device='cuda' was asked for; leave device out",
     ),
     "copy": (
         ValueError,
         lambda: tb.to_torch(six(), out=torch.zeros(6), copy=False),
-        "filling out moves bytes, which copy=False forbids",
+        "filling out moves bytes, which copy=False forbids; leave copy out",
     ),
     "pin_memory": (
         ValueError,
