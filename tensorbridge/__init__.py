@@ -16,6 +16,7 @@ from tensorbridge._errors import (
     ProducerError,
     UnsupportedArrayError,
 )
+from tensorbridge._events import Event, Trace
 from tensorbridge._graph import Graph, autograd_graph
 from tensorbridge._info import Info, info
 from tensorbridge._lease import used_on
@@ -23,7 +24,7 @@ from tensorbridge._pool import share_memory_pool
 from tensorbridge._prefetch import prefetch
 from tensorbridge._step import Plan, Step
 from tensorbridge._streams import use_stream
-from tensorbridge._watch import Event, Trace, copy_guard, trace
+from tensorbridge._watch import copy_guard, trace
 
 __version__ = "0.1.0"
 

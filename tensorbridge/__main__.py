@@ -15,6 +15,7 @@ from tensorbridge import _bench, _matrix
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tensorbridge", description=tb.__doc__)
+    parser.add_argument("--version", action="version", version=f"tensorbridge {tb.__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     commands.add_parser("info", help="what is installed, which devices are seen, which routes share")
     commands.add_parser("plan-matrix", help="what shares and what copies, as a Markdown table")
@@ -23,18 +24,17 @@ def main(argv: list[str] | None = None) -> int:
     demo.add_argument("topic", nargs="?", choices=("digits", "why-detach"), default="digits")
     trace = commands.add_parser("trace", help="run a script and report every conversion in it")
     trace.add_argument("--save", metavar="PATH", help="also write Chrome trace JSON")
-    trace.add_argument("script")
-    trace.add_argument("args", nargs=argparse.REMAINDER)
+    trace.add_argument("script", help="a Python file, run as __main__")
+    rest = trace.add_argument("args", nargs=argparse.REMAINDER, help="what follows the script is given to it")
+    rest.required = False  # argparse would name it as missing where only the script is
     args = parser.parse_args(argv)
     if args.command == "info":
         for name in ("torch", "cupy"):  # so that their devices are seen
             if find_spec(name) is not None:
                 importlib.import_module(name)
-        print(tb.info())
-        return 0
+        return printed(str(tb.info()))
     if args.command == "plan-matrix":
-        print(_matrix.markdown())
-        return 0
+        return printed(_matrix.markdown())
     if args.command == "bench":
         return _bench.main(args)
     if args.command == "demo":
@@ -43,11 +43,28 @@ def main(argv: list[str] | None = None) -> int:
     return traced(args.script, args.args, args.save)
 
 
+def printed(text: str) -> int:
+    """Print, for a reader who may stop early (``| head``)."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes it once more as it ends
+        return 1
+    return 0
+
+
 def traced(script: str, arguments: list[str], save: str | None) -> int:
     """Run a script as ``__main__`` with a trace on; the report is printed even if it fails."""
     if not os.path.isfile(script):
         print(f"python -m tensorbridge trace: no such script: {script}", file=sys.stderr)
         return 2
+    if save:
+        try:
+            with open(save, "a"):  # before the script has run for an hour
+                pass
+        except OSError as error:
+            print(f"python -m tensorbridge trace: --save {save}: {error.strerror}", file=sys.stderr)
+            return 2
     sys.argv[:] = [script, *arguments]
     sys.path[0] = os.path.dirname(os.path.abspath(script))
     with tb.trace() as seen:

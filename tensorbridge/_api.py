@@ -13,6 +13,7 @@ from tensorbridge import _words as words
 from tensorbridge._array import ArrayInfo
 from tensorbridge._convert import convert, described, moment, opened
 from tensorbridge._eager import eager, mark
+from tensorbridge._errors import nearest
 from tensorbridge._memory import infos_share
 from tensorbridge._plan import decide
 from tensorbridge._step import Plan, bind
@@ -145,7 +146,8 @@ def to_torch(
     share_readonly : bool
         A tensor cannot be read-only, so a read-only source is copied. True shares it instead: you will not write.
     detach : bool
-        True leaves the graph of a tensor behind; the default keeps it.
+        True leaves the graph of a tensor behind; the default keeps it. A `dtype` without gradients (integers, bool)
+        ends it, as in torch, and the plan says so.
     pin_memory : bool
         The result lies in page-locked host memory.
     non_blocking : bool
@@ -327,12 +329,13 @@ def plan(x: Any, to: Literal["numpy", "torch", "cupy"], **options: Any) -> Plan:
       pack   24 B   torch has no negative strides
       share   0 B   torch.from_numpy: the same memory
     """
-    if to not in _FUNCTIONS:
-        raise ValueError(f'plan(to={to!r}): choose "numpy", "torch" or "cupy"')
+    if not isinstance(to, str) or to not in _FUNCTIONS:
+        raise _options.no_such_target(to)
     defaults = {name: p.default for name, p in signature(_FUNCTIONS[to]).parameters.items() if name != "x"}
     unknown = sorted(options.keys() - defaults.keys())
     if unknown:
-        raise TypeError(f"plan(to={to!r}): to_{to} has no option {unknown[0]!r}; it has {', '.join(defaults)}")
+        text = f"plan(to={to!r}): to_{to} has no option {unknown[0]!r}; it has {', '.join(defaults)}"
+        raise TypeError(text + nearest(unknown[0], defaults))
     out = options.get("out")
     want = _options.WANTS[to](**(defaults | options))
     adapter, handle, traits = opened(x, want, "")
@@ -375,7 +378,7 @@ def shares_memory(a: Any, b: Any) -> bool:
     >>> shares_memory(a[::2], to_torch(a)), shares_memory(a[::2], to_torch(a)[1::2])
     (True, False)
     """
-    return infos_share(described(a), described(b))
+    return infos_share(described(a, "shares_memory"), described(b, "shares_memory"))
 
 
 mark()  # torch may be there already

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 SMALL = 64 * 1024  # bytes: below, a copy costs its call, not its bytes
 LARGE = 4 * 1024 * 1024  # bytes: from here on, NumPy asks the kernel for huge pages
+MOST, MOST_AXES = 2**63 - 1, 64  # bytes and axes: a tensor may claim more (a huge expand), a NumPy array may not
 
 
 class Device(str):
@@ -56,7 +57,7 @@ class Traits(NamedTuple):
     graph: bool = False  # requires grad: an autograd graph hangs on it, or may
     lazy: str = ""  # "conj", "neg", "conj neg", "zero": values that are not what the bytes say
     pinned: bool | None = None  # page-locked host memory; None: not asked
-    size: str = "small"  # "empty", "small" (< 64 KiB), "medium", "large" (>= 4 MiB)
+    size: str = "small"  # "empty", "small" (< 64 KiB), "medium", "large" (>= 4 MiB), "beyond" what NumPy can hold
     origin: str = ""  # who stands behind a view: "tensor" (a NumPy view of one), "memmap", "unknown" (`__array__`)
 
 
@@ -90,13 +91,17 @@ class ArrayInfo(NamedTuple):
         return f"{self.framework} {self.dtype} {shape_text(self.shape)} on {self.device}{graph}{lazy}{frozen}"
 
 
-def shape_text(shape: tuple[int, ...]) -> str:
+def shape_text(shape: tuple[int, ...] | None) -> str:
+    if shape is None:
+        return "(?)"
     return "(" + ", ".join(map(str, shape)) + ("," if len(shape) == 1 else "") + ")"
 
 
-def size_class(nbytes: int) -> str:
+def size_class(nbytes: int, axes: int = 0) -> str:
+    if axes > MOST_AXES:
+        return "beyond"
     if nbytes >= LARGE:
-        return "large"
+        return "large" if nbytes <= MOST else "beyond"
     if nbytes >= SMALL:
         return "medium"
     return "small" if nbytes else "empty"
@@ -133,6 +138,12 @@ def layout(shape: tuple[int, ...], strides: tuple[int, ...], itemsize: int) -> L
     else:
         spacing = "dense" if dense else "strided"
     return Layout(order, spacing, overlap, loose)
+
+
+def reached(shape: tuple[int, ...], strides: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Shape and strides without the axes that lead to no other address: what is left, NumPy can hold."""
+    axes = [(n, s) for n, s in zip(shape, strides, strict=True) if s and n != 1]
+    return tuple([n for n, _ in axes]), tuple([s for _, s in axes])
 
 
 def order_text(order: str, spacing: str) -> str:

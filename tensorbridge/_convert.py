@@ -72,8 +72,8 @@ def opened(x: Any, want: Want, call: str) -> tuple[Adapter, Any, Traits]:
     return adapter, handle, traits
 
 
-def described(x: Any) -> ArrayInfo:
-    adapter, handle, traits = opened(x, Want("numpy"), "describe")
+def described(x: Any, call: str = "describe") -> ArrayInfo:
+    adapter, handle, traits = opened(x, Want("numpy"), call)
     return adapter.describe(handle, traits)
 
 

@@ -38,9 +38,11 @@ def open(adapter: Adapter) -> None:
 
 def tensor_to_numpy(x: Any, options: dict[str, Any]) -> Any:
     """What `to_numpy` gives for a tensor of exactly that type."""
-    if len(options) != 1 or x.dtype not in _plain or not _is_dense(x):
+    if len(options) != 1 or x.dtype not in _plain:
         return None
     try:
+        if not _is_dense(x):
+            return None
         if x.requires_grad:
             x = x.detach()
         small = x.nbytes <= _SMALL
@@ -74,10 +76,12 @@ def array_to_torch(x: Any, options: dict[str, Any]) -> Any:
     if options.get("copy") is True:
         return _from_numpy(x.copy("K"))
     out: Any = options.get("out")
-    if type(out) is not _Tensor or not x.flags.carray or out.requires_grad or not _is_dense(out):
+    if type(out) is not _Tensor or not x.flags.carray or out.requires_grad:
         return None
     source = _from_numpy(x)
     try:
+        if not _is_dense(out):
+            return None
         fits = out.dtype is source.dtype and out.shape == source.shape and _are_apart(out, source)
         if not fits or not _is_as_it_says(out) or out.is_inference():
             return None
@@ -92,7 +96,10 @@ def array_to_torch(x: Any, options: dict[str, Any]) -> Any:
 
 
 def _is_dense(t: Any) -> bool:
-    return t.is_cpu and t.is_contiguous() and _forward_ad._current_level < 0  # type: ignore[no-any-return]
+    """Whether a tensor is one block of host memory, which is all there (after a resize_ that failed it is not)."""
+    if not (t.is_cpu and t.is_contiguous() and _forward_ad._current_level < 0):
+        return False
+    return bool(t.storage_offset() * t.element_size() + t.nbytes <= t.untyped_storage().nbytes())
 
 
 def _is_as_it_says(t: Any) -> bool:

@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 import ml_dtypes
 import numpy as np
 
+from tensorbridge._errors import nearest
+
 
 class Dtype(NamedTuple):
     """One element type in every framework."""
@@ -144,14 +146,14 @@ def parse(dtype: object) -> str:
     TypeError
         It names no element type of the table.
     """
-    if isinstance(dtype, str) and dtype in DTYPES:
-        return dtype
+    if isinstance(dtype, str) and (name := dtype.removeprefix("torch.")) in DTYPES:
+        return name
     torch = sys.modules.get("torch")
     if torch is not None and isinstance(dtype, getattr(torch, "dtype", ())):
         name = of_torch(dtype)
         if name in DTYPES:
             return name
-        raise TypeError(f"dtype={dtype}: no framework can be given this dtype; choose one of {', '.join(DTYPES)}")
+        raise _no_such(dtype)
     if isinstance(dtype, type) and dtype in _OF_PYTHON:
         return _OF_PYTHON[dtype]
     try:
@@ -161,10 +163,13 @@ def parse(dtype: object) -> str:
     if name.startswith(">"):
         raise TypeError(f"dtype={dtype!r}: results are in native byte order; ask for {name[1:]!r}")
     if not name:
-        raise TypeError(
-            f"dtype={dtype!r} is not an element type that arrays can share; choose one of {', '.join(DTYPES)}"
-        )
+        raise _no_such(dtype)
     return name
+
+
+def _no_such(dtype: object) -> TypeError:
+    hint = nearest(dtype, DTYPES) or '; names are those of NumPy and torch, "float32", "int64", "bfloat16" ...'
+    return TypeError(f"dtype={dtype!r} is not an element type that arrays can share{hint}")
 
 
 def exists_in(name: str, framework: str) -> bool:

@@ -12,7 +12,12 @@ import sys
 import threading
 from typing import TYPE_CHECKING, Any
 
+from tensorbridge import _dtypes, _refuse
+from tensorbridge._adapters import adapter_of
+from tensorbridge._array import shape_text
+from tensorbridge._block import Block
 from tensorbridge._errors import DeviceError, GraphError, UnsupportedArrayError
+from tensorbridge._step import HERE, Want, bytes_text
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -23,20 +28,6 @@ if TYPE_CHECKING:
 
     Key = tuple[object, ...]
 
-_NUMPY_HAS = {"bool", "uint8", "uint16", "uint32", "uint64", "int8", "int16", "int32", "int64"}
-_NUMPY_HAS |= {"float16", "float32", "float64", "complex64", "complex128"}
-_ML_DTYPES_HAS = {
-    "bfloat16": "uint16",
-    "float8_e4m3fn": "uint8",
-    "float8_e4m3fnuz": "uint8",
-    "float8_e5m2": "uint8",
-    "float8_e5m2fnuz": "uint8",
-    "float8_e8m0fnu": "uint8",
-}
-_CURES = {
-    "complex32": "Edit a copy, t.to(torch.complex64), and write it back with t.copy_().",
-    "float4_e2m1fn_x2": "Edit the bytes, two elements in each: editing(t.view(torch.uint8)).",
-}
 _OUTSIDE = "Edit it outside the transformed function."
 
 
@@ -98,7 +89,8 @@ def editing(tensor: torch.Tensor) -> AbstractContextManager[NDArray[Any]]:
     ValueError: assignment destination is read-only
     """
     torch = torch_of(tensor, "editing")
-    return _edit_host(torch, tensor) if on_host(_alias(torch, tensor)) else _edit_copy(torch, tensor)
+    edit = _edit_host if on_host(_alias(torch, tensor)) else _edit_copy
+    return Block(lambda: edit(torch, tensor), "editing")
 
 
 @contextlib.contextmanager
@@ -170,14 +162,12 @@ def _alias(torch: Any, tensor: torch.Tensor) -> torch.Tensor:
 
 def _as_numpy(torch: Any, alias: torch.Tensor) -> tuple[NDArray[Any], NDArray[Any]]:
     """The array over the memory of a CPU tensor, and the array that owns it (for most dtypes the same)."""
-    name = dtype_name(alias)
-    if name not in _ML_DTYPES_HAS:
+    row = _dtypes.DTYPES[dtype_name(alias)]
+    if not row.carrier:
         array = alias.numpy()
         return array, array
-    import ml_dtypes
-
-    owner = alias.view(getattr(torch, _ML_DTYPES_HAS[name])).numpy()
-    return owner.view(getattr(ml_dtypes, name)), owner
+    owner = alias.view(getattr(torch, row.carrier)).numpy()
+    return owner.view(row.numpy), owner  # type: ignore[arg-type]
 
 
 def _close(array: NDArray[Any], owner: NDArray[Any]) -> None:
@@ -228,14 +218,26 @@ def _obstacle(torch: Any, t: torch.Tensor) -> tuple[str, str] | None:
             "has its negative bit set: its values are not what its memory says",
             "Edit the tensor that it is a view of, or a copy: t.resolve_neg().",
         )
-    name = dtype_name(t)
-    if name not in _NUMPY_HAS and name not in _ML_DTYPES_HAS:
-        return f"cannot be an array: NumPy has no {name}", _CURES.get(name, "Edit a copy of another dtype.")
-    if _overlaps_itself(t):
-        size = t.numel() * t.element_size()
+    return _as_converted(t)
+
+
+def _as_converted(t: torch.Tensor) -> tuple[str, str] | None:
+    """What stands in the way of `to_numpy` stands in the way of writing, and so do two elements that are one."""
+    adapter: Any = adapter_of(type(t))
+    try:
+        traits = adapter.traits(t)
+    except _refuse.Obstacle as obstacle:
+        return f"cannot be an array: {obstacle.why}", obstacle.refusal.cure.replace("Convert", "Edit")
+    refusal = _refuse.before(traits, Want("numpy"), HERE)
+    if refusal is not None:
+        back = f"Edit a copy, t.to(torch.{refusal.cast}), and write it back with t.copy_()."
+        cure = back if refusal.cast else refusal.cure.replace("Convert", "Edit")
+        return f"cannot be an array: {refusal.why}", cure
+    if traits.overlap:
         return (
             "overlaps itself (it was expanded, or is a sliding window), so one write would change several elements",
-            f"Edit the tensor that it is a view of, or a copy of {size} bytes: t.contiguous().",
+            "Edit the tensor that it is a view of, or a copy of "
+            f"{bytes_text(t.numel() * t.element_size())}: t.contiguous().",
         )
     return None
 
@@ -257,16 +259,6 @@ def _is_capturing(torch: Any, tensor: torch.Tensor) -> bool:
     return tensor.device.type == "cuda" and bool(torch.cuda.is_current_stream_capturing())
 
 
-def _overlaps_itself(t: torch.Tensor) -> bool:
-    """Whether two indices may lead to one element; a few exotic layouts without overlap count as overlapping."""
-    span = 0
-    for stride, length in sorted((stride, length) for stride, length in zip(t.stride(), t.shape) if length != 1):
-        if length and stride <= span:
-            return t.numel() > 0
-        span += stride * (length - 1)
-    return False
-
-
 def _what(tensor: torch.Tensor, predicate: str) -> str:
     plain = tensor.layout == sys.modules["torch"].strided and not tensor.is_nested and "not init" not in predicate
     shape = f" {shape_text(tuple(tensor.shape))}" if plain else ""
@@ -275,12 +267,6 @@ def _what(tensor: torch.Tensor, predicate: str) -> str:
 
 def dtype_name(tensor: Any) -> str:
     return str(tensor.dtype).removeprefix("torch.")
-
-
-def shape_text(shape: tuple[int, ...] | None) -> str:
-    if shape is None:
-        return "(?)"
-    return "(" + ", ".join(map(str, shape)) + ("," if len(shape) == 1 else "") + ")"
 
 
 def on_host(tensor: torch.Tensor) -> bool:

@@ -16,6 +16,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from tensorbridge._step import Plan
 
 
@@ -51,6 +53,14 @@ class MissingFrameworkError(BridgeError, ImportError):
 
 class ProducerError(BridgeError, BufferError):
     """A foreign array failed while exporting its memory, or described it wrongly; its own error is the cause."""
+
+
+def nearest(given: object, choices: Iterable[str]) -> str:
+    """The choice that a misspelt word was probably meant to be, as the end of a message; or nothing."""
+    from difflib import get_close_matches  # slow to import, and only needed here
+
+    found = get_close_matches(given.lower(), list(choices), 1, 0.5) if isinstance(given, str) else []
+    return f"; did you mean {found[0]!r}?" if found else ""
 
 
 for _error in (

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from tensorbridge import _picture
-from tensorbridge._editing import dtype_name, intercepts, on_host, shape_text, torch_of
+from tensorbridge._array import reached, shape_text
+from tensorbridge._editing import dtype_name, intercepts, on_host, torch_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -331,13 +332,8 @@ def _memory(tensor: torch.Tensor) -> _Extent | None:
         return None
     if not address:  # empty, or meta
         return None
-    interface = {
-        "version": 3,
-        "typestr": f"|V{size}",
-        "data": (address, True),
-        "shape": tuple(tensor.shape),
-        "strides": tuple(step * size for step in strides),
-    }
+    shape, steps = reached(tuple(tensor.shape), tuple(step * size for step in strides))
+    interface = {"version": 3, "typestr": f"|V{size}", "data": (address, True), "shape": shape, "strides": steps}
     return _Extent(str(tensor.device), np.asarray(_Interface(interface)))
 
 

@@ -68,7 +68,7 @@ def plain_tensor_to_numpy(full: _F) -> _F:
                             return a
                         if not a.flags.owndata and not layout(a.shape, a.strides, a.itemsize).overlap:
                             return a
-                except (RuntimeError, TypeError):  # a lazy bit, a strange layout: too rare to ask first
+                except (RuntimeError, TypeError, ValueError, AssertionError):  # lazy bits, FakeTensorMode ...: too rare
                     pass
         if _eager.unmarked:
             _eager.mark()

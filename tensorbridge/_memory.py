@@ -8,7 +8,7 @@ import numpy as np
 
 from tensorbridge import _dtypes
 from tensorbridge._adapters import _numpy
-from tensorbridge._array import ArrayInfo
+from tensorbridge._array import ArrayInfo, reached
 
 _DENSE = frozenset({"C", "F"})
 _BOUND: Any = 10_000  # candidate solutions that NumPy may try
@@ -38,4 +38,5 @@ def _bounds(info: ArrayInfo) -> tuple[int, int]:
 
 def _at_address(info: ArrayInfo) -> Any:
     itemsize = _dtypes.DTYPES[info.dtype.lstrip(">")].itemsize
-    return np.asarray(_numpy.Memory(info.address, info.shape, info.strides, f"|V{itemsize}", True, None))
+    shape, strides = reached(info.shape, info.strides)
+    return np.asarray(_numpy.Memory(info.address, shape, strides, f"|V{itemsize}", True, None))

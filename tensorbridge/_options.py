@@ -11,7 +11,7 @@ from tensorbridge import _dtypes
 from tensorbridge import _words as words
 from tensorbridge._adapters import adapter_of
 from tensorbridge._array import CPU, ArrayInfo, Device, Traits
-from tensorbridge._errors import DeviceError, MissingFrameworkError
+from tensorbridge._errors import DeviceError, MissingFrameworkError, nearest
 from tensorbridge._memory import infos_share
 from tensorbridge._refuse import Obstacle
 from tensorbridge._step import Want
@@ -69,6 +69,13 @@ def want_cupy(
 WANTS: dict[str, Callable[..., Want]] = {"numpy": want_numpy, "torch": want_torch, "cupy": want_cupy}
 
 
+def no_such_target(to: object) -> ValueError:
+    """A module or a function where its name is wanted is the likeliest mistake."""
+    name = getattr(to, "__name__", to)
+    shown = repr(to) if name is to else f"<{type(to).__name__} {name}>"
+    return ValueError(f'plan(to={shown}): choose "numpy", "torch" or "cupy"{nearest(name, WANTS)}')
+
+
 _BOOL = {bool}
 _OPTIONAL = frozenset({bool, type(None)})
 
@@ -98,8 +105,21 @@ def _device(device: Any, framework: str) -> Device | None:
     name = f"cuda:{device}" if isinstance(device, int) else device
     kind, _, index = name.partition(":")
     if kind not in ("cpu", "cuda") or (index and not index.isdigit()) or (":" in name and not index):
-        raise ValueError(f'device={device!r}: choose "cpu", "cuda", "cuda:0" ... or a CUDA index from 0')
+        hint = _device_hint(device, kind, framework) if isinstance(device, str) else ""
+        raise ValueError(f'device={device!r}: choose "cpu", "cuda", "cuda:0" ... or a CUDA index from 0{hint}')
     return CPU if kind == "cpu" else Device(name)
+
+
+def _device_hint(device: str, kind: str, framework: str) -> str:
+    if framework == "torch":
+        torch = sys.modules["torch"]
+        try:
+            torch.device(device)
+        except RuntimeError:  # torch has no such kind either
+            pass
+        else:
+            return f"; other devices are torch's own matter: to_torch(x).to({device!r})"
+    return nearest("cuda" if kind == "gpu" else kind, ("cpu", "cuda"))
 
 
 def placed(want: Want, traits: Traits, *, planning: bool = False) -> Want:
@@ -140,7 +160,7 @@ def _cuda(framework: str) -> tuple[int, int, str]:
         return 0, 0, f" ({error})"
 
 
-def require(framework: str) -> Any:
+def require(framework: str, call: str = "") -> Any:
     """The module of a framework that the caller asked for."""
     found = sys.modules.get(framework)
     if found is not None:
@@ -152,7 +172,9 @@ def require(framework: str) -> Any:
             "torch": "pip install torch (for the CPU alone, from PyTorch's own CPU index)",
             "cupy": "pip install cupy-cuda12x or cupy-cuda13x[ctk], whichever the driver's CUDA version asks for",
         }[framework]
-        raise MissingFrameworkError(f"to_{framework}: {framework} cannot be imported: {error}.\n{cure}") from error
+        raise MissingFrameworkError(
+            f"{call or f'to_{framework}'}: {framework} cannot be imported: {error}.\n{cure}"
+        ) from error
 
 
 def _with_out(want: Want, out: Any) -> Want:
@@ -165,14 +187,16 @@ def _with_out(want: Want, out: Any) -> Want:
     except Obstacle as obstacle:
         raise ValueError(f"{call}: out is {obstacle.what}: {obstacle.why}") from None
     if want.copy is False:
-        raise ValueError(f"{call}: filling out moves bytes, which copy=False forbids")
+        raise ValueError(f"{call}: filling out moves bytes, which copy=False forbids; leave copy out")
     if want.pin_memory:
         raise ValueError(f"{call}: out has its memory already; leave pin_memory out")
     name = traits.dtype.lstrip(">")
     if want.dtype not in (None, name):
-        raise ValueError(f"{call}: out is {name}, and dtype={want.dtype} was asked for")
+        raise ValueError(f"{call}: out is {name}, and dtype={want.dtype} was asked for; leave dtype out")
     if want.device is not None and want.device not in (traits.device, traits.device.type):
-        raise ValueError(f"{call}: out is on {traits.device}, and device={str(want.device)!r} was asked for")
+        raise ValueError(
+            f"{call}: out is on {traits.device}, and device={str(want.device)!r} was asked for; leave device out"
+        )
     if not traits.writable or traits.graph or traits.overlap or traits.lazy == "zero" or _is_frozen(out):
         raise ValueError(f"{call}: {_why_not_filled(traits)}")
     return want._replace(dtype=name, device=None if want.framework == "numpy" else traits.device, out=traits)

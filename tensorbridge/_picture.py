@@ -11,7 +11,7 @@ import textwrap
 from collections import Counter
 from typing import TYPE_CHECKING, NamedTuple
 
-from tensorbridge._editing import shape_text
+from tensorbridge._array import shape_text
 from tensorbridge._svg import COLOURS, INK, RED, Box, Link, draw
 
 if TYPE_CHECKING:

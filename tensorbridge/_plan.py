@@ -39,8 +39,6 @@ class _Steps(list[Step]):
             )  # fmt: skip
             if op == Op.FILL:
                 after = after._replace(**{field: changes[field] for field in _OF_OUT})
-            if after.graph and not _dtypes.is_differentiable(after.dtype):
-                after = after._replace(graph=False)
             if before.size != "empty":
                 kind = _side(before) + "2" + _side(after)
         self.append(Step(op, why, 0, kind, after, by, cure))
@@ -78,7 +76,8 @@ def _steps(traits: Traits, want: Want, here: Here) -> _Steps:
         native = traits.dtype.lstrip(">")
         then(Op.STACK, f"the list becomes one array, by {holder}", framework=holder, by=holder, dtype=native)
     if traits.framework == "python scalar":
-        then(Op.WRAP, "a scalar becomes a 0-d array", framework="numpy")
+        native = want.dtype if want.dtype and _dtypes.can_cast("numpy", traits.dtype, want.dtype) else traits.dtype
+        then(Op.WRAP, "a scalar becomes a 0-d array", framework="numpy", dtype=native)
         steps.fresh = True
     if traits.framework in PROTOCOLS:
         reader = _refuse.holder(traits, want, here)
@@ -87,9 +86,9 @@ def _steps(traits: Traits, want: Want, here: Here) -> _Steps:
 
     # -- Giving side: out of the graph, real values, an alias of a tensor seen.
     guarded = steps.now.graph and leaving_torch
-    if steps.now.graph and (leaving_torch or want.detach):
-        home = f"a {CALLED[receiver]} array has no place for the autograd graph" if leaving_torch else "detach=True"
-        then(Op.DETACH, home + "{grad_fn}", graph=False)
+    wanted = want.dtype or steps.now.dtype.lstrip(">")
+    if steps.now.graph and (why := _why_detached(want, wanted)):
+        then(Op.DETACH, why + "{grad_fn}", graph=False)
     elif leaving_torch and steps.now.framework == "torch" and steps.now.device != CPU:
         then(Op.DETACH, "an alias is shared, so that set_ and .data of the tensor cannot free the memory")
     if want.out is not None:
@@ -97,7 +96,7 @@ def _steps(traits: Traits, want: Want, here: Here) -> _Steps:
 
     # -- Dtype: on the side where fewer bytes cross, or on the one that knows it.
     giver = steps.now.framework
-    source, wanted = steps.now.dtype.lstrip(">"), want.dtype or steps.now.dtype.lstrip(">")
+    source = steps.now.dtype.lstrip(">")
     crossing = where != steps.now.device
     if source != wanted and _dtypes.can_cast(giver, source, wanted):
         narrows = _dtypes.DTYPES[wanted].itemsize <= _dtypes.DTYPES[source].itemsize
@@ -162,6 +161,15 @@ def _steps(traits: Traits, want: Want, here: Here) -> _Steps:
     if receiver == "numpy":
         _protect(steps, want, guarded)
     return steps
+
+
+def _why_detached(want: Want, dtype: str) -> str:
+    """Why the result carries no graph, if so."""
+    if want.framework != "torch":
+        return f"a {CALLED[want.framework]} array has no place for the autograd graph"
+    if want.detach:
+        return "detach=True"
+    return "" if _dtypes.is_differentiable(dtype) else f"{dtype} has no gradients, so it ends the autograd graph"
 
 
 def _copy(steps: _Steps, op: str, why: str, here: Here, *, cure: str = "", **changes: Any) -> None:

@@ -53,7 +53,7 @@ class share_memory_pool:
     def __init__(self, owner: str = "torch") -> None:
         if owner != "torch":
             raise ValueError(f'share_memory_pool({owner!r}): only "torch" can own the pool of both')
-        torch, cupy = _options.require("torch"), _options.require("cupy")
+        torch, cupy = (_options.require(name, "share_memory_pool") for name in ("torch", "cupy"))
         if not (_streams.usable("torch") and _streams.usable("cupy")):
             raise DeviceError("share_memory_pool: there is no usable CUDA device here.")
         torch.cuda.init()

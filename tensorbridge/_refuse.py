@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from tensorbridge import _dtypes
-from tensorbridge._array import CPU, Traits
+from tensorbridge._array import CPU, MOST_AXES, Traits
 from tensorbridge._errors import DeviceError, GraphError, UnsupportedArrayError
 from tensorbridge._step import Here, Refusal, Step, Want
 
@@ -51,6 +51,18 @@ OBSTACLES: dict[str, Refusal] = {
     "fake": _unsupported(
         "a fake tensor has a shape but no data", "Convert outside FakeTensorMode, torch.export or tracing."
     ),
+    "fake mode": _unsupported(
+        "inside FakeTensorMode torch computes shapes and no values",
+        "Convert outside FakeTensorMode, torch.export or tracing.",
+    ),
+    "uninitialized": _unsupported(
+        "a lazy module has not given it a shape yet", "Run a forward pass of its module first."
+    ),
+    "short storage": _unsupported(
+        "",
+        "Convert what is there, torch.empty(0, dtype=x.dtype).set_(x.untyped_storage()), or have it filled again.",
+    ),
+    "elsewhere": _unsupported("only the host and CUDA devices are known here", "Convert x.cpu()."),
     "functional": _unsupported(
         "a tensor inside functionalization has no memory of its own", "Convert outside the functionalized function."
     ),
@@ -78,7 +90,9 @@ OBSTACLES: dict[str, Refusal] = {
         "object elements are Python references, not numbers",
         'Convert x.astype("float64"), after dealing with None and text.',
     ),
-    "string": _unsupported("text is not a number", "Encode it first: np.unique(x, return_inverse=True) gives codes."),
+    "string": _unsupported(
+        "text is not a number", "Encode it first: np.unique(x, return_inverse=True)[1] gives codes."
+    ),
     "datetime": _unsupported(
         "dates and durations are not plain numbers to torch and CuPy",
         'Convert x.view("int64") and keep the unit beside it.',
@@ -87,11 +101,15 @@ OBSTACLES: dict[str, Refusal] = {
     "unknown dtype": _unsupported(_OWN_MEANING, "Cast it where it was made."),
     # lists, Python
     "ragged": _unsupported("", "Pad the parts to one shape, or keep the list and use tensorbridge.tree."),
-    "mixed list": _unsupported("", "Bring the parts to one framework, device and dtype first."),
-    "container": _unsupported("a container is not one array", "Use tensorbridge.tree, which converts every leaf."),
+    "mixed list": _unsupported(
+        "", "Bring the parts to one framework, device and dtype first, by to_numpy or to_torch of each."
+    ),
+    "missing number": _unsupported("None is no number", 'Say float("nan") for what is missing, or leave it out.'),
+    "container": _unsupported("a container is not one array", "Convert every leaf: tensorbridge.tree.to_numpy(x)."),
     "text": _unsupported("text is not an array", "Encode it as numbers first."),
     "big integer": _unsupported(
-        "a Python integer is int64 here, and this one does not fit", "Use numpy.uint64(x), or float(x)."
+        "a Python integer is int64 here, and this one does not fit",
+        'Say dtype="uint64" if it is below 2**64, or make it a float: float(x).',
     ),
     "not an array": _unsupported(
         "it is no array of NumPy, torch or CuPy, and has no __dlpack__, array interface, buffer or __array__",
@@ -122,6 +140,11 @@ def before(traits: Traits, want: Want, here: Here) -> Refusal | None:
             f"Leave detach=False out to get {'a read-only view of ' if want.framework == 'numpy' else ''}the values, "
             "or stay in torch.",
         )
+    if traits.size == "beyond" and leaving_torch:
+        return _unsupported(
+            f"a {CALLED[want.framework]} array has at most {MOST_AXES} axes and 2**63 - 1 bytes",
+            "Flatten it first, x.flatten(), or convert a part of it.",
+        )
     source = traits.dtype.lstrip(">")
     wanted = want.dtype or source
     if not _dtypes.exists_in(wanted, want.framework):
@@ -134,7 +157,7 @@ def before(traits: Traits, want: Want, here: Here) -> Refusal | None:
     sides = {holder(traits, want, here), want.framework}
     if source != wanted and not any(_dtypes.can_cast(side, source, wanted) for side in sides):
         who = f"{CALLED[sides.pop()]} cannot" if len(sides) == 1 else "neither side can"
-        cure = "Cast in two calls, by way of float32."
+        cure = f'Cast in two calls: to_{want.framework}(to_{want.framework}(x, dtype="float32"), dtype="{wanted}").'
         if source == "float4_e2m1fn_x2":
             cure = "Convert x.view(torch.uint8), two elements a byte."
         elif wanted == "float4_e2m1fn_x2":

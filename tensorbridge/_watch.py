@@ -12,17 +12,19 @@ import sys
 import threading
 import time
 import warnings
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ContextDecorator, contextmanager
+from contextlib import AbstractContextManager, ContextDecorator, contextmanager
 from contextvars import ContextVar, Token
 from typing import Any, Literal, NamedTuple, TypeVar
 
+from tensorbridge._block import Block
 from tensorbridge._eager import eager
-from tensorbridge._errors import CopyRequiredError, CopyWarning
-from tensorbridge._step import Plan, Step, bytes_text, step_lines
+from tensorbridge._errors import CopyRequiredError, CopyWarning, nearest
+from tensorbridge._events import Event, Trace
+from tensorbridge._step import Plan, bytes_text, step_lines
 
 _F = TypeVar("_F", bound=Callable[..., Any])
+MODES = ("error", "warn", "allow")
 KINDS = ("h2h", "h2d", "d2h", "d2d")
 
 watching = 0  # open guards and traces: what a conversion asks first, and all that it pays when there is none
@@ -93,8 +95,8 @@ class copy_guard(ContextDecorator):
     def __init__(
         self, mode: Literal["error", "warn", "allow"], *, min_bytes: int = 0, kinds: Iterable[str] | None = None
     ) -> None:
-        if mode not in ("error", "warn", "allow"):
-            raise ValueError(f'copy_guard({mode!r}): choose "error", "warn" or "allow"')
+        if mode not in MODES:
+            raise ValueError(f'copy_guard({mode!r}): choose "error", "warn" or "allow"{nearest(mode, MODES)}')
         if isinstance(min_bytes, bool) or not isinstance(min_bytes, int):
             raise TypeError(f"copy_guard(min_bytes={min_bytes!r}): a number of bytes, as an int")
         if min_bytes < 0:
@@ -102,6 +104,8 @@ class copy_guard(ContextDecorator):
         chosen = frozenset([kinds] if isinstance(kinds, str) else KINDS if kinds is None else kinds)
         if not chosen <= set(KINDS):
             raise ValueError(f"copy_guard(kinds={sorted(chosen - set(KINDS))}): choose from {', '.join(KINDS)}")
+        if not chosen:
+            raise ValueError('copy_guard(kinds=[]): guards nothing; leave kinds out for all, or say mode="allow"')
         self._policy = _Policy(mode, min_bytes, chosen)
         self._tokens: list[Token[_Policy | None]] = []
 
@@ -120,6 +124,11 @@ class copy_guard(ContextDecorator):
 
     def _recreate_cm(self) -> copy_guard:
         return copy_guard(self._policy.mode, min_bytes=self._policy.min_bytes, kinds=self._policy.kinds)  # type: ignore[arg-type]
+
+    def __repr__(self) -> str:
+        mode, min_bytes, kinds = self._policy
+        chosen = f", kinds={sorted(kinds)}" if kinds != set(KINDS) else ""
+        return f"copy_guard({mode!r}{f', min_bytes={min_bytes}' if min_bytes else ''}{chosen})"
 
     @eager
     def __enter__(self) -> copy_guard:
@@ -197,149 +206,10 @@ def _is_ours(filename: str) -> bool:
 # -- The trace
 
 
-class Event(NamedTuple):
-    """One conversion that was performed."""
-
-    source: str  # "numpy float64 (3,) on cpu"
-    target: str  # "torch float64 on cpu"
-    steps: tuple[Step, ...]
-    nbytes: int
-    seconds: float  # of the host; device work that nobody waits for is not in it
-    kind: str  # "h2h", "h2d+d2d" ...; "" when no byte moved
-    where: str  # file:line of the caller
-    thread: str
-    start: float = 0.0  # seconds after the trace began
-
-
-class Totals(NamedTuple):
-    conversions: int
-    shared: int  # of them, without moving a byte
-    nbytes: int
-    seconds: float
-    by_kind: dict[str, int]  # bytes
-
-
-class Trace:
-    """The conversions performed while a `trace` block was open, from every thread of this process.
-
-    ``events`` in the order in which they ended; ``totals``; ``report()`` for a person; ``save(path)`` for Perfetto.
-    It stays readable after the block.
-    """
-
-    def __init__(self) -> None:
-        self.events: list[Event] = []
-        self._began = time.perf_counter()
-
-    @property
-    def totals(self) -> Totals:
-        events = list(self.events)
-        by_kind: dict[str, int] = defaultdict(int)
-        for event in events:
-            for step in event.steps:
-                if step.kind:
-                    by_kind[step.kind] += step.nbytes
-        shared = sum(not event.nbytes for event in events)
-        seconds = sum(event.seconds for event in events)
-        return Totals(len(events), shared, sum(event.nbytes for event in events), seconds, dict(by_kind))
-
-    def report(self) -> str:
-        """A table: one row a call site and kind of crossing, most bytes first, with the reason of each copy."""
-        groups: dict[tuple[str, str], list[Event]] = defaultdict(list)
-        for event in list(self.events):
-            route = f"{event.source.split()[0]} -> {event.target.split()[0]}"
-            groups[_short(event.where), route].append(event)
-        rows = [("bytes", "calls", "ms", "where", "crossing", "because")]
-        for (where, route), events in sorted(groups.items(), key=lambda g: -sum(e.nbytes for e in g[1])):
-            reasons = {f"{step.op}: {step.why}": None for event in events for step in event.steps if step.kind}
-            seconds = sum(event.seconds for event in events)
-            rows.append(
-                (
-                    bytes_text(sum(event.nbytes for event in events)),
-                    str(len(events)),
-                    f"{seconds * 1e3:.2f}",
-                    where,
-                    route,
-                    "; ".join(reasons) or "shared",
-                )
-            )
-        widths = [max(len(row[i]) for row in rows) for i in range(5)]
-        lines = [
-            "  ".join(
-                [
-                    cell.rjust(w) if i < 3 else cell.ljust(w)
-                    for i, (cell, w) in enumerate(zip(row, widths, strict=False))
-                ]
-                + [row[5]]
-            )
-            for row in rows
-        ]
-        t = self.totals
-        kinds = ", ".join(f"{kind} {bytes_text(n)}" for kind, n in sorted(t.by_kind.items()))
-        end = (
-            f"{t.conversions} conversions, {t.shared} of them shared; {bytes_text(t.nbytes)} moved"
-            f"{f' ({kinds})' if kinds else ''} in {t.seconds * 1e3:.2f} ms."
-        )
-        note = "Conversions by tensorbridge in this process; those made by hand and in child processes are not seen."
-        return "\n".join([*lines, end, note] if len(rows) > 1 else ["No conversion was performed.", note])
-
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the events as Chrome trace JSON, which Perfetto and chrome://tracing open.
-
-        Raises
-        ------
-        OSError
-            `path` cannot be written; the events are kept.
-        """
-        import json  # only needed here
-
-        threads = {name: number for number, name in enumerate(dict.fromkeys(e.thread for e in self.events), 1)}
-        pid = os.getpid()
-        records: list[dict[str, Any]] = [
-            {"name": "thread_name", "ph": "M", "pid": pid, "tid": number, "args": {"name": name}}
-            for name, number in threads.items()
-        ]
-        for event in self.events:
-            steps = [f"{s.op} {bytes_text(s.nbytes)}: {s.why}" for s in event.steps]
-            records.append(
-                {
-                    "name": f"{event.source.split()[0]} -> {event.target.split()[0]}",
-                    "cat": event.kind or "shared",
-                    "ph": "X",
-                    "ts": event.start * 1e6,
-                    "dur": event.seconds * 1e6,
-                    "pid": pid,
-                    "tid": threads[event.thread],
-                    "args": {
-                        "source": event.source,
-                        "target": event.target,
-                        "bytes": event.nbytes,
-                        "where": event.where,
-                        "steps": steps,
-                    },
-                }
-            )
-        try:
-            with open(path, "w", encoding="utf-8") as file:
-                json.dump({"traceEvents": records, "displayTimeUnit": "ns"}, file)
-        except OSError as error:
-            text = f"the trace cannot be written ({error.strerror}); its {len(self.events)} events are kept"
-            raise OSError(error.errno, text, os.fspath(path)) from error
-
-
-def _short(where: str) -> str:
-    path, _, line = where.rpartition(":")
-    try:
-        near = os.path.relpath(path)
-    except ValueError:  # another drive
-        near = path
-    return f"{path if near.startswith('..') else near}:{line}"
-
-
 _traces: tuple[Trace, ...] = ()
 
 
-@contextmanager
-def trace() -> Iterator[Trace]:
+def trace() -> AbstractContextManager[Trace]:
     """Record every conversion that tensorbridge performs in this process while the block is open.
 
     Returns
@@ -361,6 +231,11 @@ def trace() -> Iterator[Trace]:
     >>> [(event.kind, event.nbytes) for event in seen.events]
     [('', 0), ('h2h', 24)]
     """
+    return Block(_traced, "trace")
+
+
+@contextmanager
+def _traced() -> Iterator[Trace]:
     global _traces
     seen = Trace()
     with _lock:

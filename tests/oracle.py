@@ -86,6 +86,7 @@ def expect(traits: Traits, want: Want, here: Here) -> Verdict:
     cast = target != source
 
     errors: set[type[Exception]] = set()
+    is_list, is_scalar = traits.framework.endswith(" list"), traits.framework == "python scalar"
     if want.framework != "torch" and traits.graph and not want.detach:
         errors.add(GraphError)
     if not can_become(holder, source, want.framework, target):
@@ -97,8 +98,9 @@ def expect(traits: Traits, want: Want, here: Here) -> Verdict:
     if here.forked and (traits.device != CPU or where != CPU):
         errors.add(DeviceError)
 
+    if is_scalar and casts("numpy", source, target):
+        source, cast = target, False  # a number is no memory yet: it becomes an element of the dtype asked for
     swapped = not native and (want.framework != "numpy" or want.dtype is not None)
-    is_list, is_scalar = traits.framework.endswith(" list"), traits.framework == "python scalar"
     resolves = bool(traits.lazy) and want.framework != "torch"
     fits = staying or traits.origin == "tensor" or layout_fits(traits, want.framework)
     pins = want.pin_memory and traits.pinned is not True

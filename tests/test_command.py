@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -134,6 +135,37 @@ def test_trace_of_a_missing_script_exits_2():
     done = run("trace", "no_such_script.py")
     assert done.returncode == 2
     assert "no such script" in done.stderr
+
+
+def test_trace_that_cannot_be_saved_is_said_before_the_script_runs(tmp_path):
+    script = tmp_path / "job.py"
+    script.write_text(SCRIPT)
+    path = str(tmp_path / "no_such_folder" / "trace.json")
+    done = run("trace", "--save", path, str(script))
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == f"python -m tensorbridge trace: --save {path}: No such file or directory\n"
+
+
+def test_trace_without_a_script_asks_for_the_script():
+    done = run("trace")
+    assert done.returncode == 2
+    assert done.stderr.endswith("the following arguments are required: script\n")
+
+
+def test_version_is_printed():
+    done = run("--version")
+    assert (done.returncode, done.stdout) == (0, f"tensorbridge {tb.__version__}\n")
+
+
+@pytest.mark.parametrize("command", ["info", "plan-matrix"])
+def test_reader_who_stops_early_causes_no_traceback(command):
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run(
+        [sys.executable, "-m", "tensorbridge", command], stdout=write, stderr=subprocess.PIPE, cwd=ROOT, check=False
+    )
+    os.close(write)
+    assert (done.returncode, done.stderr) == (1, b"")
 
 
 def test_demo_trains_on_shared_digits_and_counts_the_bytes():

@@ -34,6 +34,7 @@ def ops(decision: Decision) -> list[str]:
 
 
 CUPY0 = Want("cupy", CUDA0)
+INT64 = Want("torch", dtype="int64", detach=False)
 SPECIFICATION = [
     ("a plain array is shared", numpy_like(), Want("torch"), "share"),
     ("and back", torch_on(CPU), Want("numpy"), "share"),
@@ -54,6 +55,7 @@ SPECIFICATION = [
     ("a graph is left, read-only", torch_on(CPU, graph=True), Want("numpy"), "detach share protect"),
     ("writable on your word", torch_on(CPU, graph=True), Want("numpy", writable=True), "detach share"),
     ("a graph stays in torch", torch_on(CPU, graph=True), Want("torch", detach=False), "share"),
+    ("an integer has no graph", torch_on(CPU, graph=True), INT64, "detach cast share"),
     ("unless detached", torch_on(CPU, graph=True), Want("torch"), "detach share"),
     ("a lazy bit is resolved", torch_on(CPU, dtype="complex64", lazy="conj"), Want("numpy"), "resolve share"),
     ("but not inside torch", torch_on(CPU, dtype="complex64", lazy="conj"), Want("torch"), "share"),
@@ -61,6 +63,7 @@ SPECIFICATION = [
     ("a copy is one copy", numpy_like(), Want("torch", copy=True), "copy share"),
     ("packing is that copy", numpy_like(spacing="reversed"), Want("torch", copy=True), "pack share"),
     ("a number is free", Traits("python scalar", dtype="float64"), Want("torch", copy=False), "wrap share"),
+    ("of any dtype", Traits("python scalar", dtype="int64"), Want("torch", dtype="bfloat16", copy=False), "wrap share"),
     ("a list is stacked", Traits("numpy list", dtype="float64"), Want("torch"), "stack share"),
     ("a foreign array is imported", Traits("dlpack"), Want("torch"), "import share"),
     ("read-only, it is copied", Traits("dlpack", writable=False), Want("torch"), "import copy share"),
@@ -125,7 +128,7 @@ def side(device: Device) -> str:
 
 
 FREE = {"detach", "wrap", "import", "restride", "order", "share", "protect"}
-CHANGES_DTYPE = {"cast", "byteswap", "fill", "stack"}
+CHANGES_DTYPE = {"cast", "byteswap", "fill", "stack", "wrap"}
 CHANGES_FRAMEWORK = {"share", "import", "wrap", "stack", "to_host", "to_device", "fill"}
 
 
@@ -149,7 +152,7 @@ def assert_consistent(traits: Traits, want: Want, decision: Decision) -> None:
         if before.framework != after.framework:
             assert step.op in CHANGES_FRAMEWORK, f"{step.op} changes the framework"
         if before.graph != after.graph:
-            assert step.op in ("detach", "cast", "fill"), f"{step.op} cuts the graph"
+            assert step.op == "detach", f"{step.op} cuts the graph"
         assert after.framework != "torch" or (after.spacing in ("dense", "strided") and not after.dtype.startswith(">"))
         assert after.framework not in HAS or after.dtype.lstrip(">") in HAS[after.framework], (
             f"{after.framework} has no {after.dtype}"

@@ -8,6 +8,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+import tensorbridge as tb
+from tensorbridge._dtypes import DTYPES
 from tensorbridge._editing import editing
 from tensorbridge._errors import BridgeError, UnsupportedArrayError
 
@@ -84,6 +86,41 @@ def test_a_type_that_numpy_has_is_edited_as_itself(name):
         assert a.dtype == np.dtype(name)
         a[2] = 1
     assert t.tolist() == [0, 0, 1]
+
+
+@pytest.mark.filterwarnings("ignore:ComplexHalf")
+@pytest.mark.parametrize("name", [name for name, row in DTYPES.items() if row.torch])
+def test_every_type_that_to_numpy_shares_is_edited_and_no_other(name):
+    t = (
+        torch.zeros(4, dtype=torch.uint8).view(getattr(torch, name))
+        if "x2" in name
+        else torch.zeros(4).to(getattr(torch, name))
+    )
+    try:
+        dtype = tb.to_numpy(t).dtype
+    except UnsupportedArrayError:
+        with pytest.raises(UnsupportedArrayError, match=f"numpy has no {name}"):
+            editing(t)
+    else:
+        with editing(t) as a:
+            assert a.dtype == dtype
+            a.view("uint8")[:] = 1
+        assert t.view(torch.uint8).tolist() == [1] * t.nbytes
+
+
+def test_a_block_can_be_opened_again_and_in_itself():
+    t = torch.zeros(2)
+    block = editing(t)
+    for value in (1, 2):
+        with block as a:
+            a[0] = value
+    with block as a, block as b:
+        b[1] = 3
+        assert a[1] == 3
+    assert t.tolist() == [2, 3]
+    with pytest.raises(ValueError, match="read-only"):
+        a[0] = 4
+    assert repr(block) == "<editing: open it by a with block>"
 
 
 def test_a_subclass_without_own_memory_rules_is_edited_as_a_plain_array():
@@ -313,6 +350,14 @@ def fake():
         return torch.zeros(3)
 
 
+def outgrown():
+    """`resize_` has set the shape before it finds that the storage cannot grow; a write would go past its end."""
+    t = torch.from_numpy(np.ones(4, "f4"))
+    with pytest.raises(RuntimeError, match="not resizable"):
+        t.resize_(64)
+    return t
+
+
 REFUSED = {
     "sparse": (lambda: torch.eye(3).to_sparse(), "sparse", "to_dense()"),
     "sparse rows": (lambda: torch.eye(3).to_sparse_csr(), "sparse", "to_dense()"),
@@ -332,8 +377,9 @@ REFUSED = {
     "neg": (lambda: torch.zeros(3, dtype=torch.complex64).conj().imag, "negative bit", "resolve_neg()"),
     "expanded": (lambda: torch.zeros(3, 1).expand(3, 4), "one write", "t.contiguous()"),
     "sliding": (lambda: torch.zeros(9).unfold(0, 3, 1), "one write", "t.contiguous()"),
-    "complex32": (lambda: torch.empty(3, dtype=torch.complex32), "NumPy has no complex32", "torch.complex64"),
-    "float4": (lambda: torch.empty(3, dtype=torch.float4_e2m1fn_x2), "NumPy has no float4", "torch.uint8"),
+    "float4": (lambda: torch.empty(3, dtype=torch.float4_e2m1fn_x2), "numpy has no float4", "x.view(torch.uint8)"),
+    "outgrown": (outgrown, "it needs 256 B and its storage holds 16 B", "Edit what is there, torch.empty(0"),
+    "65 axes": (lambda: torch.zeros((1,) * 65), "at most 64 axes", "x.flatten()"),
     "uninitialized": (lambda: torch.nn.LazyLinear(3).weight, "not initialized", "forward"),
     "an array": (lambda: np.zeros(3), "torch.Tensor", "numpy.ndarray"),
 }
@@ -356,7 +402,9 @@ def test_a_real_tensor_that_a_fake_mode_answers_for_is_refused():
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     t = torch.zeros(3)
-    with FakeTensorMode(allow_non_fake_inputs=True), pytest.raises(UnsupportedArrayError, match="no data"):
+    with FakeTensorMode(allow_non_fake_inputs=True), pytest.raises(UnsupportedArrayError, match="FakeTensorMode"):
+        editing(t)
+    with FakeTensorMode(), pytest.raises(UnsupportedArrayError, match="FakeTensorMode"):
         editing(t)
 
 

@@ -225,7 +225,7 @@ class Sample:
 )
 def test_a_container_does_not_become_an_array_of_something_else(container):
     for convert in (tb.to_numpy, tb.to_torch):
-        with pytest.raises(tb.UnsupportedArrayError, match=r"Use tensorbridge\.tree"):
+        with pytest.raises(tb.UnsupportedArrayError, match=r"tensorbridge\.tree\.to_numpy"):
             convert(container)
 
 
@@ -282,3 +282,37 @@ def test_no_grad_does_not_make_a_tensor_writable():
         assert t.numpy().flags.writeable  # torch's own way out
         assert not tb.to_numpy(t).flags.writeable
         assert address(tb.to_numpy(t)) == t.data_ptr()
+
+
+# -- The graph of a tensor that stays in torch
+
+
+@pytest.mark.parametrize("dtype", ["int64", "bool", "uint8"])
+def test_a_dtype_without_gradients_ends_the_graph_and_the_plan_says_so(dtype):
+    t = torch.ones(3, requires_grad=True) * 2
+    detach, cast, _ = tb.plan(t, "torch", dtype=dtype).steps
+    assert (detach.op, detach.why) == (
+        "detach",
+        f"{dtype} has no gradients, so it ends the autograd graph (MulBackward0)",
+    )
+    assert not detach.after.graph
+    assert cast.op == "cast"
+    result = tb.to_torch(t, dtype=dtype)
+    assert not result.requires_grad
+    assert t.requires_grad
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float64", "complex64"])
+def test_a_dtype_with_gradients_keeps_the_graph(dtype):
+    t = torch.ones(3, requires_grad=True)
+    assert [step.op for step in tb.plan(t, "torch", dtype=dtype).steps] == ["cast", "share"]
+    tb.to_torch(t, dtype=dtype).abs().sum().backward()
+    assert t.grad.tolist() == [1, 1, 1]
+
+
+def test_filling_integers_from_a_graph_leaves_it_and_filling_floats_carries_it_on():
+    t = torch.ones(3, requires_grad=True)
+    for dtype, kept in ((torch.int64, False), (torch.float64, True)):
+        out = torch.zeros(3, dtype=dtype)
+        assert tb.plan(t, "torch", out=out).target.graph == kept
+        assert tb.to_torch(t, out=out).requires_grad == kept

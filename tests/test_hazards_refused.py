@@ -156,6 +156,33 @@ def test_the_largest_numbers_that_fit_do():
         assert tb.to_torch(number).tolist() == tb.to_numpy(number).tolist() == number
 
 
+@pytest.mark.parametrize("number", [2**63, [2**64 - 1, 0, True]], ids=str)
+def test_a_number_that_fits_the_dtype_asked_for_is_taken(number):
+    whole = np.array(number, dtype="uint64").tolist()
+    assert tb.to_numpy(number, dtype="uint64").tolist() == tb.to_torch(number, dtype=np.uint64).tolist() == whole
+    out = np.zeros(np.shape(number), "uint64")
+    assert tb.to_numpy(number, out=out).tolist() == whole
+
+
+@pytest.mark.parametrize("number", [2**64, -(2**63) - 1, [-1, 2**63], [0.5, 2**63]], ids=str)
+def test_a_number_that_does_not_fit_the_dtype_asked_for_either_is_refused(number):
+    with pytest.raises(tb.UnsupportedArrayError, match="does not fit"):
+        tb.to_torch(number, dtype="uint64")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float8_e5m2", "int8", "complex64"])
+def test_a_number_is_free_in_every_dtype(dtype):
+    for number in (3, 3.0, np.float64(3), np.int8(3)):
+        with tb.copy_guard("error"):
+            t, a = tb.to_torch(number, dtype=dtype, copy=False), tb.to_numpy(number, dtype=dtype, copy=False)
+        assert (str(t.dtype), str(a.dtype), a.item()) == (f"torch.{dtype}", dtype, 3)
+        assert t.to(torch.complex64).item() == 3
+
+
+def test_a_number_beyond_its_dtype_wraps_as_an_array_would():
+    assert tb.to_numpy(300, dtype="uint8", copy=False) == tb.to_numpy(np.array(300), dtype="uint8") == 44
+
+
 # -- Objects without DLPack; lists
 
 

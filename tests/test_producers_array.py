@@ -257,7 +257,9 @@ def test_a_set_has_no_order_in_which_it_could_become_an_array(make):
         tb.to_torch(make())
 
 
-@pytest.mark.parametrize("x", [None, object(), np.ndarray, Ellipsis, (1).__add__, "text"], ids=repr)
+@pytest.mark.parametrize(
+    "x", [None, object(), np.ndarray, Ellipsis, (1).__add__, "text"], ids=lambda x: type(x).__name__
+)
 def test_what_is_no_array_at_all_is_refused(x):
     with pytest.raises(tb.UnsupportedArrayError, match=r"^to_numpy: "):
         tb.to_numpy(x)

@@ -83,7 +83,7 @@ def test_kinds_select_the_moves_that_count(reversed_array):
         tb.to_torch(reversed_array)
 
 
-@pytest.mark.parametrize("options", [{"min_bytes": -1}, {"kinds": ["up"]}])
+@pytest.mark.parametrize("options", [{"min_bytes": -1}, {"kinds": ["up"]}, {"kinds": []}])
 def test_senseless_guard_is_refused_at_once(options):
     with pytest.raises(ValueError, match="copy_guard"):
         tb.copy_guard("error", **options)
@@ -94,6 +94,32 @@ def test_unknown_mode_is_refused_at_once():
         tb.copy_guard("strict")
     with pytest.raises(TypeError, match="as an int"):
         tb.copy_guard("error", min_bytes=1.5)
+    with pytest.raises(ValueError, match="did you mean 'error'"):
+        tb.copy_guard("errors")
+    with pytest.raises(ValueError, match="guards nothing; leave kinds out for all"):
+        tb.copy_guard("error", kinds=())
+
+
+def test_guards_and_traces_say_what_they_are(reversed_array):
+    assert repr(tb.copy_guard("error")) == "copy_guard('error')"
+    guard = tb.copy_guard("warn", min_bytes=3, kinds=["h2d", "d2h"])
+    assert repr(guard) == "copy_guard('warn', min_bytes=3, kinds=['d2h', 'h2d'])"
+    with tb.trace() as seen:
+        tb.to_torch(reversed_array)
+        tb.to_numpy(1.0)
+    assert repr(seen) == "<Trace: 2 conversions, 1 of them shared, 48 B moved>"
+    assert repr(tb.trace()) == "<trace: open it by a with block>"
+
+
+def test_a_trace_can_be_opened_again_and_begins_anew():
+    block = tb.trace()
+    for _ in range(2):
+        with block as seen:
+            tb.to_numpy(1.0)
+        assert len(seen.events) == 1
+    with block as outer, block as inner:
+        tb.to_numpy(1.0)
+    assert len(outer.events) == len(inner.events) == 1
 
 
 def test_guard_decorates_a_function(reversed_array):

@@ -106,7 +106,7 @@ def _asked(call: Callable[[], Any], x: Any, what: str) -> Any:
     except TypeError as error:
         text = f"{type(x).__name__} refuses to export {what}: {error}\n{_columns.cure(x)}"
         raise UnsupportedArrayError(text) from error
-    except Exception as error:
+    except Exception as error:  # foreign code may raise anything, and whose failure it was must be told from ours
         raise ProducerError(f"{type(x).__name__} failed to export {what}: {type(error).__name__}: {error}") from error
 
 
@@ -124,7 +124,8 @@ def _by_dlpack(x: Any, want: Want) -> Any:
         return _dlpack.host_array(x, capsule)
     if kind not in _dlpack.CUDA:
         raise DeviceError(
-            f"{type(x).__name__} lies on a device of DLPack type {kind}; only the host and CUDA are known here."
+            f"{type(x).__name__} lies on a device of DLPack type {kind}; only the host and CUDA are known here.\n"
+            "Copy it to the host with its own library first."
         )
     reader = want.framework if want.framework != "numpy" else "torch" if "torch" in sys.modules else "cupy"
     number = _stream(type(x).__name__, reader, index)

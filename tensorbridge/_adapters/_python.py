@@ -10,14 +10,14 @@ import numpy as np
 
 from tensorbridge import _dtypes
 from tensorbridge._adapters import _SCALARS, _numpy, adapter_of
-from tensorbridge._array import CPU, ArrayInfo, Traits, shape_text, size_class
+from tensorbridge._array import CPU, MOST_AXES, ArrayInfo, Traits, shape_text, size_class
 from tensorbridge._errors import UnsupportedArrayError
 from tensorbridge._refuse import Obstacle
 from tensorbridge._step import Step, Want
 
 _NUMBERS = {bool: "bool", int: "int64", float: "float64", complex: "complex128"}
 _INT64 = range(-(2**63), 2**63)
-_MAX_AXES = 64
+_UINT64 = range(2**64)
 
 
 class Parts(NamedTuple):
@@ -37,25 +37,27 @@ class Parts(NamedTuple):
 
 def open(x: Any, want: Want) -> tuple[Any, Traits]:
     if not isinstance(x, (list, tuple)):
-        return x, _scalar(x)
+        return x, _scalar(x, want)
     if hasattr(x, "_fields"):
         raise Obstacle("container", f"namedtuple {type(x).__name__}")
     outer = _outer_shape(x)
     leaves = list(_leaves(x, len(outer)))
     kinds = set(map(type, leaves))
     if all(issubclass(kind, _SCALARS) and not issubclass(kind, (str, bytes)) for kind in kinds):
-        dtype = _number_dtype(leaves, kinds)
+        dtype = _number_dtype(leaves, kinds, want)
         parts = Parts(outer, outer, None, x)
         size = size_class(math.prod(outer) * _dtypes.DTYPES[dtype].itemsize)
         return parts, Traits("numpy list", dtype=dtype, size=size)
     return _arrays(outer, leaves, want)
 
 
-def _scalar(x: Any) -> Traits:
+def _scalar(x: Any, want: Want) -> Traits:
     if isinstance(x, np.generic):
         found = _numpy.traits(np.asarray(x))
         return Traits("python scalar", dtype=found.dtype.lstrip(">"))
     if isinstance(x, int) and int(x) not in _INT64:
+        if want.dtype == "uint64" and int(x) in _UINT64:
+            return Traits("python scalar", dtype="uint64")
         raise Obstacle("big integer", f"Python int of {x.bit_length()} bits")
     return Traits("python scalar", dtype=next(name for cls, name in _NUMBERS.items() if isinstance(x, cls)))
 
@@ -87,9 +89,9 @@ def _is_list(x: Any) -> bool:
 
 
 def _check_axes(count: int) -> None:
-    if count > _MAX_AXES:
+    if count > MOST_AXES:
         raise UnsupportedArrayError(
-            f"a list that becomes one array of {count} axes or more: NumPy has at most {_MAX_AXES}.\n"
+            f"a list that becomes one array of {count} axes or more: NumPy has at most {MOST_AXES}.\n"
             "Flatten its parts first."
         )
 
@@ -102,10 +104,12 @@ def _leaves(x: Any, depth: int) -> Iterator[Any]:
             yield from _leaves(part, depth - 1)
 
 
-def _number_dtype(leaves: list[Any], kinds: set[type]) -> str:
+def _number_dtype(leaves: list[Any], kinds: set[type], want: Want) -> str:
     own = [_NUMBERS[kind] for kind in kinds if kind in _NUMBERS]
     foreign = {np.asarray(x).dtype for x in leaves if type(x) not in _NUMBERS} if len(own) < len(kinds) else set()
     if int in kinds and any(type(x) is int and x not in _INT64 for x in leaves):
+        if want.dtype == "uint64" and all(type(x) in (int, bool) and x in _UINT64 for x in leaves):
+            return "uint64"
         raise Obstacle("big integer", f"list of {len(leaves)} numbers")
     dtypes = [*map(np.dtype, own), *foreign]
     name = _dtypes.of_numpy(np.result_type(*dtypes)) if dtypes else "float64"
@@ -117,16 +121,18 @@ def _number_dtype(leaves: list[Any], kinds: set[type]) -> str:
 def _arrays(outer: tuple[int, ...], leaves: list[Any], want: Want) -> tuple[Parts, Traits]:
     what = f"list of {len(leaves)}"
     opened = []
-    for leaf in leaves:
-        adapter = adapter_of(type(leaf))
+    for place, leaf in enumerate(leaves):
         try:
+            if leaf is None:
+                raise Obstacle("missing number", "None")
+            adapter = adapter_of(type(leaf))
             handle, found = adapter.open(leaf, want._replace(copy=None))
         except Obstacle as obstacle:
-            obstacle.what = f"{what}: {obstacle.what}"
+            obstacle.what = f"{what}, item {_index(place, outer)}: {obstacle.what}"
             raise
-        if found.framework == "python scalar":
-            raise Obstacle("mixed list", what, "it holds both numbers and arrays")
         opened.append((handle, found, adapter.describe(handle, found)))
+    if any(found.framework == "python scalar" for _, found, _ in opened):
+        raise Obstacle("mixed list", what, "it holds both numbers and arrays")
     shapes = {info.shape for _, _, info in opened}
     if len(shapes) > 1:
         raise _ragged(leaves, map(shape_text, sorted(shapes)))
@@ -150,9 +156,18 @@ def _arrays(outer: tuple[int, ...], leaves: list[Any], want: Want) -> tuple[Part
         dtype,
         "C" if all(t.order == "C" for _, t, _ in opened) else "K",  # else the framework's choice
         graph=any(t.graph for _, t, _ in opened),
-        size=size_class(math.prod(shape) * _dtypes.DTYPES[dtype].itemsize) if dtype in _dtypes.DTYPES else "small",
+        size=size_class(math.prod(shape) * _dtypes.DTYPES[dtype].itemsize, len(shape)),
     )
     return Parts(shape, outer, [handle for handle, _, _ in opened], ()), found
+
+
+def _index(place: int, outer: tuple[int, ...]) -> str:
+    """Where a leaf is, as one would index it: ``[0][2]``."""
+    path = []
+    for length in reversed(outer):
+        place, here = divmod(place, length)
+        path.append(f"[{here}]")
+    return "".join(reversed(path))
 
 
 def _ragged(parts: Sequence[Any], shapes: Any) -> Obstacle:
@@ -187,5 +202,5 @@ def describe(handle: Any, traits: Traits) -> ArrayInfo:
 
 
 def performer(step: Step, before: Traits, want: Want) -> Callable[[Any], Any]:
-    dtype = _dtypes.DTYPES[before.dtype].numpy
-    return lambda x: np.array(x, dtype=dtype)
+    dtype, wanted = _dtypes.DTYPES[before.dtype].numpy, _dtypes.DTYPES[step.after.dtype].numpy
+    return lambda x: np.array(x, dtype=dtype).astype(wanted, copy=False)

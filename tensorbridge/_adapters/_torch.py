@@ -15,10 +15,11 @@ from tensorbridge import _dtypes, _engine, _streams
 from tensorbridge._adapters import _numpy, _torch_cuda
 from tensorbridge._array import CPU, ArrayInfo, Device, Layout, Traits, layout, order_text, shape_text, size_class
 from tensorbridge._refuse import Obstacle
-from tensorbridge._step import Op, Step, Want
+from tensorbridge._step import Op, Step, Want, bytes_text
 
 DENSE = Layout()
 _functorch: Any = torch._C._functorch
+_modes, _FAKE = torch._C._len_torch_dispatch_stack, torch._C._TorchDispatchModeKey.FAKE
 _devices: dict[torch.device, Device] = {}
 _DTYPE: dict[str, Any] = {
     name: getattr(torch, row.torch) for name, row in _dtypes.DTYPES.items() if row.torch and hasattr(torch, row.torch)
@@ -50,6 +51,8 @@ def traits(t: Tensor, *, ask_pinned: bool = False) -> Traits:
         lay = DENSE
     else:
         lay = layout(tuple(t.shape), tuple([s * itemsize for s in t.stride()]), itemsize)
+    if count:
+        _check_storage(t, count if lay is DENSE else _span(t), itemsize)
     lazy = "zero" if t._is_zerotensor() else " ".join(["conj"] * t.is_conj() + ["neg"] * t.is_neg())
     return Traits(
         "torch",
@@ -64,8 +67,25 @@ def traits(t: Tensor, *, ask_pinned: bool = False) -> Traits:
         t.requires_grad or _has_tangent(t),
         lazy,
         (t.is_pinned() if device == CPU else False) if ask_pinned else None,
-        size_class(count * itemsize),
+        size_class(count * itemsize, t.dim()),
     )
+
+
+def _span(t: Tensor) -> int:
+    """How many elements lie between the first and the last, both included."""
+    return 1 + sum([(n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True)])
+
+
+def _check_storage(t: Tensor, span: int, itemsize: int) -> None:
+    """A tensor may claim more than it has, and torch reads on: a failed `resize_` has set the shape already."""
+    needs, holds = int(t.storage_offset() + span) * itemsize, int(t.untyped_storage().nbytes())
+    if needs > holds and not t._is_zerotensor():
+        raise Obstacle(
+            "short storage",
+            f"{_kind(t, '')} {_NAME[t.dtype]} {shape_text(tuple(t.shape))}",
+            f"it needs {bytes_text(needs)} and its storage holds {bytes_text(holds)} "
+            "(a resize_ that failed leaves it so, or a storage that was freed)",
+        )
 
 
 def _has_tangent(t: Tensor) -> bool:
@@ -77,6 +97,10 @@ def device_of(t: Tensor) -> Device:
     device = t.device
     found = _devices.get(device)
     if found is None:
+        if device.type not in ("cpu", "cuda"):
+            raise Obstacle(
+                "elsewhere", f"{_kind(t, '')} {_dtypes.of_torch(t.dtype)} {shape_text(tuple(t.shape))} on {device}"
+            )
         found = _devices[device] = CPU if device.type == "cpu" else Device(str(device))
     return found
 
@@ -99,16 +123,21 @@ def refuse(t: Tensor) -> None:
             name = "quantized"
         elif torch._is_functional_tensor(t):
             name = "functional"
+        elif _modes() and torch._C._get_dispatch_mode(_FAKE) is not None:
+            name = "fake mode"
         elif t.dtype not in _NAME:
             name = "unknown dtype"
     if name:
-        shape = "" if name == "nested" else " " + shape_text(tuple(t.shape))
-        kind = type(t).__name__ if type(t) not in (torch.Tensor, torch.nn.Parameter) else f"torch {_kind(t, name)}"
-        raise Obstacle(name, f"{kind} {_dtypes.of_torch(t.dtype)}{shape}")
+        shape = "" if name in ("nested", "uninitialized") else " " + shape_text(tuple(t.shape))
+        raise Obstacle(name, f"{_kind(t, name)} {_dtypes.of_torch(t.dtype)}{shape}")
 
 
 def _kind(t: Tensor, name: str) -> str:
-    return str(t.layout).removeprefix("torch.") if name == "sparse" else name
+    if type(t) not in (torch.Tensor, torch.nn.Parameter):
+        return type(t).__name__
+    if name == "sparse":
+        name = str(t.layout).removeprefix("torch.")
+    return "torch" if name in ("", "fake mode") else f"torch {name}"
 
 
 def _subclass_obstacle(t: Tensor) -> str:
@@ -117,6 +146,7 @@ def _subclass_obstacle(t: Tensor) -> str:
         ("torch._subclasses.functional_tensor", "FunctionalTensor", "functional"),
         ("torch.distributed.tensor", "DTensor", "distributed"),
         ("torch.masked.maskedtensor.core", "MaskedTensor", "masked"),
+        ("torch.nn.parameter", "UninitializedTensorMixin", "uninitialized"),
     ):
         cls = getattr(sys.modules.get(module), attribute, None)
         if cls is not None and isinstance(t, cls):
