@@ -160,7 +160,11 @@ def _memory_of(leaf: Leaf, key: Any) -> Any:
     if key is not None and traits.framework == "torch":
         node = id(x.grad_fn) if traits.graph and x.grad_fn is not None else 0
         return (traits.device, x.data_ptr(), traits.dtype, x.shape, None, True, traits.graph, "", node)
-    info = leaf.info
+    return identity(leaf.info, x)
+
+
+def identity(info: ArrayInfo, x: Any) -> Any:
+    """What makes two arrays the same memory; None where no address is known."""
     if not (info.address and info.nbytes):
         return None
     node = id(x.grad_fn) if info.grad_fn else 0

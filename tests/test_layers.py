@@ -32,6 +32,7 @@ LAYERS = [
     {"_tables", "_pack", "_tree_lanes"},
     {"_containers"},
     {"_leaf", "_collate"},
+    {"_fill"},
     {"_leaves"},
     {"_tree", "_prefetch"},
     {"tree"},

@@ -7,6 +7,7 @@ import collections
 import dataclasses
 import functools
 import gc
+import pickle
 import threading
 import time
 import types
@@ -692,35 +693,44 @@ def test_wrong_options_are_errors_before_anything_happens(to, options, error, a)
         to({"x": a}, **options)
 
 
+def test_errors_of_options_speak_of_the_function_for_trees(a):
+    for call, text in {
+        lambda: tree.to_torch([a], typo=1): r"^tree\.to_torch\(\) got an unexpected keyword argument 'typo'",
+        lambda: tree.to_torch([a], copy=1): r"^tree\.to_torch\(copy=1\): copy is True, False or None",
+        lambda: tree.to_numpy([a], writable=1): r"^tree\.to_numpy\(writable=1\)",
+        lambda: tree.to_torch([a], pack=1): r"^tree\.to_torch\(pack=1\): pack is True or False",
+        lambda: tree.plan([a], "torch", pack=1): r"^tree\.to_torch\(pack=1\): pack is True or False",
+        lambda: tree.plan([a], "cupy", share_readonly=1): r"^tree\.to_cupy\(share_readonly=1\)",
+        lambda: tree.plan([a], "jax"): r'^tree\.plan\(to=\'jax\'\): choose "numpy"',
+    }.items():
+        with pytest.raises((TypeError, ValueError), match=text):
+            call()
+
+
+def test_plan_names_the_option_that_was_meant_and_all_there_are(a):
+    with pytest.raises(TypeError) as error:
+        tree.plan([a], "torch", pac=False)
+    assert str(error.value) == (
+        "tree.plan(to='torch'): tree.to_torch has no option 'pac' (did you mean 'pack'?); it has device, dtype, copy, "
+        "share_readonly, detach, pin_memory, non_blocking, out, pack"
+    )
+    with pytest.raises(
+        TypeError, match=r"^plan\(to='numpy'\): to_numpy has no option 'writeable' \(did you mean 'writ"
+    ):
+        tb.plan(a, "numpy", writeable=True)
+
+
+@pytest.mark.parametrize("name", ["plan", "to_cupy", "to_numpy", "to_torch"])
+def test_functions_of_trees_can_be_pickled(name):
+    """A DataLoader that spawns its workers pickles what they call."""
+    assert pickle.loads(pickle.dumps(getattr(tree, name))) is getattr(tree, name)
+
+
 def test_missing_device_names_the_leaf(a):
     if torch.cuda.is_available():
         return
     with pytest.raises(tb.DeviceError, match=r"^batch\['x'\]: .*cuda:0 does not exist"):
         tree.to_torch({"x": a}, device="cuda:0")
-
-
-@pytest.mark.parametrize("to", ["torch", "numpy"])
-def test_out_is_filled_and_returned(to, a):
-    make = {"torch": lambda: torch.zeros(2, 3), "numpy": lambda: np.zeros((2, 3), "f4")}[to]
-    out = {"x": make(), "l": [make()]}
-    result = getattr(tree, f"to_{to}")({"x": a, "l": [a[::-1]]}, out=out)
-    assert result is out
-    assert np.array_equal(numbers(out["x"]), numbers(a))
-    assert np.array_equal(numbers(out["l"][0]), numbers(a[::-1]))
-
-
-@pytest.mark.parametrize(
-    ("out", "text"),
-    [
-        ({"y": torch.zeros(2, 3)}, r"another tree: it has batch\['y'\]"),
-        ({}, r"another tree: it lacks batch\['x'\]"),
-        ({"x": torch.zeros(3)}, r"^batch\['x'\]: .*out has shape"),
-        ({"x": np.zeros((2, 3))}, "not an array of torch"),
-    ],
-)
-def test_out_that_does_not_fit_is_refused(out, text, a):
-    with pytest.raises((ValueError, TypeError), match=text):
-        tree.to_torch({"x": a}, out=out)
 
 
 # -- The plan, the trace, the guard
@@ -762,12 +772,6 @@ def test_plan_reads_as_a_table(a):
         "  share   0 B   torch.from_numpy: the same memory",
         "1 x the same memory as another: batch['y'][1] is batch['x']",
     ]
-
-
-def test_plan_of_a_fill_says_so(a):
-    plan = tree.plan({"x": a}, "torch", out={"x": torch.zeros(2, 3)})
-    assert [step.op for step in plan.leaves[0].plan.steps] == ["fill"]
-    assert plan.bytes_moved == 24
 
 
 @pytest.mark.parametrize(
