@@ -29,9 +29,8 @@ NAMED = (BridgeError, ValueError, TypeError)
 
 def name(error: Exception, flat: Flat, place: int) -> None:
     """Let an error begin with the leaf that it is about."""
-    path = flat.path(place)
-    if path != "batch" and len(error.args) == 1:
-        error.args = (f"{path}: {error}",)
+    if len(error.args) == 1:
+        error.args = (f"{flat.path(place)}: {error}",)
 
 
 class Kind(NamedTuple):

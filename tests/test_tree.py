@@ -603,9 +603,14 @@ def test_error_names_the_leaf(path, a):
     assert str(planned.value) == str(refused.value)
 
 
-def test_error_of_an_array_alone_is_the_one_it_gives_alone(a):
-    with pytest.raises(tb.CopyRequiredError, match=r"^to_torch\(copy=False\)"):
-        tree.to_torch(a[::-1], copy=False)
+def test_error_names_the_batch_where_that_is_the_leaf(a):
+    for call in (
+        lambda x: tree.to_torch(x),
+        lambda x: tree.plan(x, "torch"),
+        lambda x: tree.to_torch(x, out=torch.zeros(1)),
+    ):
+        with pytest.raises(tb.UnsupportedArrayError, match=r"^batch: to_torch.*: numpy <U4 \(1,\)"):
+            call(np.array(["text"]))
 
 
 def test_what_cannot_be_converted_is_refused_before_anything_moves(a):
