@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from numbers import Number
+from os import PathLike
+from types import FunctionType
 from typing import Any, Literal, NamedTuple
 
-from tensorbridge import _eager, _options
+from tensorbridge import _containers, _eager, _options
 from tensorbridge._array import ArrayInfo, Traits
-from tensorbridge._containers import flatten
+from tensorbridge._containers import OTHER, flatten, is_array
 from tensorbridge._fill import checked
 from tensorbridge._leaf import decided
 from tensorbridge._leaves import blocks_of, check_pack, converted, outside, plan_of
@@ -199,6 +202,13 @@ class LeafPlan(NamedTuple):
     same_as: str = ""  # the path of an array that is the same memory: converted once, there
 
 
+class LeftPart(NamedTuple):
+    """An object that may hold arrays, and is left as it is: it is no container that is known here."""
+
+    path: str
+    type: str
+
+
 class TreePlan(NamedTuple):
     """What the conversion of a tree does, decided before it is done. `str` is a table for a person."""
 
@@ -208,6 +218,7 @@ class TreePlan(NamedTuple):
     zero_copy: bool
     bytes_moved: int
     blocking: bool
+    left: tuple[LeftPart, ...] = ()
 
     def __str__(self) -> str:
         own = [leaf for leaf in self.leaves if not leaf.same_as]
@@ -228,6 +239,8 @@ class TreePlan(NamedTuple):
         twice = [f"{leaf.path} is {leaf.same_as}" for leaf in self.leaves if leaf.same_as]
         if twice:
             lines.append(f"{len(twice)} x the same memory as another: {_some(twice)}")
+        if self.left:
+            lines.append(f"{len(self.left)} x left as it is: {_some([f'{x.path} ({x.type})' for x in self.left])}")
         return "\n".join(lines)
 
 
@@ -254,7 +267,8 @@ def plan(tree: Any, to: Literal["numpy", "torch", "cupy"], *, pack: bool = True,
     -------
     TreePlan
         ``leaves`` (path, plan, same_as), ``blocks`` (what crosses the bus together), ``zero_copy``, ``bytes_moved``,
-        ``blocking``; ``str(plan)`` is a table.
+        ``blocking``, ``left`` (objects that may hold arrays, such as modules and generators, and are no containers
+        that are known here); ``str(plan)`` is a table.
 
     Raises
     ------
@@ -295,13 +309,26 @@ def plan(tree: Any, to: Literal["numpy", "torch", "cupy"], *, pack: bool = True,
     plans = {leaf.place: plan_of(leaf, None) for leaf in alone}
     plans |= {leaves[i].place: plan_of(leaves[i], block) for block in blocks for i in block.members}
     found = [LeafPlan(paths[i], plans[same.get(i, i)], paths[same[i]] if i in same else "") for i in range(len(paths))]
-    return _tree_plan(to, found, blocks)
-
-
-def _tree_plan(to: str, leaves: list[LeafPlan], blocks: Sequence[Block]) -> TreePlan:
-    own = [leaf.plan for leaf in leaves if not leaf.same_as]
+    own = [leaf.plan for leaf in found if not leaf.same_as]
     moved = sum(made.bytes_moved for made in own)
-    return TreePlan(to, tuple(leaves), tuple(blocks), moved == 0, moved, any(made.blocking for made in own))
+    blocking = any(made.blocking for made in own)
+    return TreePlan(to, tuple(found), tuple(blocks), moved == 0, moved, blocking, _left(tree))
+
+
+def _left(tree: Any) -> tuple[LeftPart, ...]:
+    flat = flatten(tree, everything=True)
+    others = [i for i, x in enumerate(flat.leaves) if not is_array(x) and _may_hold_arrays(x)]
+    paths = flat.paths() if others else []
+    return tuple(LeftPart(paths[i], type(flat.leaves[i]).__name__) for i in others)
+
+
+def _may_hold_arrays(x: Any) -> bool:
+    """In its attributes, or coming out of it one by one: a module, a generator. Numbers, text and shapes cannot."""
+    if _containers._exact.get(type(x)) is OTHER or isinstance(x, (*_containers._KEPT, Number, PathLike, FunctionType)):
+        return False
+    if isinstance(x, (set, frozenset)):
+        return any(is_array(element) or _may_hold_arrays(element) for element in x)
+    return any(hasattr(x, name) for name in ("__dict__", "__slots__", "__iter__"))
 
 
 _FUNCTIONS: dict[str, Callable[..., Any]] = {"numpy": to_numpy, "torch": to_torch, "cupy": to_cupy}

@@ -5,8 +5,12 @@ from __future__ import annotations
 import array
 import collections
 import dataclasses
+import datetime
+import decimal
+import enum
 import functools
 import gc
+import pathlib
 import pickle
 import threading
 import time
@@ -294,6 +298,10 @@ def test_mapping_that_cannot_be_built_is_refused_by_name_and_left_alone(a):
 # -- What is not an array
 
 
+class Colour(enum.Enum):
+    RED = 1
+
+
 class Opaque:
     def __init__(self, array: Any) -> None:
         self.array = array
@@ -322,6 +330,12 @@ KEPT: dict[str, Any] = {
     "object": Opaque(np.zeros(3)),
     "module": torch.nn.Linear(1, 1),
     "struct": time.gmtime(0),
+    "date": datetime.datetime(2026, 1, 1),
+    "path": pathlib.Path("x"),
+    "decimal": decimal.Decimal(1),
+    "frozen set": frozenset("ab"),
+    "enum": Colour.RED,
+    "method": "text".upper,
     "dataclass type": Plain,
 }
 
@@ -777,6 +791,45 @@ def test_plan_reads_as_a_table(a):
         "  share   0 B   torch.from_numpy: the same memory",
         "1 x the same memory as another: batch['y'][1] is batch['x']",
     ]
+
+
+def test_plan_names_objects_that_may_hold_arrays_and_are_left_as_they_are(a):
+    source = {
+        "space": types.SimpleNamespace(x=a),
+        "net": [torch.nn.Linear(1, 1), Opaque(a)],
+        "lazy": (x for x in [a]),
+        "values": {"x": a}.values(),
+        "set": {torch.zeros(1)},
+        "x": a,
+    }
+    plan = tree.plan(source, "torch")
+    assert [left.path for left in plan.left] == [
+        "batch['space']",
+        "batch['lazy']",
+        "batch['values']",
+        "batch['set']",
+        "batch['net'][0]",
+        "batch['net'][1]",
+    ]
+    assert str(plan).splitlines()[-1] == (
+        "6 x left as it is: batch['space'] (SimpleNamespace), batch['lazy'] (generator), batch['values'] (dict_values) "
+        "and 3 more"
+    )
+    assert tree.to_torch(source)["space"] is source["space"]
+    assert str(tree.plan(torch.nn.Linear(1, 1), "numpy")).endswith("1 x left as it is: batch (Linear)")
+
+
+ORDINARY = [name for name in KEPT if name not in ("object", "module")]
+
+
+@pytest.mark.parametrize("name", ORDINARY)
+def test_plan_says_nothing_of_ordinary_values(name, a):
+    assert tree.plan({"a": a, "x": KEPT[name]}, "torch").left == ()
+
+
+def test_plan_of_a_fill_names_what_is_left(a):
+    source = {"x": a, "space": types.SimpleNamespace(x=a)}
+    assert [left.type for left in tree.plan(source, "numpy", out={"x": np.zeros((2, 3))}).left] == ["SimpleNamespace"]
 
 
 @pytest.mark.parametrize(
