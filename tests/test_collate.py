@@ -189,7 +189,7 @@ def run_until_it_fails(loader: Any) -> None:
         for worker, queue in zip(getattr(batches, "_workers", ()), getattr(batches, "_index_queues", ()), strict=True):
             batches._workers_done_event.set()
             queue.put(None)
-            worker.join()
+            worker.join(10)  # if it does not end, the loader ends it
 
 
 class Digits(Dataset):  # type: ignore[type-arg]

@@ -34,6 +34,7 @@ LAYERS = [
     {"_leaf", "_collate"},
     {"_fill"},
     {"_leaves"},
+    {"_prefetch_roads"},
     {"_tree", "_prefetch"},
     {"tree"},
     {"_async", "_matrix"},

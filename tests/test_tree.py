@@ -912,4 +912,4 @@ def test_npz_file_is_a_table(tmp_path, a):
 
 def test_module_is_public():
     assert tb.tree is tree
-    assert set(tree.__all__) == {"LeafPlan", "TreePlan", "plan", "to_cupy", "to_numpy", "to_torch"}
+    assert set(tree.__all__) == {"LeafPlan", "LeftPart", "TreePlan", "plan", "to_cupy", "to_numpy", "to_torch"}
