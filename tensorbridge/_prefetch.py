@@ -17,7 +17,7 @@ import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from contextvars import copy_context
 from types import TracebackType
@@ -105,8 +105,8 @@ def prefetch(
 
 
 def _iterator(batches: Any) -> Iterator[Any]:
-    """Of what yields batches. One batch can be iterated too, but yields its keys, its columns or its letters."""
-    if isinstance(batches, (Mapping, str, bytes)) or _tables.opener(batches) is not None:
+    """Of what yields batches; a batch itself can often be iterated too."""
+    if _tables.is_one_batch(batches):
         text = f"prefetch: batches is {type(batches).__name__}, which is no sequence of batches"
         raise TypeError(f"{text}: iterating it gives its keys or parts; give a list, [batch], or its values")
     try:
