@@ -16,7 +16,7 @@ ROOT = Path(tensorbridge.__file__).parent
 
 # From the ground up. A module imports modules of the rows below its own, and none of its own row.
 LAYERS = [
-    {"_array", "_errors", "_eager", "_roads", "_svg"},
+    {"_array", "_errors", "_eager", "_rebuild", "_roads", "_svg"},
     {"_dtypes", "_streams", "_editing"},
     {"_step", "_engine", "_lease", "_picture"},
     {"_refuse", "_staging", "_graph", "_words", "_watch"},

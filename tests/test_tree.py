@@ -71,7 +71,7 @@ class Derived:
 
 
 class BySlots:
-    __slots__ = ("_note",)
+    __slots__ = "_note"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,6 +131,30 @@ class Rows(list):  # type: ignore[type-arg]
     pass
 
 
+class Tagged:
+    """Mixed in: its __init__ asks for more than that of the container, and keeps it."""
+
+    def __init__(self, tag: str, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.tag = tag
+
+
+class TaggedDefault(Tagged, collections.defaultdict):  # type: ignore[type-arg]
+    pass
+
+
+class TaggedOrdered(Tagged, collections.OrderedDict):  # type: ignore[type-arg]
+    __slots__ = ("_note",)
+
+
+class TaggedDeque(Tagged, collections.deque):  # type: ignore[type-arg]
+    pass
+
+
+class TaggedList(Tagged, list):  # type: ignore[type-arg]
+    pass
+
+
 class Registered:
     def __init__(self, first: Any, second: Any, note: str) -> None:
         self.first, self.second, self.note = first, second, note
@@ -172,6 +196,12 @@ def settings(a: Any) -> Settings:
     return made
 
 
+def ordered(a: Any) -> TaggedOrdered:
+    made = TaggedOrdered("kept", [("z", a), ("a", a)])
+    made._note = "kept"
+    return made
+
+
 CONTAINERS: dict[str, Any] = {
     "dict": lambda a: {"b": a, "a": "text", 3: None, ("k", 1): a},
     "list": lambda a: [a, 1, "text", None, b"raw", 2.5, a],
@@ -184,6 +214,10 @@ CONTAINERS: dict[str, Any] = {
     "dict subclass": lambda a: Items(obs=a, n=3),
     "locked dict": lambda a: Locked(obs=a, n=3),
     "dict that is its own copy": lambda a: OneOfAKind(obs=a, n=3),
+    "defaultdict with more to init": lambda a: TaggedDefault("kept", list, {"x": a}),
+    "ordered dict with more to init": ordered,
+    "deque with more to init": lambda a: TaggedDeque("kept", [a, 1], maxlen=3),
+    "list with more to init": lambda a: TaggedList("kept", [a, 1]),
     "user dict": settings,
     "user list": lambda a: collections.UserList([a, 1]),
     "list subclass": lambda a: Rows([a, 1]),
@@ -203,6 +237,7 @@ CONTAINERS: dict[str, Any] = {
 def parts(x: Any) -> tuple[Any, list[Any]]:
     """What a container is apart from its values, and its values: written without tensorbridge."""
     attributes = {k: v for k, v in getattr(x, "__dict__", {}).items() if isinstance(v, str)}
+    attributes |= {"_note": x._note} if hasattr(type(x), "_note") else {}
     if isinstance(x, collections.abc.Mapping):
         extra = (getattr(x, "default_factory", None), attributes if getattr(x, "__dict__", None) is not x else None)
         return (type(x), list(x), extra), [x[key] for key in x]
