@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from inspect import signature
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, overload
 
 import numpy as np
@@ -13,7 +12,6 @@ from tensorbridge import _words as words
 from tensorbridge._array import ArrayInfo
 from tensorbridge._convert import convert, described, moment, opened
 from tensorbridge._eager import eager, mark
-from tensorbridge._errors import nearest
 from tensorbridge._memory import infos_share
 from tensorbridge._plan import decide
 from tensorbridge._step import Plan, bind
@@ -329,15 +327,8 @@ def plan(x: Any, to: Literal["numpy", "torch", "cupy"], **options: Any) -> Plan:
       pack   24 B   torch has no negative strides
       share   0 B   torch.from_numpy: the same memory
     """
-    if not isinstance(to, str) or to not in _FUNCTIONS:
-        raise _options.no_such_target(to)
-    defaults = {name: p.default for name, p in signature(_FUNCTIONS[to]).parameters.items() if name != "x"}
-    unknown = sorted(options.keys() - defaults.keys())
-    if unknown:
-        text = f"plan(to={to!r}): to_{to} has no option {unknown[0]!r}; it has {', '.join(defaults)}"
-        raise TypeError(text + nearest(unknown[0], defaults))
-    out = options.get("out")
-    want = _options.WANTS[to](**(defaults | options))
+    options = _options.of_plan("plan", _FUNCTIONS, to, options)
+    out, want = options["out"], _options.WANTS[to](**options)
     adapter, handle, traits = opened(x, want, "")
     want = _options.placed(want, traits, planning=True)
     info = adapter.describe(handle, traits)

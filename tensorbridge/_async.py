@@ -157,7 +157,9 @@ def _started(job: Callable[[Any], Any], x: Any, indices: list[int]) -> Future[An
     with _lock:
         if _worker is None:
             _worker = ThreadPoolExecutor(1, "tensorbridge-transfer")
-        return _worker.submit(contextvars.copy_context().run, _on_side_streams, job, x, indices)
+        context = contextvars.copy_context()
+        context.run(_watch.called_from.set, _watch._caller()[0])
+        return _worker.submit(context.run, _on_side_streams, job, x, indices)
 
 
 def _on_side_streams(job: Callable[[Any], Any], x: Any, indices: list[int]) -> Any:

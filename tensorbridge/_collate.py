@@ -7,11 +7,12 @@ torch's own collate function does it.
 from __future__ import annotations
 
 import math
+import re
 import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from tensorbridge import _api, _options, _watch
+from tensorbridge import _api, _options, _tables, _watch
 from tensorbridge._adapters import _SCALARS
 from tensorbridge._array import shape_text
 from tensorbridge._containers import Flat, Frame, flatten, is_array
@@ -44,8 +45,8 @@ def collate(samples: Sequence[Any]) -> Any:
         The samples differ in structure, shape, dtype or device; the message names the leaf and the sample.
     GraphError
         In a worker process, a sample requires grad: a graph cannot go to another process.
-    ValueError
-        There are no samples.
+    ValueError, TypeError
+        There are no samples; one sample was given instead of several.
 
     Cost
     ----
@@ -58,20 +59,25 @@ def collate(samples: Sequence[Any]) -> Any:
     >>> batch["x"].shape, batch["y"], batch["name"]
     (torch.Size([2, 2]), tensor([0, 1]), ['a', 'b'])
     """
-    _options.require("torch")
+    _options.require("torch", "collate")
+    if _tables.is_one_batch(samples) or not hasattr(samples, "__len__"):
+        text = f"collate: samples is {type(samples).__name__}, which is no sequence of samples"
+        raise TypeError(f"{text}; a DataLoader with batch_size=None gives one sample at a time, and needs no collate")
     if not len(samples):
         raise ValueError("collate: there are no samples")
-    first, *others = [flatten(sample, everything=True) for sample in samples]
+    first, *others = [_flat(sample, number) for number, sample in enumerate(samples)]
     paths = first.paths()
     columns = zip(first.leaves, *(_aligned(first, flat, paths, i) for i, flat in enumerate(others, 1)), strict=True)
-    results = []
-    for path, values in zip(paths, columns, strict=True):
-        try:
-            results.append(_stacked(list(values)))
-        except BridgeError as error:
-            error.args = (f"collate: {path}: {error}",)
-            raise
+    results = [_stacked(list(values), f"collate: {path}") for path, values in zip(paths, columns, strict=True)]
     return first.built(results)
+
+
+def _flat(sample: Any, number: int) -> Flat:
+    try:
+        return flatten(sample, everything=True)
+    except UnsupportedArrayError as error:
+        error.args = (f"collate: sample {number}: {error}",)
+        raise
 
 
 def _aligned(first: Flat, other: Flat, paths: list[str], number: int) -> list[Any]:
@@ -93,25 +99,39 @@ def _shape_of(frame: Frame) -> tuple[Any, ...]:
     return type(frame.node), keys, frame.size, frame.where, frame.inner
 
 
-def _stacked(values: list[Any]) -> Any:
+def _stacked(values: list[Any], asked: str) -> Any:
     """One place of the tree, over all samples."""
     kinds = [_kind(value) for value in values]
     if len(set(kinds)) > 1:
         odd = next(i for i, kind in enumerate(kinds) if kind != kinds[0])
         what = f"sample 0 has {type(values[0]).__name__}, sample {odd} {type(values[odd]).__name__}"
-        raise UnsupportedArrayError(f"{what}.\nMake them one kind: arrays, numbers, or neither.")
+        raise UnsupportedArrayError(f"{asked}: {what}.\nMake them one kind: arrays, numbers, or neither.")
     if kinds[0] == "other":
         return values
     if kinds[0] == "number":
-        numbers = _api.to_torch(values)
+        numbers = _converted(values, asked)
         return _empty(tuple(numbers.shape), numbers.dtype).copy_(numbers) if _in_worker() else numbers
-    tensors = [_api.to_torch(value, share_readonly=True) for value in values]
-    _check_alike(tensors)
+    tensors = [_converted(value, f"{asked}: sample {number}") for number, value in enumerate(values)]
+    _check_alike(tensors, asked)
     if _in_worker() and any(t.requires_grad for t in tensors):
-        raise GraphError("a sample requires grad, and a graph cannot go to another process.\nReturn x.detach().")
+        why = "a sample requires grad, and a graph cannot go to another process"
+        raise GraphError(f"{asked}: {why}.\nReturn x.detach().")
     if not _watch.watching:
         return _stack(tensors)
-    return _watch.perform(_api.plan(tensors, "torch"), "collate", lambda: _stack(tensors))
+    return _watch.perform(_api.plan(tensors, "torch"), asked, lambda: _stack(tensors))
+
+
+def _converted(value: Any, asked: str) -> Tensor:
+    """A tensor that nobody writes to. Errors speak of `collate`, and of what can be done before it."""
+    try:
+        return _api.to_torch(value, share_readonly=True)
+    except BridgeError as error:
+        text = str(error).removeprefix("to_torch(share_readonly=True): ")
+        if isinstance(error, UnsupportedArrayError):
+            text = re.sub(r"\nUse (dtype=[^:]+)", r"\nUse tensorbridge.to_torch(x, \1)", text)
+            text += " Do so in the dataset, or in a function around collate." if "\n" in text else ""
+        error.args = (f"{asked}: {text}",)
+        raise
 
 
 def _kind(value: Any) -> str:
@@ -135,13 +155,13 @@ _ALIKE: dict[str, tuple[Callable[[Any], str], str]] = {
 }
 
 
-def _check_alike(tensors: list[Tensor]) -> None:
+def _check_alike(tensors: list[Tensor], asked: str) -> None:
     for what, (read, cure) in _ALIKE.items():
         found = [read(t) for t in tensors]
         odd = next((i for i, value in enumerate(found) if value != found[0]), None)
         if odd is not None:
             text = f"sample 0 has {what} {found[0]}, sample {odd} has {found[odd]}"
-            raise UnsupportedArrayError(f"{text}.\n{cure}, in the dataset or in a function around collate.")
+            raise UnsupportedArrayError(f"{asked}: {text}.\n{cure}, in the dataset or in a function around collate.")
 
 
 def _in_worker() -> bool:

@@ -7,19 +7,17 @@ Sets are not containers here: arrays cannot be hashed.
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import sys
-from collections import OrderedDict, UserDict, UserList, defaultdict, deque
+from collections import OrderedDict, UserList, defaultdict, deque
 from collections.abc import Callable, Iterator, Mapping
 from enum import Enum
-from functools import cached_property
 from mmap import mmap
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from tensorbridge import _tables
+from tensorbridge import _rebuild, _tables
 from tensorbridge._errors import UnsupportedArrayError
 
 
@@ -41,60 +39,6 @@ def _mapping_open(node: Any) -> tuple[list[Any], list[Any]]:
     return [node[key] for key in keys], keys
 
 
-def _mapping_build(node: Any, keys: list[Any], children: list[Any]) -> Any:
-    """The copy of `node` that its class makes, with every value replaced: factories and attributes are kept.
-
-    A mapping that keeps its items in an object of its own has to say how it is copied: a shallow copy would share that
-    object, and be written through. Failing that, its class makes one from a dict, or it is an error.
-    """
-    cls: Any = type(node)
-    if isinstance(node, (dict, UserDict)) or hasattr(cls, "__copy__"):
-        like = _copied(node, keys, children)
-        if like is not None:
-            return like
-    like = cls(dict(zip(keys, children, strict=True)))
-    if list(like) != keys or any(like[key] is not child for key, child in zip(keys, children, strict=True)):
-        raise TypeError(f"{cls.__name__}(dict) does not hold the items of the dict")
-    return like
-
-
-def _copied(node: Any, keys: list[Any], children: list[Any]) -> Any:
-    """A copy with new values; None where items cannot be set, or a copy is the mapping itself: it is immutable."""
-    try:
-        like = copy.copy(node)
-        if like is node:
-            return None
-        for key, child in zip(keys, children, strict=True):
-            like[key] = child
-    except TypeError:
-        return None
-    if getattr(node, "__dict__", None) is node:  # the idiom `self.__dict__ = self`: items are attributes
-        like.__dict__ = like
-    return like
-
-
-def _list_build(node: Any, _: Any, children: list[Any]) -> Any:
-    like = copy.copy(node)
-    like[:] = children
-    return like
-
-
-def _deque_build(node: Any, _: Any, children: list[Any]) -> Any:
-    like = copy.copy(node)
-    like.clear()
-    like.extend(children)
-    return like
-
-
-def _tuple_build(node: Any, _: Any, children: list[Any]) -> Any:
-    if hasattr(type(node), "n_sequence_fields"):  # a C struct sequence makes itself from one sequence
-        return type(node)(children)
-    like = tuple.__new__(type(node), children)
-    if getattr(node, "__dict__", None):
-        like.__dict__.update(node.__dict__)
-    return like
-
-
 def _namedtuple_name(node: Any, _: Any, i: int) -> str:
     return f".{node._fields[i]}"
 
@@ -106,21 +50,6 @@ def _dataclass_open(node: Any) -> tuple[list[Any], list[str]]:
     found = [(f.name, getattr(node, f.name, _UNSET)) for f in dataclasses.fields(node)]
     found = [(name, value) for name, value in found if value is not _UNSET]
     return [value for _, value in found], [name for name, _ in found]
-
-
-def _dataclass_build(node: Any, names: list[str], children: list[Any]) -> Any:
-    """An instance made without ``__init__``: its fields are not arguments of it (init=False), or were changed since."""
-    cls: Any = type(node)
-    like = cls.__new__(cls) if cls.__new__ is object.__new__ else copy.copy(node)
-    for name, value in getattr(node, "__dict__", {}).items():
-        if not isinstance(getattr(cls, name, None), cached_property):  # derived from the old arrays
-            object.__setattr__(like, name, value)
-    for slot in (slot for base in cls.__mro__ for slot in getattr(base, "__slots__", ())):
-        if slot not in ("__dict__", "__weakref__", *names) and hasattr(node, slot):
-            object.__setattr__(like, slot, getattr(node, slot))
-    for name, child in zip(names, children, strict=True):
-        object.__setattr__(like, name, child)
-    return like
 
 
 def _dot(node: Any, names: list[str], i: int) -> str:
@@ -138,8 +67,8 @@ def _sequence_open(node: Any) -> tuple[list[Any], None]:
 DICT = Kind(_dict_open, lambda node, keys, children: dict(zip(keys, children, strict=True)), exotic=False)
 LIST = Kind(_sequence_open, lambda node, _, children: children, _at, exotic=False)
 TUPLE = Kind(_sequence_open, lambda node, _, children: tuple(children), _at, exotic=False)
-MAPPING = Kind(_mapping_open, _mapping_build)
-DATACLASS = Kind(_dataclass_open, _dataclass_build, _dot)
+MAPPING = Kind(_mapping_open, _rebuild.mapping_build)
+DATACLASS = Kind(_dataclass_open, _rebuild.dataclass_build, _dot)
 ROOT = Kind(
     lambda node: ([node], None), lambda node, _, children: children[0], lambda node, _, i: "batch", exotic=False
 )
@@ -152,7 +81,7 @@ _exact: dict[type, Any] = {
     tuple: TUPLE,
     OrderedDict: MAPPING._replace(exotic=False),
     defaultdict: MAPPING._replace(exotic=False),
-    deque: Kind(_sequence_open, _deque_build, _at, exotic=False),
+    deque: Kind(_sequence_open, _rebuild.deque_build, _at, exotic=False),
     np.ndarray: ARRAY,
     **dict.fromkeys([str, bytes, bytearray, bool, int, float, complex, type(None), range, slice, type], OTHER),
 }
@@ -218,11 +147,11 @@ def _by_class(x: Any, cls: type) -> Any:
     if issubclass(cls, _KEPT):
         return OTHER
     if issubclass(cls, tuple):
-        return Kind(_sequence_open, _tuple_build, _namedtuple_name if hasattr(cls, "_fields") else _at)
+        return Kind(_sequence_open, _rebuild.tuple_build, _namedtuple_name if hasattr(cls, "_fields") else _at)
     if issubclass(cls, (list, UserList)):
-        return Kind(_sequence_open, _list_build, _at)
+        return Kind(_sequence_open, _rebuild.list_build, _at)
     if issubclass(cls, deque):
-        return Kind(_sequence_open, _deque_build, _at)
+        return Kind(_sequence_open, _rebuild.deque_build, _at)
     columns = _tables.opener(x)
     if columns is not None:
         return Kind(columns, DICT.build, exotic=False)

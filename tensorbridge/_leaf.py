@@ -29,9 +29,8 @@ NAMED = (BridgeError, ValueError, TypeError)
 
 def name(error: Exception, flat: Flat, place: int) -> None:
     """Let an error begin with the leaf that it is about."""
-    path = flat.path(place)
-    if path != "batch" and len(error.args) == 1:
-        error.args = (f"{path}: {error}",)
+    if len(error.args) == 1:
+        error.args = (f"{flat.path(place)}: {error}",)
 
 
 class Kind(NamedTuple):
@@ -160,7 +159,11 @@ def _memory_of(leaf: Leaf, key: Any) -> Any:
     if key is not None and traits.framework == "torch":
         node = id(x.grad_fn) if traits.graph and x.grad_fn is not None else 0
         return (traits.device, x.data_ptr(), traits.dtype, x.shape, None, True, traits.graph, "", node)
-    info = leaf.info
+    return identity(leaf.info, x)
+
+
+def identity(info: ArrayInfo, x: Any) -> Any:
+    """What makes two arrays the same memory; None where no address is known."""
     if not (info.address and info.nbytes):
         return None
     node = id(x.grad_fn) if info.grad_fn else 0

@@ -7,17 +7,19 @@ packing nothing of trees (`_pack`).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import numpy as np
 
-from tensorbridge import _api, _convert, _lanes, _options, _pack, _tables, _watch
+from tensorbridge import _api, _convert, _lanes, _pack, _watch
 from tensorbridge import _words as words
 from tensorbridge._array import CPU
 from tensorbridge._containers import Flat, flatten
+from tensorbridge._fill import checked
 from tensorbridge._leaf import FACTS, NAMED, Kind, Leaf, decided, key_of, name, opened
 from tensorbridge._pack import Block
 from tensorbridge._step import Op, Plan, Want, bind
@@ -28,8 +30,8 @@ def converted(
     tree: Any, want: Want, *, out: Any = None, pack: bool = True, finish: Callable[[Any], Any] | None = None
 ) -> Any:
     """The tree, converted; `finish` has the last word on each result."""
-    if pack is not True and pack is not False:
-        raise TypeError(f"tree.to_{want.framework}(pack={pack!r}): pack is True or False")
+    if pack is not True:
+        check_pack(pack, f"tree.to_{want.framework}")
     flat = flatten(tree)
     if out is not None:
         return _filled(flat, want, out)
@@ -45,6 +47,11 @@ def converted(
     return flat.built(results)
 
 
+def check_pack(pack: object, call: str) -> None:
+    if pack is not True and pack is not False:
+        raise TypeError(f"{call}(pack={pack!r}): pack is True or False")
+
+
 def _through_decisions(
     flat: Flat, want: Want, rest: Sequence[int], results: list[Any], seen: dict[Any, int], pack: bool
 ) -> None:
@@ -54,24 +61,34 @@ def _through_decisions(
     leaves, same = decided(flat, want, rest, seen)
     blocks = blocks_of(leaves) if pack else []
     alone = outside(blocks, leaves, flat, want)
-    allowed: AbstractContextManager[Any] = nullcontext()
-    if _watch.watching:
-        _allow(flat, [(leaves[i], block) for block in blocks for i in block.members])
-        _allow(flat, [(leaf, None) for leaf in alone])
-        allowed = _watch.copy_guard("allow")  # all of it was, before the first byte moves
-    with allowed:
+    packed = ((leaves[i], block) for block in blocks for i in block.members)
+    with _allowed(flat, chain(packed, ((leaf, None) for leaf in alone))):
         for block, kinds in at_once:
             _cross_at_once(block, flat.leaves, [kinds[id(run.route)] for run in block.runs], block.members, results)
         for block in blocks:
             _cross(block, leaves, results)
         for leaf in alone:
-            try:
-                results[leaf.place] = _watched(leaf, None, partial(_convert.perform, leaf.kind.road, leaf.handle, None))
-            except NAMED as error:
-                name(error, flat, leaf.place)
-                raise
+            results[leaf.place] = _alone(flat, leaf)
     for i, first in same.items():
         results[i] = results[first]
+
+
+def _filled(flat: Flat, want: Want, out: Any) -> Any:
+    into = flatten(out)
+    leaves, _ = checked(flat, into, want)
+    with _allowed(flat, ((leaf, None) for leaf in leaves)):
+        for leaf in leaves:
+            _alone(flat, leaf, into.leaves[leaf.place])
+    return out
+
+
+def _alone(flat: Flat, leaf: Leaf, out: Any = None) -> Any:
+    """A leaf that is in no block, converted; into `out`, if there is one."""
+    try:
+        return _watched(leaf, None, partial(_convert.perform, leaf.kind.road, leaf.handle, out))
+    except NAMED as error:
+        name(error, flat, leaf.place)
+        raise
 
 
 # A thousand small arrays of few kinds and shapes: decided by kind and shape, without a look at each by itself.
@@ -182,13 +199,17 @@ def outside(blocks: list[Block], leaves: list[Leaf], flat: Flat, want: Want, *, 
     return found
 
 
-def _allow(flat: Flat, leaves: Sequence[tuple[Leaf, Block | None]]) -> None:
+def _allowed(flat: Flat, leaves: Iterable[tuple[Leaf, Block | None]]) -> AbstractContextManager[Any]:
+    """What to convert in: a guard is asked about all leaves before the first byte moves, and then no more."""
+    if not _watch.watching:
+        return nullcontext()
     for leaf, block in leaves:
         try:
             _watch.allow(plan_of(leaf, block), words.call(leaf.kind.want))
         except NAMED as error:
             name(error, flat, leaf.place)
             raise
+    return _watch.copy_guard("allow")
 
 
 def plan_of(leaf: Leaf, block: Block | None) -> Plan:
@@ -268,28 +289,3 @@ def _through(x: Any, functions: Sequence[Callable[..., Any]]) -> Any:
     for function in functions:
         x = function(x)
     return x
-
-
-def _filled(flat: Flat, want: Want, out: Any) -> Any:
-    """Into the arrays of `out`, one by one."""
-    into = aligned(flat, flatten(out), want.framework)
-    i = 0
-    try:
-        wants = [_options._with_out(want, array) for i, array in enumerate(into.leaves)]
-        for i, (x, array) in enumerate(zip(flat.leaves, into.leaves, strict=True)):
-            _convert.convert(_tables.leaf(x), wants[i], array)
-    except NAMED as error:
-        name(error, flat, i)
-        raise
-    return out
-
-
-def aligned(flat: Flat, into: Flat, framework: str) -> Flat:
-    """`into`, whose arrays lie where those of `flat` do."""
-    paths, others = flat.paths(), into.paths()
-    if paths != others:
-        strange = [f"it has {p}" for p in others if p not in paths] + [
-            f"it lacks {p}" for p in paths if p not in others
-        ]
-        raise ValueError(f"tree.to_{framework}(out=...): out is another tree: {(strange or ['its order differs'])[0]}")
-    return into

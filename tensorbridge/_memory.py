@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from heapq import heappop, heappush
 from typing import Any
 
 import numpy as np
@@ -26,6 +28,27 @@ def infos_share(a: ArrayInfo, b: ArrayInfo) -> bool:
         return np.shares_memory(_at_address(a), _at_address(b), max_work=_BOUND)
     except np.exceptions.TooHardError:
         return True
+
+
+def first_meeting(written: Mapping[int, ArrayInfo], read: Mapping[int, ArrayInfo]) -> tuple[int, int, bool] | None:
+    """Two places where a write would change what is written or read at the other, if there are any.
+
+    The first is a place in `written`; whether the other is so too, comes last. What is read and written at one place is
+    not compared. Only arrays whose intervals overlap are asked, in order of address.
+    """
+    sides = ((written, True), (read, False))
+    spans = [(*_bounds(x), i, writes) for side, writes in sides for i, x in side.items() if x.nbytes and x.address]
+    near: dict[bool, list[tuple[int, int]]] = {True: [], False: []}  # heaps of (end, place)
+    for low, high, i, writes in sorted(spans):
+        for heap in near.values():
+            while heap and heap[0][0] <= low:
+                heappop(heap)
+        for other in (True, False) if writes else (True,):
+            for _, j in near[other]:
+                if i != j and infos_share((read, written)[writes][i], (read, written)[other][j]):
+                    return (i, j, False) if not other else (j, i, False) if not writes else (max(i, j), min(i, j), True)
+        heappush(near[writes], (high, i))
+    return None
 
 
 def _bounds(info: ArrayInfo) -> tuple[int, int]:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from importlib import import_module
+from inspect import signature
 from typing import Any
 
 from tensorbridge import _dtypes
@@ -17,21 +18,29 @@ from tensorbridge._refuse import Obstacle
 from tensorbridge._step import Want
 
 
-def want_numpy(dtype: Any, copy: Any, writable: Any, detach: Any, out: Any) -> Want:
+def want_numpy(dtype: Any, copy: Any, writable: Any, detach: Any, out: Any, call: str = "to_numpy") -> Want:
     if not (type(copy) in _OPTIONAL and type(writable) in _OPTIONAL and type(detach) is bool):
-        _complain("to_numpy", copy=(copy, True), writable=(writable, True), detach=(detach, False))
+        _complain(call, copy=(copy, True), writable=(writable, True), detach=(detach, False))
     want = Want("numpy", None, _dtype(dtype), copy, writable, False, detach)
     return want if out is None else _with_out(want, out)
 
 
 def want_torch(
-    device: Any, dtype: Any, copy: Any, share_readonly: Any, detach: Any, pin_memory: Any, non_blocking: Any, out: Any
+    device: Any,
+    dtype: Any,
+    copy: Any,
+    share_readonly: Any,
+    detach: Any,
+    pin_memory: Any,
+    non_blocking: Any,
+    out: Any,
+    call: str = "to_torch",
 ) -> Want:
     if not (
         type(copy) in _OPTIONAL and {type(share_readonly), type(detach), type(pin_memory), type(non_blocking)} == _BOOL
     ):
         _complain(
-            "to_torch",
+            call,
             copy=(copy, True),
             share_readonly=(share_readonly, False),
             detach=(detach, False),
@@ -41,7 +50,7 @@ def want_torch(
     where = _device(device, "torch")
     if pin_memory and where is not None and where != CPU:
         raise ValueError(
-            f"to_torch(pin_memory=True, device={str(where)!r}): pinned memory is host memory; "
+            f"{call}(pin_memory=True, device={str(where)!r}): pinned memory is host memory; "
             "leave pin_memory out, transfers are staged through pinned memory already"
         )
     want = Want("torch", where, _dtype(dtype), copy, None, share_readonly, detach, pin_memory, non_blocking)
@@ -49,11 +58,18 @@ def want_torch(
 
 
 def want_cupy(
-    device: Any, dtype: Any, copy: Any, share_readonly: Any, detach: Any, non_blocking: Any, out: Any
+    device: Any,
+    dtype: Any,
+    copy: Any,
+    share_readonly: Any,
+    detach: Any,
+    non_blocking: Any,
+    out: Any,
+    call: str = "to_cupy",
 ) -> Want:
     if not (type(copy) in _OPTIONAL and {type(share_readonly), type(detach), type(non_blocking)} == _BOOL):
         _complain(
-            "to_cupy",
+            call,
             copy=(copy, True),
             share_readonly=(share_readonly, False),
             detach=(detach, False),
@@ -61,7 +77,7 @@ def want_cupy(
         )
     where = _device(device, "cupy")
     if where == CPU:
-        raise ValueError('to_cupy(device="cpu"): CuPy arrays live on CUDA devices; use to_numpy for the host')
+        raise ValueError(f'{call}(device="cpu"): CuPy arrays live on CUDA devices; use to_numpy for the host')
     want = Want("cupy", where, _dtype(dtype), copy, None, share_readonly, detach, False, non_blocking)
     return want if out is None else _with_out(want, out)
 
@@ -69,11 +85,19 @@ def want_cupy(
 WANTS: dict[str, Callable[..., Want]] = {"numpy": want_numpy, "torch": want_torch, "cupy": want_cupy}
 
 
-def no_such_target(to: object) -> ValueError:
-    """A module or a function where its name is wanted is the likeliest mistake."""
-    name = getattr(to, "__name__", to)
-    shown = repr(to) if name is to else f"<{type(to).__name__} {name}>"
-    return ValueError(f'plan(to={shown}): choose "numpy", "torch" or "cupy"{nearest(name, WANTS)}')
+def of_plan(call: str, functions: Mapping[str, Callable[..., Any]], to: Any, options: dict[str, Any]) -> dict[str, Any]:
+    """The options of a plan, and the defaults of the others: those of the function that would be called."""
+    if not isinstance(to, str) or to not in functions:
+        name = getattr(to, "__name__", to)  # a module or a function where its name is wanted: the likeliest mistake
+        shown = repr(to) if name is to else f"<{type(to).__name__} {name}>"
+        raise ValueError(f'{call}(to={shown}): choose "numpy", "torch" or "cupy"{nearest(name, functions)}')
+    known = {p.name: p.default for p in signature(functions[to]).parameters.values() if p.kind is p.KEYWORD_ONLY}
+    unknown = next((name for name in options if name not in known), None)
+    if unknown is None:
+        return known | options
+    function = call.replace("plan", f"to_{to}")
+    text = f"{call}(to={to!r}): {function} has no option {unknown!r}; it has {', '.join(known)}"
+    raise TypeError(text + nearest(unknown, known))
 
 
 _BOOL = {bool}
@@ -172,9 +196,8 @@ def require(framework: str, call: str = "") -> Any:
             "torch": "pip install torch (for the CPU alone, from PyTorch's own CPU index)",
             "cupy": "pip install cupy-cuda12x or cupy-cuda13x[ctk], whichever the driver's CUDA version asks for",
         }[framework]
-        raise MissingFrameworkError(
-            f"{call or f'to_{framework}'}: {framework} cannot be imported: {error}.\n{cure}"
-        ) from error
+        asked = call or f"to_{framework}"
+        raise MissingFrameworkError(f"{asked}: {framework} cannot be imported: {error}.\n{cure}") from error
 
 
 def _with_out(want: Want, out: Any) -> Want:

@@ -17,16 +17,17 @@ import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext, suppress
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from contextvars import copy_context
 from types import TracebackType
 from typing import Any, Literal, NamedTuple, TypeVar
 
-from tensorbridge import _lease, _leaves, _options, _streams, _watch
+from tensorbridge import _options, _tables, _watch
 from tensorbridge._array import CPU, Traits
 from tensorbridge._containers import flatten
 from tensorbridge._eager import eager, mark
+from tensorbridge._prefetch_roads import Batch, Host, road_for
 from tensorbridge._step import Want
 
 _T = TypeVar("_T")
@@ -41,14 +42,14 @@ def prefetch(
     device: Any = "cuda",
     depth: int = 2,
     transform: Callable[[_T], Any] | None = None,
+    copy: bool | None = None,
 ) -> Prefetch:
     """Return an iterator over `batches`, converted and on their device before they are asked for.
 
     Parameters
     ----------
     batches : iterable of trees of arrays
-        A list, a generator, a DataLoader. Read by a thread, ahead of the consumer: a source that fills one buffer again
-        and again must yield copies, since on the host batches are shared with it.
+        A list, a generator, a DataLoader. Read by a thread, ahead of the consumer.
     to : "torch", "cupy" or "numpy"
     device : as for `to_torch` and `to_cupy`
         "cpu" converts on the host (for NumPy the only choice).
@@ -56,6 +57,9 @@ def prefetch(
         How many batches may be ahead of the consumer, at most. They are all in memory at once, on the device too.
     transform : callable, optional
         Called by the thread with each batch before it is converted; returns the batch to convert.
+    copy : bool or None
+        As for `to_torch`. On the host, None shares batches with the source where that is safe: one that fills a buffer
+        again and again, ahead of the consumer, needs True.
 
     Returns
     -------
@@ -66,7 +70,7 @@ def prefetch(
     Raises
     ------
     DeviceError, MissingFrameworkError, ValueError, TypeError
-        At the call: no such device or framework; `depth`, `to` or `transform` make no sense.
+        At the call: no such device or framework; `batches` is no iterable of batches; an option makes no sense.
     Exception
         From ``next()``: what the source, `transform` or the conversion raised, at its place in the order, with its
         traceback. The iteration ends there.
@@ -83,16 +87,14 @@ def prefetch(
     ...     [batch["x"].tolist() for batch in ready]
     [[0, 0], [1, 1], [2, 2]]
     """
-    want = _want(to, device, depth, transform)
-    source = iter(batches)
-    road = _road(want)
+    want = _want(to, device, depth, transform, copy)
+    source = _iterator(batches)
+    road = road_for(want)
     state = _State(depth)
-    context = copy_context()
     where = _watch._caller()[0]
-    context.run(_watch.called_from.set, where)
     worker = threading.Thread(
-        target=context.run,
-        args=(_work, state, source, transform, want, road, _grad_mode()),
+        target=copy_context().run,
+        args=(_work, state, source, transform, want, road, _grad_mode(), where),
         name=f"prefetch {where}",
         daemon=True,  # a source that hangs must not keep the interpreter from ending
     )
@@ -102,7 +104,21 @@ def prefetch(
     return iterator
 
 
-def _want(to: str, device: Any, depth: int, transform: Any) -> Want:
+def _iterator(batches: Any) -> Iterator[Any]:
+    """Of what yields batches; a batch itself can often be iterated too."""
+    if _tables.is_one_batch(batches):
+        text = f"prefetch: batches is {type(batches).__name__}, which is no sequence of batches"
+        raise TypeError(f"{text}: iterating it gives its keys or parts; give a list, [batch], or its values")
+    try:
+        return iter(batches)
+    except TypeError as error:
+        if error.__traceback__ is not None and error.__traceback__.tb_next is not None:
+            raise  # out of its own __iter__
+        text = f"prefetch: batches is {type(batches).__name__}, which cannot be iterated"
+        raise TypeError(f"{text}; give a list, a generator, a DataLoader") from None
+
+
+def _want(to: str, device: Any, depth: int, transform: Any, copy: Any) -> Want:
     if to not in _options.WANTS:
         raise ValueError(f'prefetch(to={to!r}): choose "numpy", "torch" or "cupy"')
     if isinstance(depth, bool) or not isinstance(depth, int):
@@ -114,22 +130,16 @@ def _want(to: str, device: Any, depth: int, transform: Any) -> Want:
     if to == "numpy":
         if _options._device(device, to) != CPU:
             raise ValueError(f'prefetch(to="numpy", device={device!r}): NumPy arrays are on the host; say device="cpu"')
-        return _options.want_numpy(None, None, None, True, None)
-    _options.require(to)
+        return _options.want_numpy(None, copy, None, True, None, "prefetch")
+    _options.require(to, "prefetch")
     if to == "cupy":
-        want = _options.want_cupy(device, None, None, False, True, False, None)
+        want = _options.want_cupy(device, None, copy, False, True, False, None, "prefetch")
     else:
-        want = _options.want_torch(device, None, None, False, False, False, False, None)
+        want = _options.want_torch(device, None, copy, False, False, False, False, None, "prefetch")
     return _options.placed(want, Traits("numpy"))
 
 
 # -- What the thread and the iterator share
-
-
-class _Batch(NamedTuple):
-    value: Any
-    mark: Any = None  # what the consumer's stream has to wait for
-    memory: Sequence[Any] = ()  # arrays whose memory the consumer's stream will use
 
 
 class _Failure(NamedTuple):
@@ -141,7 +151,7 @@ class _State:
 
     def __init__(self, depth: int) -> None:
         self.changed = threading.Condition()
-        self.ready: deque[_Batch | _Failure] = deque()
+        self.ready: deque[Batch | _Failure] = deque()
         self.room = depth  # batches that may still be read before the consumer takes one
         self.closed = False  # the consumer wants no more
         self.ended = False  # the worker gives no more
@@ -155,13 +165,13 @@ class _State:
             self.room -= 1
             return not self.closed
 
-    def put(self, item: _Batch | _Failure) -> None:
+    def put(self, item: Batch | _Failure) -> None:
         with self.changed:
             if not self.closed:
                 self.ready.append(item)
                 self.changed.notify_all()
 
-    def take(self) -> _Batch | _Failure | None:
+    def take(self) -> Batch | _Failure | None:
         """The next batch or failure; None at the end."""
         if os.getpid() != self.process:
             raise RuntimeError("prefetch: the worker thread is in the parent process; make the iterator after the fork")
@@ -192,7 +202,7 @@ class _State:
 class Prefetch(Iterator[Any]):
     """Batches that were read and converted ahead. Made by `prefetch`; ``close()`` it, or use it in a ``with`` block."""
 
-    def __init__(self, state: _State, worker: threading.Thread, road: _Host) -> None:
+    def __init__(self, state: _State, worker: threading.Thread, road: Host) -> None:
         self._state, self._worker, self._road = state, worker, road
         self._dropped = weakref.finalize(self, _State.close, state)
         self._dropped.atexit = False
@@ -235,12 +245,18 @@ class Prefetch(Iterator[Any]):
 
 
 def _work(
-    state: _State, source: Iterator[Any], transform: Any, want: Want, road: _Host, grad_mode: Callable[[], Any]
+    state: _State,
+    source: Iterator[Any],
+    transform: Any,
+    want: Want,
+    road: Host,
+    grad_mode: Callable[[], Any],
+    where: str,
 ) -> None:
     failure: BaseException | None = None
     try:
         with _watch.inherited(), grad_mode(), road.entered():
-            _read(state, source, transform, want, road)
+            _read(state, source, transform, want, road, where)
     finally:
         try:
             close = getattr(source, "close", None)
@@ -253,7 +269,7 @@ def _work(
         _open.discard(state)
 
 
-def _read(state: _State, source: Iterator[Any], transform: Any, want: Want, road: _Host) -> None:
+def _read(state: _State, source: Iterator[Any], transform: Any, want: Want, road: Host, where: str) -> None:
     number = 0
     while state.wait_for_room():
         try:
@@ -261,7 +277,11 @@ def _read(state: _State, source: Iterator[Any], transform: Any, want: Want, road
             read = road.on_device(batch)
             if transform is not None:
                 batch = _transformed(transform, batch, number)
-            item: Any = road.converted(batch, want, read)
+            said = _watch.called_from.set(where)  # only here: the source and the transform have lines of their own
+            try:
+                item: Any = road.converted(batch, want, read)
+            finally:
+                _watch.called_from.reset(said)
             del batch, read
         except StopIteration:
             return
@@ -306,93 +326,6 @@ def _close_all() -> None:
     until = time.monotonic() + PATIENCE
     for state in states:
         state.wait_for_end(max(0.0, until - time.monotonic()))
-
-
-# -- Where the batches go
-
-
-class _Host:
-    """Batches stay on the host: nothing is to be ordered."""
-
-    def entered(self) -> AbstractContextManager[Any]:
-        """What the worker runs in."""
-        return nullcontext()
-
-    def on_device(self, batch: Any) -> list[Any]:
-        """The arrays of a batch that lie on a device."""
-        return []
-
-    def converted(self, batch: Any, want: Want, read: list[Any]) -> _Batch:
-        """Called by the worker; `read` are device arrays that it has read meanwhile."""
-        return _Batch(_leaves.converted(batch, want))
-
-    def handed_over(self, batch: _Batch) -> Any:
-        """Called by the consumer."""
-        return batch.value
-
-
-class _Cuda(_Host):
-    """Batches go to a device, on its side stream: transfers overlap with the consumer's work on other streams."""
-
-    def __init__(self, framework: str, index: int) -> None:
-        self.framework, self.index = framework, index
-        self.stream = _streams.side_stream(index)
-        self.number = _streams.identify(self.stream)[0]
-        # What the caller has queued may have made arrays that the source holds.
-        _streams.link(_streams.current(framework, index), self.number, index)
-
-    def entered(self) -> AbstractContextManager[Any]:
-        return _streams.use_stream(self.stream)
-
-    def on_device(self, batch: Any) -> list[Any]:
-        found: dict[int, Any] = {}  # one for each storage
-        cupy_array = getattr(sys.modules.get("cupy"), "ndarray", ())
-        for leaf in flatten(batch).leaves:
-            if getattr(leaf, "is_cuda", False):
-                found[leaf.untyped_storage()._cdata] = leaf
-            elif isinstance(leaf, cupy_array):
-                found[id(leaf)] = leaf
-        return list(found.values())
-
-    def converted(self, batch: Any, want: Want, read: list[Any]) -> _Batch:
-        read += self.on_device(batch)
-        made = _leaves.converted(batch, want)
-        for (
-            array
-        ) in read:  # on this stream, of which their owners know nothing; and perhaps dropped before that is done
-            _lease.keep(array, self.number, self.index)
-        return _Batch(made, _streams.mark(self.number, self.index), self.on_device(made))
-
-    def handed_over(self, batch: _Batch) -> Any:
-        stream = _current_stream(self.framework, self.index)
-        number = _streams.identify(stream)[0]
-        if number != self.number:
-            _wait(batch.mark, number, self.index)
-            for array in batch.memory:
-                with suppress(ValueError):  # memory of another library that came as it was: used as without prefetch
-                    _lease.used_on(array, stream)
-        return batch.value
-
-
-def _wait(mark: _streams.Mark, number: int, index: int) -> None:
-    """What is queued on a stream from now on waits for an event; the host does not."""
-    event = mark._event
-    if hasattr(event, "query"):
-        _streams.wrapped("torch", number, index).wait_event(event)
-        return
-    with sys.modules["cupy"].cuda.Device(index):  # the default stream is that of the current device
-        _streams.wrapped("cupy", number, index).wait_event(event)
-
-
-def _current_stream(framework: str, index: int) -> Any:
-    cuda = sys.modules[framework].cuda
-    return cuda.current_stream(index) if framework == "torch" else cuda.get_current_stream(index)
-
-
-def _road(want: Want) -> _Host:
-    if want.device is None or want.device == CPU:
-        return _Host()
-    return _Cuda(want.framework, want.device.index)
 
 
 mark()  # torch may be there already

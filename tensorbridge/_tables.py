@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -33,6 +33,11 @@ def opener(x: Any) -> Open | None:
         if loaded is not None and isinstance(x, tuple(getattr(loaded, name) for name in names)):
             return opened
     return _npz_columns if isinstance(x, np.lib.npyio.NpzFile) else None
+
+
+def is_one_batch(x: Any) -> bool:
+    """Whether iterating `x` gives its keys, columns or letters, and so neither batches nor samples."""
+    return isinstance(x, (Mapping, str, bytes)) or opener(x) is not None
 
 
 def _arrow_columns(x: Any) -> tuple[list[Any], list[Any]]:

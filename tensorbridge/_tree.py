@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Sequence
-from inspect import signature
+from collections.abc import Callable
+from numbers import Number
+from os import PathLike
+from types import FunctionType
 from typing import Any, Literal, NamedTuple
 
-from tensorbridge import _api, _eager, _options
+from tensorbridge import _containers, _eager, _options
 from tensorbridge._array import ArrayInfo, Traits
-from tensorbridge._containers import Flat, flatten
-from tensorbridge._leaf import NAMED, decided, name
-from tensorbridge._leaves import aligned, blocks_of, converted, outside, plan_of
+from tensorbridge._containers import OTHER, flatten, is_array
+from tensorbridge._fill import checked
+from tensorbridge._leaf import decided
+from tensorbridge._leaves import blocks_of, check_pack, converted, outside, plan_of
 from tensorbridge._pack import Block
 from tensorbridge._step import Plan, bytes_text, step_lines
 
@@ -37,7 +40,9 @@ def to_numpy(
     dtype, copy, writable, detach
         As for `tensorbridge.to_numpy`, for every array.
     out : tree of numpy.ndarray, optional
-        Of the same structure; its arrays are filled, and it is returned.
+        Of the same structure; its arrays are filled, and it is returned. All are checked before the first is written:
+        where one is refused, or shares memory with another or with any source, none is. The same memory twice may have
+        one place in `out` for both, or one each.
     pack : bool
         Small arrays that cross the bus do so in one block. False moves them one by one.
 
@@ -72,7 +77,7 @@ def to_numpy(
 def _to_numpy(
     tree: Any, dtype: Any, copy: Any, writable: Any, detach: Any, out: Any, pack: bool, compiling: bool
 ) -> Any:
-    want = _options.want_numpy(dtype, copy, writable, detach, None)
+    want = _options.want_numpy(dtype, copy, writable, detach, None, "tree.to_numpy")
     return converted(tree, want, out=out, pack=pack, finish=_eager.carried if compiling else None)
 
 
@@ -99,7 +104,7 @@ def to_torch(
     device, dtype, copy, share_readonly, detach, pin_memory, non_blocking
         As for `tensorbridge.to_torch`, for every array.
     out : tree of torch.Tensor, optional
-        Of the same structure; its tensors are filled, and it is returned.
+        Of the same structure; its tensors are filled, all or none, and it is returned: see `tree.to_numpy`.
     pack : bool
         Small arrays that go to a device are packed into blocks of up to 4 MiB, one transfer each. Each tensor stands
         alone, but keeps its block alive, and `torch.save` of it writes the block. False moves them one by one.
@@ -124,8 +129,10 @@ def to_torch(
     >>> to_torch([np.zeros(2), {"label": 3, "mask": np.ones(2, bool)}])
     [tensor([0., 0.], dtype=torch.float64), {'label': 3, 'mask': tensor([True, True])}]
     """
-    _options.require("torch")
-    want = _options.want_torch(device, dtype, copy, share_readonly, detach, pin_memory, non_blocking, None)
+    _options.require("torch", "tree.to_torch")
+    want = _options.want_torch(
+        device, dtype, copy, share_readonly, detach, pin_memory, non_blocking, None, "tree.to_torch"
+    )
     return converted(tree, want, out=out, pack=pack)
 
 
@@ -151,7 +158,7 @@ def to_cupy(
     device, dtype, copy, share_readonly, detach, non_blocking
         As for `tensorbridge.to_cupy`, for every array.
     out : tree of cupy.ndarray, optional
-        Of the same structure; its arrays are filled, and it is returned.
+        Of the same structure; its arrays are filled, all or none, and it is returned: see `tree.to_numpy`.
     pack : bool
         As for `tree.to_torch`.
 
@@ -178,8 +185,9 @@ def to_cupy(
       pack       64 B   into a block of 512 B with 1 more: one transfer
       to_device  64 B   the host to cuda:0
     """
-    _options.require("cupy")
-    want = _options.want_cupy(device, dtype, copy, share_readonly, detach, non_blocking, None)
+    call = "tree.to_cupy"
+    _options.require("cupy", call)
+    want = _options.want_cupy(device, dtype, copy, share_readonly, detach, non_blocking, None, call)
     return converted(tree, want, out=out, pack=pack)
 
 
@@ -194,6 +202,13 @@ class LeafPlan(NamedTuple):
     same_as: str = ""  # the path of an array that is the same memory: converted once, there
 
 
+class LeftPart(NamedTuple):
+    """An object that may hold arrays, and is left as it is: it is no container that is known here."""
+
+    path: str
+    type: str
+
+
 class TreePlan(NamedTuple):
     """What the conversion of a tree does, decided before it is done. `str` is a table for a person."""
 
@@ -203,6 +218,7 @@ class TreePlan(NamedTuple):
     zero_copy: bool
     bytes_moved: int
     blocking: bool
+    left: tuple[LeftPart, ...] = ()
 
     def __str__(self) -> str:
         own = [leaf for leaf in self.leaves if not leaf.same_as]
@@ -214,32 +230,22 @@ class TreePlan(NamedTuple):
         lines = [f"{len(self.leaves)} array{'s' * (len(self.leaves) != 1)} -> {self.target}: {end}"]
         groups: dict[Any, list[LeafPlan]] = defaultdict(list)
         for leaf in own:
-            source, made = leaf.plan.source, leaf.plan.target
-            kind = (
-                source.framework,
-                source.dtype,
-                source.device,
-                source.writable,
-                made.dtype,
-                made.device,
-                made.writable,
-            )
-            groups[kind, tuple((step.op, step.why) for step in leaf.plan.steps)].append(leaf)
-        for (kind, _), members in groups.items():
-            framework, dtype, device, writable, made, there, result_writable = kind
-            giver = f"{framework} {dtype} on {device}{'' if writable else ', read-only'}"
-            made_there = f"{self.target} {made} on {there}{'' if result_writable else ', read-only'}"
-            lines.append(f"{len(members)} x {giver} -> {made_there}: {_some([leaf.path for leaf in members])}")
+            ends = f"{_kind(leaf.plan.source)} -> {_kind(leaf.plan.target)}"
+            groups[ends, tuple((step.op, step.why) for step in leaf.plan.steps)].append(leaf)
+        for (ends, _), members in groups.items():
+            lines.append(f"{len(members)} x {ends}: {_some([leaf.path for leaf in members])}")
             columns = zip(*(leaf.plan.steps for leaf in members), strict=True)
             lines += step_lines(tuple(c[0]._replace(nbytes=sum(step.nbytes for step in c)) for c in columns))
         twice = [f"{leaf.path} is {leaf.same_as}" for leaf in self.leaves if leaf.same_as]
         if twice:
             lines.append(f"{len(twice)} x the same memory as another: {_some(twice)}")
+        if self.left:
+            lines.append(f"{len(self.left)} x left as it is: {_some([f'{x.path} ({x.type})' for x in self.left])}")
         return "\n".join(lines)
 
 
-def _kind(array: ArrayInfo | Traits) -> tuple[Any, ...]:
-    return array.framework, array.dtype, array.device, array.writable
+def _kind(array: ArrayInfo | Traits) -> str:
+    return f"{array.framework} {array.dtype} on {array.device}{'' if array.writable else ', read-only'}"
 
 
 def _some(names: list[str]) -> str:
@@ -261,7 +267,8 @@ def plan(tree: Any, to: Literal["numpy", "torch", "cupy"], *, pack: bool = True,
     -------
     TreePlan
         ``leaves`` (path, plan, same_as), ``blocks`` (what crosses the bus together), ``zero_copy``, ``bytes_moved``,
-        ``blocking``; ``str(plan)`` is a table.
+        ``blocking``, ``left`` (objects that may hold arrays, such as modules and generators, and are no containers
+        that are known here); ``str(plan)`` is a table.
 
     Raises
     ------
@@ -285,43 +292,43 @@ def plan(tree: Any, to: Literal["numpy", "torch", "cupy"], *, pack: bool = True,
       share   0 B   torch.from_numpy: the same memory
     1 x the same memory as another: batch['y'][1] is batch['x']
     """
-    if to not in _FUNCTIONS:
-        raise ValueError(f'tree.plan(to={to!r}): choose "numpy", "torch" or "cupy"')
-    defaults = {
-        name: p.default for name, p in signature(_FUNCTIONS[to]).parameters.items() if name not in ("tree", "pack")
-    }
-    unknown = sorted(options.keys() - defaults.keys())
-    if unknown:
-        raise TypeError(
-            f"tree.plan(to={to!r}): tree.to_{to} has no option {unknown[0]!r}; it has {', '.join(defaults)}"
-        )
-    out = options.pop("out", None)
-    want = _options.WANTS[to](**(defaults | options | {"out": None}))
+    options = _options.of_plan("tree.plan", _FUNCTIONS, to, options | {"pack": pack})
+    out = options.pop("out")
+    check_pack(options.pop("pack"), f"tree.to_{to}")
+    want = _options.WANTS[to](**options, out=None, call=f"tree.to_{to}")
     flat = flatten(tree)
     paths = flat.paths()
-    if out is not None:
-        into = aligned(flat, flatten(out), to)
-        return _tree_plan(to, [_leaf_plan(flat, paths, i, to, options | {"out": x}) for i, x in enumerate(into.leaves)])
-    leaves, same = decided(flat, want, range(len(paths)), {}, planning=True)
-    blocks = blocks_of(leaves) if pack else []
-    plans = {leaf.place: plan_of(leaf, None) for leaf in outside(blocks, leaves, flat, want, planning=True)}
+    blocks: list[Block] = []
+    if out is None:
+        leaves, same = decided(flat, want, range(len(paths)), {}, planning=True)
+        blocks = blocks_of(leaves) if pack else []
+        alone = outside(blocks, leaves, flat, want, planning=True)
+    else:
+        leaves, same = checked(flat, flatten(out), want, planning=True)
+        alone = leaves
+    plans = {leaf.place: plan_of(leaf, None) for leaf in alone}
     plans |= {leaves[i].place: plan_of(leaves[i], block) for block in blocks for i in block.members}
     found = [LeafPlan(paths[i], plans[same.get(i, i)], paths[same[i]] if i in same else "") for i in range(len(paths))]
-    return _tree_plan(to, found, blocks)
-
-
-def _leaf_plan(flat: Flat, paths: list[str], i: int, to: Any, options: dict[str, Any]) -> LeafPlan:
-    try:
-        return LeafPlan(paths[i], _api.plan(flat.leaves[i], to, **options))
-    except NAMED as error:
-        name(error, flat, i)
-        raise
-
-
-def _tree_plan(to: str, leaves: list[LeafPlan], blocks: Sequence[Block] = ()) -> TreePlan:
-    own = [leaf.plan for leaf in leaves if not leaf.same_as]
+    own = [leaf.plan for leaf in found if not leaf.same_as]
     moved = sum(made.bytes_moved for made in own)
-    return TreePlan(to, tuple(leaves), tuple(blocks), moved == 0, moved, any(made.blocking for made in own))
+    blocking = any(made.blocking for made in own)
+    return TreePlan(to, tuple(found), tuple(blocks), moved == 0, moved, blocking, _left(tree))
+
+
+def _left(tree: Any) -> tuple[LeftPart, ...]:
+    flat = flatten(tree, everything=True)
+    others = [i for i, x in enumerate(flat.leaves) if not is_array(x) and _may_hold_arrays(x)]
+    paths = flat.paths() if others else []
+    return tuple(LeftPart(paths[i], type(flat.leaves[i]).__name__) for i in others)
+
+
+def _may_hold_arrays(x: Any) -> bool:
+    """In its attributes, or coming out of it one by one: a module, a generator. Numbers, text and shapes cannot."""
+    if _containers._exact.get(type(x)) is OTHER or isinstance(x, (*_containers._KEPT, Number, PathLike, FunctionType)):
+        return False
+    if isinstance(x, (set, frozenset)):
+        return any(is_array(element) or _may_hold_arrays(element) for element in x)
+    return any(hasattr(x, name) for name in ("__dict__", "__slots__", "__iter__"))
 
 
 _FUNCTIONS: dict[str, Callable[..., Any]] = {"numpy": to_numpy, "torch": to_torch, "cupy": to_cupy}

@@ -1,5 +1,8 @@
 """Nested containers of arrays, converted leaf by leaf: `to_numpy`, `to_torch`, `to_cupy`, `plan`."""
 
-from tensorbridge._tree import LeafPlan, TreePlan, plan, to_cupy, to_numpy, to_torch
+from tensorbridge._tree import LeafPlan, LeftPart, TreePlan, plan, to_cupy, to_numpy, to_torch
 
-__all__ = ["LeafPlan", "TreePlan", "plan", "to_cupy", "to_numpy", "to_torch"]
+__all__ = ["LeafPlan", "LeftPart", "TreePlan", "plan", "to_cupy", "to_numpy", "to_torch"]
+
+for _function in (plan, to_cupy, to_numpy, to_torch):  # as Python's own errors, and pickles, name them
+    _function.__module__, _function.__qualname__ = "tensorbridge", f"tree.{_function.__name__}"

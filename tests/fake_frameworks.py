@@ -286,6 +286,9 @@ def make_cupy(machine):
         def __init__(self, mem, offset):
             self.mem, self.ptr, self.device_id = mem, mem.ptr + offset, mem.device_id
 
+        def __add__(self, nbytes):
+            return MemoryPointer(self.mem, self.ptr - self.mem.ptr + nbytes)
+
     class ndarray:
         def __init__(self, shape, dtype=np.float32, memptr=None, strides=None):
             dense = np.empty(shape, dtype)

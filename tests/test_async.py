@@ -3,6 +3,7 @@
 import gc
 import threading
 import weakref
+from pathlib import Path
 
 import fake_frameworks
 import numpy as np
@@ -171,6 +172,17 @@ def test_a_guard_holds_for_the_worker_even_when_its_block_is_over(machine, late)
         with pytest.raises(tb.CopyRequiredError):
             transfer.result(timeout=30)
     assert set(tb.to_numpy_async(late).result(timeout=30).ravel()) == {7.0}
+
+
+def test_trace_and_warning_name_the_line_that_asked(machine, late):
+    with tb.trace() as seen, tb.copy_guard("warn"), pytest.warns(tb.CopyWarning) as warned:
+        transfer = tb.to_numpy_async(late)  # asked here
+        let_go(machine)
+        transfer.result(timeout=30)
+    lines = Path(__file__).read_text().splitlines()
+    here = next(i for i, line in enumerate(lines, 1) if line.endswith("# asked here"))
+    assert [event.where for event in seen.events] == [f"{__file__}:{here}"]
+    assert [(w.filename, w.lineno) for w in warned] == [(__file__, here)]
 
 
 @pytest.mark.parametrize("when", ["capturing", "forked"])

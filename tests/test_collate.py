@@ -140,6 +140,13 @@ def test_graph_is_kept_in_the_main_process():
 
 # -- What is refused
 
+
+def cyclic() -> Any:
+    x: Any = []
+    x.append(x)
+    return x
+
+
 REFUSED: dict[str, Any] = {
     "shape": (
         [{"x": np.zeros(3)}, {"x": np.zeros(3)}, {"x": np.zeros(4)}],
@@ -151,8 +158,18 @@ REFUSED: dict[str, Any] = {
     "length": ([[1, 2], [1, 2, 3]], r"sample 1 has batch\[2\].*\n.*pad lists"),
     "array and none": ([{"x": np.zeros(1)}, {"x": None}], r"batch\['x'\]: sample 0 has ndarray, sample 1 NoneType"),
     "number and text": ([{"x": 1}, {"x": "1"}], r"batch\['x'\]: sample 0 has int, sample 1 str"),
-    "text array": ([{"x": np.array(["a"])}] * 2, r"^collate: batch\['x'\]: to_torch.*text is not a number"),
-    "big integer": ([{"x": 2**70}, {"x": 1}], r"^collate: batch\['x'\]: "),
+    "text array": (
+        [{"x": np.zeros(1)}, {"x": np.array(["a"])}],
+        r"^collate: batch\['x'\]: sample 1: numpy <U1 \(1,\) cannot be converted: text is not a number\.\n"
+        r"Encode it first: .* gives codes\. Do so in the dataset, or in a function around collate\.$",
+    ),
+    "dtype that torch lacks": (
+        [np.zeros(2, "longdouble")] * 2,
+        r"^collate: batch: sample 0: numpy longdouble .* torch has no longdouble\.\n"
+        r'Use tensorbridge\.to_torch\(x, dtype="float64"\): a copy of 16 B\. Do so in the dataset',
+    ),
+    "big integer": ([{"x": 2**70}, {"x": 1}], r"^collate: batch\['x'\]: list of 2 numbers cannot .* does not fit"),
+    "cycle": ([[1], cyclic()], r"^collate: sample 1: batch\[0\] is batch again"),
 }  # fmt: skip
 
 
@@ -168,13 +185,36 @@ def test_no_samples_are_an_error():
         tb.collate([])
 
 
+@pytest.mark.parametrize("samples", [3, None, {"x": 1}, "text", (x for x in [1])], ids=lambda x: type(x).__name__)
+def test_what_is_no_sequence_of_samples_is_refused(samples):
+    with pytest.raises(TypeError, match=rf"^collate: samples is {type(samples).__name__}, .*batch_size=None"):
+        tb.collate(samples)
+
+
+class Gone:
+    """A producer that cannot export any more."""
+
+    def __dlpack_device__(self) -> Any:
+        return 1, 0
+
+    def __dlpack__(self, **options: Any) -> Any:
+        raise BufferError("gone")
+
+
+def test_producer_that_fails_is_named_by_sample():
+    with pytest.raises(tb.ProducerError, match=r"^collate: batch\[0\]: sample 1: Gone failed to export.*gone$"):
+        tb.collate([[np.zeros(1)], [Gone()]])
+
+
 def test_trace_and_guard_see_the_copy():
     samples = [frozen(np.zeros(3)), np.ones(3)]
     with tb.trace() as seen:
         tb.collate(samples)
     assert seen.totals.nbytes == 48  # every element once, read-only or not
-    with tb.copy_guard("error"), pytest.raises(tb.CopyRequiredError, match="collate"):
+    with tb.copy_guard("error"), pytest.raises(tb.CopyRequiredError, match=r"^collate: batch: torch list .* 48 B"):
         tb.collate(samples)
+    with tb.copy_guard("error"), pytest.raises(tb.CopyRequiredError, match=r"^collate: batch: sample 1: numpy .* 24 B"):
+        tb.collate([np.ones(3), np.ones(3)[::-1]])
 
 
 # -- In worker processes
@@ -189,7 +229,7 @@ def run_until_it_fails(loader: Any) -> None:
         for worker, queue in zip(getattr(batches, "_workers", ()), getattr(batches, "_index_queues", ()), strict=True):
             batches._workers_done_event.set()
             queue.put(None)
-            worker.join()
+            worker.join(10)  # if it does not end, the loader ends it
 
 
 class Digits(Dataset):  # type: ignore[type-arg]

@@ -16,7 +16,7 @@ ROOT = Path(tensorbridge.__file__).parent
 
 # From the ground up. A module imports modules of the rows below its own, and none of its own row.
 LAYERS = [
-    {"_array", "_block", "_errors", "_eager", "_roads", "_svg"},
+    {"_array", "_block", "_errors", "_eager", "_rebuild", "_roads", "_svg"},
     {"_dtypes", "_streams"},
     {"_step", "_engine", "_lease", "_picture"},
     {"_refuse", "_staging", "_words", "_events"},
@@ -33,7 +33,9 @@ LAYERS = [
     {"_tables", "_pack", "_tree_lanes"},
     {"_containers"},
     {"_leaf", "_collate"},
+    {"_fill"},
     {"_leaves"},
+    {"_prefetch_roads"},
     {"_tree", "_prefetch"},
     {"tree"},
     {"_async", "_matrix"},

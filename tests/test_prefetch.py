@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import contextvars
 import gc
 import subprocess
@@ -15,12 +16,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import fake_frameworks
 import numpy as np
 import pytest
 import torch
 
 import tensorbridge as tb
-from tensorbridge import _lease, _prefetch, _streams
+from tensorbridge import _lease, _prefetch, _prefetch_roads, _streams
 
 SOON = 5.0  # seconds: far more than anything here takes
 
@@ -248,6 +250,9 @@ def test_error_of_closing_the_source_is_raised_by_close():
         ({"transform": 3}, TypeError, "a callable or None"),
         ({"device": "cuda", "to": "numpy"}, ValueError, 'say device="cpu"'),
         ({"device": "tpu"}, ValueError, "choose"),
+        ({"device": "cpu", "to": "cupy"}, (ValueError, tb.MissingFrameworkError), "^prefetch"),
+        ({"copy": 1}, TypeError, r"^prefetch\(copy=1\): copy is True, False or None"),
+        ({"copy": 1, "to": "numpy"}, TypeError, r"^prefetch\(copy=1\)"),
     ],
 )
 def test_options_that_make_no_sense_are_errors_at_the_call(options, error, text):
@@ -257,9 +262,56 @@ def test_options_that_make_no_sense_are_errors_at_the_call(options, error, text)
     assert source.read == 0
 
 
-def test_batches_that_cannot_be_iterated_are_an_error_at_the_call():
-    with pytest.raises(TypeError):
-        on_host(3)
+NO_BATCHES: dict[str, Any] = {
+    "a number": (lambda: 3, r"^prefetch: batches is int, which cannot be iterated.*DataLoader"),
+    "nothing": (lambda: None, r"^prefetch: batches is NoneType, which cannot be iterated"),
+    "one batch": (lambda: {"x": np.zeros(3)}, r"^prefetch: batches is dict, .*keys.*\[batch\]"),
+    "one batch of another class": (lambda: collections.UserDict(x=np.zeros(3)), r"^prefetch: batches is UserDict, "),
+    "text": (lambda: "data/train", r"^prefetch: batches is str"),
+    "a number in an array": (lambda: np.array(3), r"^prefetch: batches is ndarray, which cannot be iterated"),
+}
+
+
+@pytest.mark.parametrize("name", NO_BATCHES)
+def test_what_is_not_an_iterable_of_batches_is_an_error_at_the_call(name):
+    make, text = NO_BATCHES[name]
+    with pytest.raises(TypeError, match=text):
+        on_host(make())
+
+
+def test_error_of_making_an_iterator_is_that_of_the_source():
+    class Broken:
+        def __iter__(self) -> Iterator[Any]:
+            raise TypeError("no file is open")
+
+    with pytest.raises(TypeError, match="no file is open"):
+        on_host(Broken())
+
+
+# -- Shared with the source, or not
+
+
+def refilled() -> Iterator[Any]:
+    """One buffer, filled again and again: what a camera, a file reader or a simulation does."""
+    buffer = np.zeros(3)
+    for i in range(6):
+        buffer.fill(i)
+        yield {"x": buffer, "t": torch.from_numpy(buffer)}
+
+
+@pytest.mark.parametrize("to", ["torch", "numpy"])
+def test_copy_keeps_batches_apart_from_a_buffer_that_is_filled_again(to):
+    batches = list(on_host(refilled(), to=to, depth=6, copy=True))
+    assert [[int(x[0]) for x in batch.values()] for batch in batches] == [[i, i] for i in range(6)]
+    shared = list(on_host(refilled(), to=to, depth=6))
+    assert [int(batch["x"][0]) for batch in shared] == [5] * 6  # as the docstring says: they are one memory
+
+
+def test_copy_false_refuses_at_the_batch_that_would_be_copied():
+    ready = on_host([np.arange(3), np.arange(3)[::-1]], copy=False)
+    assert next(ready).tolist() == [0, 1, 2]
+    with pytest.raises(tb.CopyRequiredError, match=r"^batch: to_torch\(.*copy=False\)"):
+        next(ready)
 
 
 def test_missing_device_is_an_error_at_the_call():
@@ -457,6 +509,24 @@ def test_trace_sees_the_worker():
     assert {event.thread for event in seen.events} != {threading.current_thread().name}
 
 
+def line_of(text: str) -> str:
+    lines = Path(__file__).read_text().splitlines()
+    return f"{__file__}:{next(i for i, line in enumerate(lines, 1) if line.strip().endswith(text))}"
+
+
+def test_trace_and_warning_name_the_line_that_asked_for_each_conversion():
+    """The worker's own conversions: the line that called prefetch. The transform's: a line of the transform."""
+
+    def transform(batch: Any) -> Any:
+        return tb.to_torch(batch)  # in the transform
+
+    with tb.trace() as seen, tb.copy_guard("warn"), pytest.warns(tb.CopyWarning) as warned:
+        list(on_host([np.arange(3)[::-1]], to="numpy", copy=True, transform=transform))
+    lines = [line_of("# in the transform"), line_of('device="cpu", **options)')]
+    assert [event.where for event in seen.events] == lines
+    assert [f"{w.filename}:{w.lineno}" for w in warned] == lines
+
+
 def test_context_variables_are_those_of_the_caller():
     variable: contextvars.ContextVar[str] = contextvars.ContextVar("variable", default="none")
     variable.set("mine")
@@ -515,19 +585,25 @@ def test_batch_is_handed_over_to_the_stream_that_asks(monkeypatch):
         calls.append(("used_on", array, stream))
         raise ValueError("memory of another library: nobody here knows its owner, and it is handed over as it is")
 
+    class Mark:
+        def __init__(self, place: int) -> None:
+            self.place = place
+
+        def holds_back(self, number: int, index: int) -> None:
+            calls.append(("wait", self.place, number))
+
     monkeypatch.setattr(_streams, "side_stream", lambda index: "side")
     monkeypatch.setattr(_streams, "identify", lambda stream: (streams[stream], 0))
     monkeypatch.setattr(_streams, "current", lambda framework, index: 7)
     monkeypatch.setattr(_streams, "link", lambda *a: calls.append(("link", *a)))
     monkeypatch.setattr(_streams, "use_stream", lambda stream: calls.append(("use", stream)) or tb.copy_guard("allow"))
-    monkeypatch.setattr(_streams, "mark", lambda number, index: calls.append(("mark", number)) or len(calls))
-    monkeypatch.setattr(_prefetch, "_wait", lambda mark, number, index: calls.append(("wait", mark, number)))
+    monkeypatch.setattr(_streams, "mark", lambda number, index: calls.append(("mark", number)) or Mark(len(calls)))
     monkeypatch.setattr(_lease, "used_on", used_on)
     monkeypatch.setattr(_lease, "keep", lambda array, number, index: calls.append(("keep", array, number)))
-    monkeypatch.setattr(_prefetch._Cuda, "on_device", lambda road, batch: [type(batch).__name__])
-    monkeypatch.setattr(_prefetch, "_current_stream", lambda framework, index: "mine")
-    monkeypatch.setattr(_prefetch._leaves, "converted", lambda batch, want: calls.append("convert") or (batch,))
-    monkeypatch.setattr(_prefetch, "_road", lambda want: _prefetch._Cuda("torch", 0))
+    monkeypatch.setattr(_prefetch_roads.Cuda, "on_device", lambda road, batch: [type(batch).__name__])
+    monkeypatch.setattr(_prefetch_roads, "_current_stream", lambda framework, index: "mine")
+    monkeypatch.setattr(_prefetch_roads._leaves, "converted", lambda batch, want: calls.append("convert") or (batch,))
+    monkeypatch.setattr(_prefetch, "road_for", lambda want: _prefetch_roads.Cuda("torch", 0))
     ready = on_host([[1]])
     assert next(ready) == ([1],)
     assert list(ready) == []
@@ -541,6 +617,58 @@ def test_batch_is_handed_over_to_the_stream_that_asks(monkeypatch):
         ("wait", 6, 7),
         ("used_on", "tuple", "mine"),
     ]
+
+
+@pytest.fixture
+def machine(monkeypatch):
+    for machine in fake_frameworks.installed(monkeypatch, without=["torch"]):
+        machine.patience = SOON
+        yield machine
+
+
+@pytest.mark.parametrize("waits", [True, False])
+def test_work_of_the_consumer_waits_for_its_batch_on_a_device(waits, machine, monkeypatch):
+    """The transfer has not begun when the batch is taken. Without the wait, a read on another stream is too early."""
+    if not waits:
+        monkeypatch.setattr(_streams.Mark, "holds_back", lambda mark, number, index: None)
+    mine, side = 0x50, _streams.side_stream(0).ptr
+    machine.current["cupy"][0] = mine
+    seen: list[Any] = []
+    with machine.hold(0, side):
+        ready = tb.prefetch([{"x": np.ones(3, "f4"), "y": np.ones(2, "f4")}], to="cupy")
+        batch = next(ready)
+        machine.kernel(0, mine, lambda: seen.append(batch["x"].array().tolist()))
+        machine.run()
+        assert seen == ([] if waits else [[0, 0, 0]])
+    assert seen == [[1, 1, 1] if waits else [0, 0, 0]]
+    assert list(ready) == []
+
+
+def test_batches_that_were_on_the_device_are_let_go_once_they_were_read(machine):
+    gone: list[Any] = []
+
+    def source() -> Iterator[Any]:
+        for i in range(20):
+            a = machine.cupy.full((3,), float(i))
+            gone.append(weakref.ref(a))
+            yield a
+            del a
+            machine.run()  # what was queued for the batch before is done
+
+    for batch in tb.prefetch(source(), to="cupy"):
+        del batch
+    kept = [reference() is not None for reference in gone]
+    assert kept[:-2] == [False] * 18
+
+
+def test_batch_that_is_no_tree_before_its_transform_goes_to_a_device_too(machine):
+    strange: Any = [np.ones(3, "f4")]
+    strange.append(strange)
+    (made,) = tb.prefetch([strange], to="cupy", transform=lambda batch: batch[0])
+    machine.run()
+    assert made.array().tolist() == [1, 1, 1]
+    with pytest.raises(tb.UnsupportedArrayError, match="contains itself"):
+        list(tb.prefetch([strange], to="cupy"))
 
 
 @pytest.mark.gpu

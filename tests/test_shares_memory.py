@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import tensorbridge as tb
-from tensorbridge._memory import infos_share
+from tensorbridge._memory import first_meeting, infos_share
 
 
 @settings(max_examples=300, deadline=None)
@@ -69,3 +69,20 @@ def test_arrays_apart_share_nothing():
     assert tb.shares_memory(a[::2], a[2:3])
     assert not tb.shares_memory(tensor(3), tensor(3))
     assert not tb.shares_memory(a, [1, 2])
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_first_meeting_is_found_wherever_two_arrays_meet(seed):
+    """Beside a comparison of all pairs, over views of one block."""
+    rng = np.random.default_rng(seed)
+    block = np.zeros(60)
+
+    def view():
+        start, count, step = rng.integers(0, 40), rng.integers(0, 5), rng.integers(1, 5)
+        return tb.describe(block[start : start + count * step : step][:: rng.choice([1, -1])])
+
+    written, read = {i: view() for i in range(3)}, {i: view() for i in range(4)}
+    every = {(j, i, True) for j in written for i in written if i < j and infos_share(written[i], written[j])}
+    every |= {(i, j, False) for i in written for j in read if i != j and infos_share(written[i], read[j])}
+    met = first_meeting(written, read)
+    assert met in every if every else met is None

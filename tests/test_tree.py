@@ -5,8 +5,13 @@ from __future__ import annotations
 import array
 import collections
 import dataclasses
+import datetime
+import decimal
+import enum
 import functools
 import gc
+import pathlib
+import pickle
 import threading
 import time
 import types
@@ -66,7 +71,7 @@ class Derived:
 
 
 class BySlots:
-    __slots__ = ("_note",)
+    __slots__ = "_note"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,6 +131,30 @@ class Rows(list):  # type: ignore[type-arg]
     pass
 
 
+class Tagged:
+    """Mixed in: its __init__ asks for more than that of the container, and keeps it."""
+
+    def __init__(self, tag: str, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.tag = tag
+
+
+class TaggedDefault(Tagged, collections.defaultdict):  # type: ignore[type-arg]
+    pass
+
+
+class TaggedOrdered(Tagged, collections.OrderedDict):  # type: ignore[type-arg]
+    __slots__ = ("_note",)
+
+
+class TaggedDeque(Tagged, collections.deque):  # type: ignore[type-arg]
+    pass
+
+
+class TaggedList(Tagged, list):  # type: ignore[type-arg]
+    pass
+
+
 class Registered:
     def __init__(self, first: Any, second: Any, note: str) -> None:
         self.first, self.second, self.note = first, second, note
@@ -167,6 +196,12 @@ def settings(a: Any) -> Settings:
     return made
 
 
+def ordered(a: Any) -> TaggedOrdered:
+    made = TaggedOrdered("kept", [("z", a), ("a", a)])
+    made._note = "kept"
+    return made
+
+
 CONTAINERS: dict[str, Any] = {
     "dict": lambda a: {"b": a, "a": "text", 3: None, ("k", 1): a},
     "list": lambda a: [a, 1, "text", None, b"raw", 2.5, a],
@@ -179,6 +214,10 @@ CONTAINERS: dict[str, Any] = {
     "dict subclass": lambda a: Items(obs=a, n=3),
     "locked dict": lambda a: Locked(obs=a, n=3),
     "dict that is its own copy": lambda a: OneOfAKind(obs=a, n=3),
+    "defaultdict with more to init": lambda a: TaggedDefault("kept", list, {"x": a}),
+    "ordered dict with more to init": ordered,
+    "deque with more to init": lambda a: TaggedDeque("kept", [a, 1], maxlen=3),
+    "list with more to init": lambda a: TaggedList("kept", [a, 1]),
     "user dict": settings,
     "user list": lambda a: collections.UserList([a, 1]),
     "list subclass": lambda a: Rows([a, 1]),
@@ -198,6 +237,7 @@ CONTAINERS: dict[str, Any] = {
 def parts(x: Any) -> tuple[Any, list[Any]]:
     """What a container is apart from its values, and its values: written without tensorbridge."""
     attributes = {k: v for k, v in getattr(x, "__dict__", {}).items() if isinstance(v, str)}
+    attributes |= {"_note": x._note} if hasattr(type(x), "_note") else {}
     if isinstance(x, collections.abc.Mapping):
         extra = (getattr(x, "default_factory", None), attributes if getattr(x, "__dict__", None) is not x else None)
         return (type(x), list(x), extra), [x[key] for key in x]
@@ -293,6 +333,10 @@ def test_mapping_that_cannot_be_built_is_refused_by_name_and_left_alone(a):
 # -- What is not an array
 
 
+class Colour(enum.Enum):
+    RED = 1
+
+
 class Opaque:
     def __init__(self, array: Any) -> None:
         self.array = array
@@ -321,6 +365,12 @@ KEPT: dict[str, Any] = {
     "object": Opaque(np.zeros(3)),
     "module": torch.nn.Linear(1, 1),
     "struct": time.gmtime(0),
+    "date": datetime.datetime(2026, 1, 1),
+    "path": pathlib.Path("x"),
+    "decimal": decimal.Decimal(1),
+    "frozen set": frozenset("ab"),
+    "enum": Colour.RED,
+    "method": "text".upper,
     "dataclass type": Plain,
 }
 
@@ -602,9 +652,14 @@ def test_error_names_the_leaf(path, a):
     assert str(planned.value) == str(refused.value)
 
 
-def test_error_of_an_array_alone_is_the_one_it_gives_alone(a):
-    with pytest.raises(tb.CopyRequiredError, match=r"^to_torch\(copy=False\)"):
-        tree.to_torch(a[::-1], copy=False)
+def test_error_names_the_batch_where_that_is_the_leaf(a):
+    for call in (
+        lambda x: tree.to_torch(x),
+        lambda x: tree.plan(x, "torch"),
+        lambda x: tree.to_torch(x, out=torch.zeros(1)),
+    ):
+        with pytest.raises(tb.UnsupportedArrayError, match=r"^batch: to_torch.*: numpy <U4 \(1,\)"):
+            call(np.array(["text"]))
 
 
 def test_what_cannot_be_converted_is_refused_before_anything_moves(a):
@@ -692,35 +747,40 @@ def test_wrong_options_are_errors_before_anything_happens(to, options, error, a)
         to({"x": a}, **options)
 
 
+def test_errors_of_options_speak_of_the_function_for_trees(a):
+    for call, text in {
+        lambda: tree.to_torch([a], typo=1): r"^tree\.to_torch\(\) got an unexpected keyword argument 'typo'",
+        lambda: tree.to_torch([a], copy=1): r"^tree\.to_torch\(copy=1\): copy is True, False or None",
+        lambda: tree.to_numpy([a], writable=1): r"^tree\.to_numpy\(writable=1\)",
+        lambda: tree.to_torch([a], pack=1): r"^tree\.to_torch\(pack=1\): pack is True or False",
+        lambda: tree.plan([a], "torch", pack=1): r"^tree\.to_torch\(pack=1\): pack is True or False",
+        lambda: tree.plan([a], "cupy", share_readonly=1): r"^tree\.to_cupy\(share_readonly=1\)",
+        lambda: tree.plan([a], "jax"): r'^tree\.plan\(to=\'jax\'\): choose "numpy"',
+    }.items():
+        with pytest.raises((TypeError, ValueError), match=text):
+            call()
+
+
+def test_plan_names_the_option_that_was_meant_and_all_there_are(a):
+    with pytest.raises(TypeError) as error:
+        tree.plan([a], "torch", pac=False)
+    assert str(error.value) == (
+        "tree.plan(to='torch'): tree.to_torch has no option 'pac'; it has device, dtype, copy, "
+        "share_readonly, detach, pin_memory, non_blocking, out, pack; did you mean 'pack'?"
+    )
+
+
+@pytest.mark.parametrize("name", ["plan", "to_cupy", "to_numpy", "to_torch"])
+def test_functions_of_trees_can_be_pickled(name):
+    """A DataLoader that spawns its workers pickles what they call."""
+    assert pickle.loads(pickle.dumps(getattr(tree, name))) is getattr(tree, name)
+
+
 def test_missing_device_names_the_leaf(a):
     if torch.cuda.is_available():
         return
     with pytest.raises(tb.DeviceError, match=r"^batch\['x'\]: .*cuda:0 does not exist"):
         tree.to_torch({"x": a}, device="cuda:0")
-
-
-@pytest.mark.parametrize("to", ["torch", "numpy"])
-def test_out_is_filled_and_returned(to, a):
-    make = {"torch": lambda: torch.zeros(2, 3), "numpy": lambda: np.zeros((2, 3), "f4")}[to]
-    out = {"x": make(), "l": [make()]}
-    result = getattr(tree, f"to_{to}")({"x": a, "l": [a[::-1]]}, out=out)
-    assert result is out
-    assert np.array_equal(numbers(out["x"]), numbers(a))
-    assert np.array_equal(numbers(out["l"][0]), numbers(a[::-1]))
-
-
-@pytest.mark.parametrize(
-    ("out", "text"),
-    [
-        ({"y": torch.zeros(2, 3)}, r"another tree: it has batch\['y'\]"),
-        ({}, r"another tree: it lacks batch\['x'\]"),
-        ({"x": torch.zeros(3)}, r"^batch\['x'\]: .*out has shape"),
-        ({"x": np.zeros((2, 3))}, "not an array of torch"),
-    ],
-)
-def test_out_that_does_not_fit_is_refused(out, text, a):
-    with pytest.raises((ValueError, TypeError), match=text):
-        tree.to_torch({"x": a}, out=out)
 
 
 # -- The plan, the trace, the guard
@@ -764,10 +824,43 @@ def test_plan_reads_as_a_table(a):
     ]
 
 
-def test_plan_of_a_fill_says_so(a):
-    plan = tree.plan({"x": a}, "torch", out={"x": torch.zeros(2, 3)})
-    assert [step.op for step in plan.leaves[0].plan.steps] == ["fill"]
-    assert plan.bytes_moved == 24
+def test_plan_names_objects_that_may_hold_arrays_and_are_left_as_they_are(a):
+    source = {
+        "space": types.SimpleNamespace(x=a),
+        "net": [torch.nn.Linear(1, 1), Opaque(a)],
+        "lazy": (x for x in [a]),
+        "values": {"x": a}.values(),
+        "set": {torch.zeros(1)},
+        "x": a,
+    }
+    plan = tree.plan(source, "torch")
+    assert [left.path for left in plan.left] == [
+        "batch['space']",
+        "batch['lazy']",
+        "batch['values']",
+        "batch['set']",
+        "batch['net'][0]",
+        "batch['net'][1]",
+    ]
+    assert str(plan).splitlines()[-1] == (
+        "6 x left as it is: batch['space'] (SimpleNamespace), batch['lazy'] (generator), batch['values'] (dict_values) "
+        "and 3 more"
+    )
+    assert tree.to_torch(source)["space"] is source["space"]
+    assert str(tree.plan(torch.nn.Linear(1, 1), "numpy")).endswith("1 x left as it is: batch (Linear)")
+
+
+ORDINARY = [name for name in KEPT if name not in ("object", "module")]
+
+
+@pytest.mark.parametrize("name", ORDINARY)
+def test_plan_says_nothing_of_ordinary_values(name, a):
+    assert tree.plan({"a": a, "x": KEPT[name]}, "torch").left == ()
+
+
+def test_plan_of_a_fill_names_what_is_left(a):
+    source = {"x": a, "space": types.SimpleNamespace(x=a)}
+    assert [left.type for left in tree.plan(source, "numpy", out={"x": np.zeros((2, 3))}).left] == ["SimpleNamespace"]
 
 
 @pytest.mark.parametrize(
@@ -850,4 +943,4 @@ def test_npz_file_is_a_table(tmp_path, a):
 
 def test_module_is_public():
     assert tb.tree is tree
-    assert set(tree.__all__) == {"LeafPlan", "TreePlan", "plan", "to_cupy", "to_numpy", "to_torch"}
+    assert set(tree.__all__) == {"LeafPlan", "LeftPart", "TreePlan", "plan", "to_cupy", "to_numpy", "to_torch"}

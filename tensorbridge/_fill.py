@@ -1,0 +1,62 @@
+"""The arrays of `out`: every leaf is opened, decided and checked against all others before a byte is written."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tensorbridge import _options
+from tensorbridge._adapters import adapter_of
+from tensorbridge._array import ArrayInfo
+from tensorbridge._containers import Flat
+from tensorbridge._leaf import NAMED, Leaf, identity, name, opened
+from tensorbridge._memory import first_meeting
+from tensorbridge._step import Want
+
+
+def checked(flat: Flat, into: Flat, want: Want, *, planning: bool = False) -> tuple[list[Leaf], dict[int, int]]:
+    """The leaves to convert into those of `into`, and for every other place the one that is filled for it too."""
+    aligned(flat, into, want.framework)
+    found: list[Leaf] = []
+    same: dict[int, int] = {}
+    first_of: dict[Any, int] = {}
+    read: dict[int, ArrayInfo] = {}
+    written: dict[int, ArrayInfo] = {}
+    for i, (x, out) in enumerate(zip(flat.leaves, into.leaves, strict=True)):
+        try:
+            leaf = opened(i, x, _options._with_out(want, out), planning=planning)
+            traits = leaf.kind.want.out
+            assert traits is not None
+            source, target = leaf.info, adapter_of(type(out)).describe(out, traits)
+            _options.check_out(source, target, leaf.kind.want)
+        except NAMED as error:
+            name(error, flat, i)
+            raise
+        first = first_of.setdefault(
+            (identity(source, leaf.handle) or id(x), identity(target, out)), i
+        )  # tied, on both sides
+        if first != i:
+            same[i] = first
+            continue
+        found.append(leaf)
+        read[i], written[i] = source, target
+    _refuse_meeting(flat, want, written, read)
+    return found, same
+
+
+def _refuse_meeting(flat: Flat, want: Want, written: dict[int, ArrayInfo], read: dict[int, ArrayInfo]) -> None:
+    met = first_meeting(written, read)
+    if met is None:
+        return
+    i, j, both_written = met
+    other = f"out of {flat.path(j)}" if both_written else f"{flat.path(j)}, which is read too"
+    raise ValueError(f"{flat.path(i)}: to_{want.framework}(out=...): out shares memory with {other}")
+
+
+def aligned(flat: Flat, into: Flat, framework: str) -> None:
+    """Check that the arrays of `into` lie where those of `flat` do."""
+    paths, others = flat.paths(), into.paths()
+    if paths != others:
+        strange = [f"it has {p}" for p in others if p not in paths] + [
+            f"it lacks {p}" for p in paths if p not in others
+        ]
+        raise ValueError(f"tree.to_{framework}(out=...): out is another tree: {(strange or ['its order differs'])[0]}")

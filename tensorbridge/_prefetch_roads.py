@@ -1,0 +1,94 @@
+"""Where prefetched batches go, and what that needs: nothing on the host; on CUDA a stream, marks and kept memory."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext, suppress
+from typing import Any, NamedTuple
+
+from tensorbridge import _lease, _leaves, _streams
+from tensorbridge._array import CPU
+from tensorbridge._containers import flatten
+from tensorbridge._errors import UnsupportedArrayError
+from tensorbridge._step import Want
+
+
+class Batch(NamedTuple):
+    value: Any
+    mark: Any = None  # what the consumer's stream has to wait for
+    memory: Sequence[Any] = ()  # arrays whose memory the consumer's stream will use
+
+
+class Host:
+    """Batches stay on the host: nothing is to be ordered."""
+
+    def entered(self) -> AbstractContextManager[Any]:
+        """What the worker runs in."""
+        return nullcontext()
+
+    def on_device(self, batch: Any) -> list[Any]:
+        """The arrays of a batch that lie on a device."""
+        return []
+
+    def converted(self, batch: Any, want: Want, read: list[Any]) -> Batch:
+        """Called by the worker; `read` are device arrays that it has read meanwhile."""
+        return Batch(_leaves.converted(batch, want))
+
+    def handed_over(self, batch: Batch) -> Any:
+        """Called by the consumer."""
+        return batch.value
+
+
+class Cuda(Host):
+    """Batches go to a device, on its side stream: transfers overlap with the consumer's work on other streams."""
+
+    def __init__(self, framework: str, index: int) -> None:
+        self.framework, self.index = framework, index
+        self.stream = _streams.side_stream(index)
+        self.number = _streams.identify(self.stream)[0]
+        # What the caller has queued may have made arrays that the source holds.
+        _streams.link(_streams.current(framework, index), self.number, index)
+
+    def entered(self) -> AbstractContextManager[Any]:
+        return _streams.use_stream(self.stream)
+
+    def on_device(self, batch: Any) -> list[Any]:
+        found: dict[int, Any] = {}  # one for each storage
+        cupy_array = getattr(sys.modules.get("cupy"), "ndarray", ())
+        with suppress(UnsupportedArrayError):  # a transform may make a tree of what is none yet; if not, it is refused
+            for leaf in flatten(batch).leaves:
+                if getattr(leaf, "is_cuda", False):
+                    found[leaf.untyped_storage()._cdata] = leaf
+                elif isinstance(leaf, cupy_array):
+                    found[id(leaf)] = leaf
+        return list(found.values())
+
+    def converted(self, batch: Any, want: Want, read: list[Any]) -> Batch:
+        _lease.settle()  # torch, given its own tensors, crosses nothing that would do it
+        read += self.on_device(batch)
+        made = _leaves.converted(batch, want)
+        for array in read:  # on this stream, of which its owner knows nothing; perhaps dropped before that is done
+            _lease.keep(array, self.number, self.index)
+        return Batch(made, _streams.mark(self.number, self.index), self.on_device(made))
+
+    def handed_over(self, batch: Batch) -> Any:
+        stream = _current_stream(self.framework, self.index)
+        number = _streams.identify(stream)[0]
+        if number != self.number:
+            batch.mark.holds_back(number, self.index)
+            for array in batch.memory:
+                with suppress(ValueError):  # memory of another library that came as it was: used as without prefetch
+                    _lease.used_on(array, stream)
+        return batch.value
+
+
+def _current_stream(framework: str, index: int) -> Any:
+    cuda = sys.modules[framework].cuda
+    return cuda.current_stream(index) if framework == "torch" else cuda.get_current_stream(index)
+
+
+def road_for(want: Want) -> Host:
+    if want.device is None or want.device == CPU:
+        return Host()
+    return Cuda(want.framework, want.device.index)

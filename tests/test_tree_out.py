@@ -1,0 +1,184 @@
+"""Trees into `out`: every leaf is checked before the first is written, and each ends with the values of its source."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from arrays import frozen, numbers
+
+import tensorbridge as tb
+from tensorbridge import tree
+
+
+@pytest.fixture
+def a() -> Any:
+    return np.arange(6.0).reshape(2, 3)
+
+
+@pytest.mark.parametrize("to", ["torch", "numpy"])
+def test_out_is_filled_and_returned(to, a):
+    make = {"torch": lambda: torch.zeros(2, 3), "numpy": lambda: np.zeros((2, 3), "f4")}[to]
+    out = {"x": make(), "l": [make()]}
+    result = getattr(tree, f"to_{to}")({"x": a, "l": [a[::-1]]}, out=out)
+    assert result is out
+    assert np.array_equal(numbers(out["x"]), numbers(a))
+    assert np.array_equal(numbers(out["l"][0]), numbers(a[::-1]))
+
+
+# -- What is refused is refused before anything is written
+
+
+def both(second: Any) -> Any:
+    """A first leaf that could be filled, and one that makes the difference."""
+    return {"first": np.zeros((2, 3)), "second": second}
+
+
+class Text:
+    """Says what it is only when it is opened."""
+
+    def __array__(self, dtype: Any = None, copy: Any = None) -> Any:
+        return np.array([["text"] * 3] * 2)
+
+
+REFUSED: dict[str, Any] = {
+    "shape": (lambda a: both(a), lambda a: both(np.zeros(3)), r"^batch\['second'\]: .*out has shape \(3,\)"),
+    "read-only": (lambda a: both(a), lambda a: both(frozen(np.zeros((2, 3)))), r"^batch\['second'\]: .*read-only"),
+    "another framework": (lambda a: both(a), lambda a: both(torch.zeros(2, 3)), r"^batch\['second'\]: .*not an array"),
+    "its own source": (lambda a: both(a), lambda a: both(a), r"^batch\['second'\]: .*shares memory with the source"),
+    "elements that overlap": (
+        lambda a: both(a),
+        lambda a: both(np.lib.stride_tricks.as_strided(np.zeros(9), (2, 3), (8, 8))),
+        r"^batch\['second'\]: .*overlaps itself",
+    ),
+    "text": (
+        lambda a: both(np.array([["t"] * 3] * 2)),
+        lambda a: both(np.zeros((2, 3))),
+        r"^batch\['second'\]: .*text",
+    ),
+    "text in disguise": (lambda a: both(Text()), lambda a: both(np.zeros((2, 3))), r"^batch\['second'\]: .*text"),
+    "complex": (lambda a: both(a * 1j), lambda a: both(np.zeros((2, 3))), r"^batch\['second'\]: .*imaginary"),
+    "a graph": (
+        lambda a: both(torch.ones(2, 3, requires_grad=True)),
+        lambda a: both(np.zeros((2, 3))),
+        r"^batch\['second'\]: .*graph",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_nothing_is_written_where_one_leaf_is_refused(name, a):
+    make, make_out, text = REFUSED[name]
+    source, out = make(a), make_out(a)
+    source["first"] = np.ones((2, 3))
+    with pytest.raises((ValueError, TypeError, tb.BridgeError), match=text) as refused:
+        tree.to_numpy(source, out=out, detach=False)
+    assert not out["first"].any()
+    assert a.tolist() == [[0, 1, 2], [3, 4, 5]]
+    with pytest.raises(type(refused.value)) as planned:
+        tree.plan(source, "numpy", out=out, detach=False)
+    assert str(planned.value) == str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("second", "text"),
+    [
+        (lambda: torch.zeros(2, 3, requires_grad=True), "requires grad"),
+        (lambda: torch.zeros(1).expand(2, 3), "overlaps itself"),
+        (lambda: torch.zeros(3, 2), "out has shape"),
+    ],
+)
+def test_no_tensor_is_written_where_one_is_refused(second, text, a):
+    out = {"first": torch.zeros(2, 3), "second": second()}
+    with pytest.raises(ValueError, match=rf"^batch\['second'\]: .*{text}"):
+        tree.to_torch({"first": a, "second": a}, out=out)
+    assert not out["first"].any()
+    assert out["first"]._version == 0
+
+
+def test_guard_refuses_a_fill_before_anything_is_written(a):
+    out = {"small": np.zeros(1), "large": np.zeros((2, 3))}
+    with tb.copy_guard("error", min_bytes=40), pytest.raises(tb.CopyRequiredError, match=r"^batch\['large'\]: "):
+        tree.to_numpy({"small": np.ones(1), "large": a}, out=out)
+    assert out["small"] == 0
+
+
+@pytest.mark.parametrize(
+    ("out", "text"),
+    [
+        ({"y": torch.zeros(2, 3)}, r"another tree: it has batch\['y'\]"),
+        ({}, r"another tree: it lacks batch\['x'\]"),
+    ],
+)
+def test_out_of_another_structure_is_refused(out, text, a):
+    for fill in (tree.to_torch, lambda x, out: tree.plan(x, "torch", out=out)):
+        with pytest.raises(ValueError, match=text):
+            fill({"x": a}, out=out)
+
+
+# -- Memory that is given twice
+
+
+@pytest.mark.parametrize("overlap", [0, 3])
+def test_one_memory_cannot_hold_two_leaves(overlap, a):
+    block = np.zeros(12)
+    out = {"x": block[:6], "y": block[overlap : 6 + overlap]}
+    with pytest.raises(
+        ValueError, match=r"^batch\['y'\]: to_numpy\(out=\.\.\.\): out shares memory with out of batch\['x'\]"
+    ):
+        tree.to_numpy({"x": np.ones(6), "y": np.ones(6) * 2}, out=out)
+    assert not block.any()
+
+
+def test_out_that_is_the_source_of_another_leaf_is_refused():
+    """Filled in order, the second would get what the first has just been given."""
+    x, y = np.ones(4), np.full(4, 2.0)
+    with pytest.raises(ValueError, match=r"^batch\['[xy]'\]: .*out shares memory with batch\['[xy]'\], which is read"):
+        tree.to_numpy({"x": x, "y": y}, out={"x": y, "y": x})
+    assert (x.tolist(), y.tolist()) == ([1] * 4, [2] * 4)
+    t = torch.ones(4)
+    with pytest.raises(ValueError, match=r"^batch\[1\]: .*out shares memory with batch\[0\]"):
+        tree.to_numpy([t, np.zeros(4)], out=[np.zeros(4), t.numpy()])
+
+
+def test_parts_of_one_block_that_do_not_meet_are_filled():
+    block = np.zeros((4, 3))
+    out = {"x": block[:, 0], "y": block[:, 1], "z": block[::2, 2]}
+    tree.to_numpy({"x": torch.ones(4), "y": np.full(4, 2), "z": block[1::2, 2] + 3}, out=out)
+    assert block.tolist() == [[1, 2, 3], [1, 2, 0], [1, 2, 3], [1, 2, 0]]
+
+
+def test_one_source_fills_each_out_that_is_given_for_it(a):
+    out = {"x": np.zeros((2, 3)), "y": np.zeros((2, 3), "f4")}
+    tree.to_numpy({"x": a, "y": a}, out=out)
+    assert out["x"].tolist() == out["y"].tolist() == a.tolist()
+
+
+def test_tied_sources_into_tied_outs_are_filled_once():
+    """A copy of a state with tied weights is an `out` for the next one."""
+    weight = torch.ones(3)
+    state = {"w": weight, "tied": weight.view(3), "b": torch.zeros(2)}
+    out = tree.to_numpy(state, copy=True)
+    assert out["w"] is out["tied"]
+    weight.fill_(5)
+    with tb.trace() as seen:
+        assert tree.to_numpy(state, out=out) is out
+    assert out["w"].tolist() == [5, 5, 5]
+    plan = tree.plan(state, "numpy", out=out)
+    assert [leaf.same_as for leaf in plan.leaves] == ["", "batch['w']", ""]
+    assert seen.totals.nbytes == plan.bytes_moved == 20
+
+
+def test_many_leaves_are_checked_in_no_time():
+    block = np.zeros((2000, 8))
+    source = {i: np.full(8, i) for i in range(2000)}
+    tree.to_numpy(source, out=dict(enumerate(block)))
+    assert np.array_equal(block, np.repeat(np.arange(2000.0), 8).reshape(2000, 8))
+
+
+def test_plan_of_a_fill_says_so(a):
+    plan = tree.plan({"x": a}, "torch", out={"x": torch.zeros(2, 3)})
+    assert [step.op for step in plan.leaves[0].plan.steps] == ["fill"]
+    assert plan.bytes_moved == 24
