@@ -96,9 +96,11 @@ def array_to_torch(x: Any, options: dict[str, Any]) -> Any:
 
 
 def _is_dense(t: Any) -> bool:
-    """Whether a tensor is one block of host memory, which is all there (after a resize_ that failed it is not)."""
-    if not (t.is_cpu and t.is_contiguous() and _forward_ad._current_level < 0):
-        return False
+    return t.is_cpu and t.is_contiguous() and _forward_ad._current_level < 0 and is_held(t)
+
+
+def is_held(t: Any) -> bool:
+    """Whether the storage of a dense tensor holds all of it. After a ``resize_`` that failed it does not."""
     return bool(t.storage_offset() * t.element_size() + t.nbytes <= t.untyped_storage().nbytes())
 
 

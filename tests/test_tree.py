@@ -770,6 +770,15 @@ def test_plan_names_the_option_that_was_meant_and_all_there_are(a):
     )
 
 
+@pytest.mark.parametrize("options", [{"copy": True}, {"dtype": "float64"}], ids=str)
+def test_a_tensor_that_has_outgrown_its_storage_is_found_among_its_like(options):
+    outgrown = torch.from_numpy(np.ones(6, "float32"))
+    with pytest.raises(RuntimeError):
+        outgrown.resize_(4096)
+    with pytest.raises(tb.UnsupportedArrayError, match=r"^batch\[2\]: .*its storage holds 24 B"):
+        tree.to_numpy([torch.ones(6), torch.ones(5), outgrown], **options)
+
+
 @pytest.mark.parametrize("name", ["plan", "to_cupy", "to_numpy", "to_torch"])
 def test_functions_of_trees_can_be_pickled(name):
     """A DataLoader that spawns its workers pickles what they call."""
