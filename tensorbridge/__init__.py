@@ -1,11 +1,11 @@
 """tensorbridge: NumPy, PyTorch and CuPy arrays into one another; every conversion is decided before it is done."""
 
-from tensorbridge import tree
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from tensorbridge._api import describe, plan, shares_memory, to_cupy, to_numpy, to_torch
 from tensorbridge._array import ArrayInfo, Device, Traits
-from tensorbridge._async import Transfer, to_numpy_async
-from tensorbridge._collate import collate
-from tensorbridge._editing import editing
+from tensorbridge._eager import mark as _mark
 from tensorbridge._errors import (
     BridgeError,
     CopyRequiredError,
@@ -17,14 +17,20 @@ from tensorbridge._errors import (
     UnsupportedArrayError,
 )
 from tensorbridge._events import Event, Trace
-from tensorbridge._graph import Graph, autograd_graph
-from tensorbridge._info import Info, info
-from tensorbridge._lease import used_on
-from tensorbridge._pool import share_memory_pool
-from tensorbridge._prefetch import prefetch
 from tensorbridge._step import Plan, Step
 from tensorbridge._streams import use_stream
 from tensorbridge._watch import copy_guard, trace
+
+if TYPE_CHECKING:
+    from tensorbridge import tree
+    from tensorbridge._async import Transfer, to_numpy_async
+    from tensorbridge._collate import collate
+    from tensorbridge._editing import editing
+    from tensorbridge._graph import Graph, autograd_graph
+    from tensorbridge._info import Info, info
+    from tensorbridge._lease import used_on
+    from tensorbridge._pool import share_memory_pool
+    from tensorbridge._prefetch import prefetch
 
 __version__ = "0.1.0"
 
@@ -66,3 +72,32 @@ __all__ = [
     "use_stream",
     "used_on",
 ]
+
+# Loaded when first asked for: the import costs what a conversion needs.
+_LATER = {
+    "Graph": "_graph",
+    "Info": "_info",
+    "Transfer": "_async",
+    "autograd_graph": "_graph",
+    "collate": "_collate",
+    "editing": "_editing",
+    "info": "_info",
+    "prefetch": "_prefetch",
+    "share_memory_pool": "_pool",
+    "to_numpy_async": "_async",
+    "tree": "",
+    "used_on": "_lease",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LATER:
+        raise AttributeError(f"module 'tensorbridge' has no attribute {name!r}")
+    found = import_module("tensorbridge." + (_LATER[name] or name))
+    value = globals()[name] = getattr(found, name) if _LATER[name] else found
+    _mark()
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -245,3 +245,29 @@ def test_tree_of_errors_is_drawn_in_the_docstring_of_its_module():
     for name, bases in ERRORS.items():
         drawn = ", ".join(base.__name__ for base in bases if base is not tb.BridgeError)
         assert f"{name}({drawn})" in (_errors.__doc__ or "")
+
+
+def run_fresh(code: str) -> str:
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT.parent, capture_output=True, text=True, check=True)
+    return done.stdout.strip()
+
+
+def test_import_loads_what_a_conversion_needs_and_the_rest_when_it_is_asked_for():
+    later = sorted({f"tensorbridge.{module or name}" for name, module in tb._LATER.items()} - {"tensorbridge._lease"})
+    loaded = f"import sys, tensorbridge as tb; print([name for name in {later} if name in sys.modules])"
+    assert run_fresh(loaded) == "[]"
+    for name in tb._LATER:
+        assert (
+            run_fresh(f"import tensorbridge as tb; print({name!r} in dir(tb), tb.{name} is tb.{name})") == "True True"
+        )
+
+
+def test_every_name_is_there_for_a_star_import():
+    assert (
+        run_fresh("from tensorbridge import *; print(tree.to_numpy.__name__, prefetch.__name__)") == "to_numpy prefetch"
+    )
+
+
+def test_a_name_that_does_not_exist_is_an_attribute_error():
+    with pytest.raises(AttributeError, match=r"^module 'tensorbridge' has no attribute 'to_jax'$"):
+        tb.__getattr__("to_jax")
