@@ -22,7 +22,7 @@ import os
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
 from tensorbridge._errors import DeviceError
@@ -92,11 +92,18 @@ os.register_at_fork(after_in_child=_after_fork)
 
 def current_device() -> int:
     """The index of the current CUDA device of this thread."""
-    for framework in ("torch", "cupy"):
-        if usable(framework):
-            cuda = sys.modules[framework].cuda
-            return int(cuda.current_device() if framework == "torch" else cuda.runtime.getDevice())
+    if usable("torch"):
+        return int(sys.modules["torch"].cuda.current_device())
+    if usable("cupy"):
+        return int(sys.modules["cupy"].cuda.runtime.getDevice())
     raise DeviceError(_NO_DEVICE)
+
+
+def on_device(index: int) -> AbstractContextManager[Any]:
+    """Device `index` is current inside: exporters order by its streams, whatever device their memory is on."""
+    if usable("torch"):
+        return sys.modules["torch"].cuda.device(index)  # type: ignore[no-any-return]
+    return sys.modules["cupy"].cuda.Device(index) if usable("cupy") else nullcontext()
 
 
 # -- Graph capture. Asking is legal at any time: cudaStreamIsCapturing neither synchronises nor is captured.
@@ -161,10 +168,8 @@ def wrapped(framework: str, number: int, index: int) -> Any:
 
 
 def hold(number: int, index: int, stream: object) -> None:
-    """Keep a stream for the life of the process: an event may be recorded on it after its last Python reference died.
-
-    torch records on the streams that a block was used on when the block is freed,
-    and CuPy destroys a stream with its object.
+    """Keep a stream for the life of the process: torch records on the streams that a block was used on when the block
+    is freed, and CuPy destroys a stream with its object.
     """
     if number > PER_THREAD_DEFAULT:
         _held.setdefault((index, number), stream)

@@ -272,7 +272,9 @@ def make_cupy(machine):
             machine.device = self.before
 
     class UnownedMemory:
-        def __init__(self, ptr, size, owner, device_id):
+        def __init__(self, ptr, size, owner, device_id=-1):
+            if device_id == -1:  # the driver is asked; -2 is its word for no device
+                device_id = machine.lies_on.get(ptr, -2)
             self.ptr, self.size, self._owner, self.device_id = ptr, size, owner, device_id
 
     class OwnMemory:
