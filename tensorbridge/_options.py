@@ -118,6 +118,8 @@ def placed(want: Want, traits: Traits, *, planning: bool = False) -> Want:
                 f"{words.call(want)}: pinned memory needs a CUDA device, and torch sees none here.\nLeave it out."
             )
         return want
+    if _streams.forked():  # the driver would see no device, and the planner says why
+        return want._replace(device=Device("cuda:0") if device == "cuda" else device)
     count, current, why = _cuda(want.framework)
     if device == "cuda":
         inherits = traits.device != CPU

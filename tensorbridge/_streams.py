@@ -6,7 +6,7 @@ What it knows of the two frameworks:
   interface). 2 is the per-thread default stream: another thread cannot name it, so it is refused where memory is lent.
 * torch compares streams by id: a pool stream and an `ExternalStream` of its handle differ. Handles are compared here.
   `ExternalStream(0)` is a fresh stream and `ExternalStream(1)` a stream of torch's pool, so neither is ever built.
-* CuPy's ``with stream`` forgets a stream that was made current by ``.use()``. Here ``.use()`` sets and restores.
+* CuPy's ``with stream`` forgets a stream that ``.use()`` made current: it is entered here, and ``.use()`` restores.
 * `ndarray.__dlpack__` and `Tensor.__dlpack__` order by streams of the *current* device and, where streams differ,
   through wrappers that are slow. Here one event, kept per thread and device, orders two handles: a wait takes the state
   that the event has when it is asked for, so the event can be recorded again at once.
@@ -388,9 +388,8 @@ def use_stream(stream: Any) -> Iterator[Any]:
             cupy = sys.modules["cupy"]
             stack.enter_context(cupy.cuda.Device(index))
             own = stream if isinstance(stream, cupy.cuda.Stream) else wrapped("cupy", number, index)
-            before = cupy.cuda.get_current_stream(index)
-            own.use()
-            stack.callback(_use_again, cupy, before, index)
+            stack.callback(_use_again, cupy, cupy.cuda.get_current_stream(index), index)
+            stack.enter_context(own)  # `.use()` would be forgotten at the end of a with block of CuPy's inside
         yield stream
 
 

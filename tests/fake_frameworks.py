@@ -212,6 +212,7 @@ def make_cupy(machine):
     cupy = types.ModuleType("cupy")
     cuda = types.SimpleNamespace()
     current = machine.current["cupy"]
+    stacks = {}  # (thread, device): CuPy's `with` blocks
 
     class RuntimeFailure(RuntimeError):
         pass
@@ -238,6 +239,17 @@ def make_cupy(machine):
             assert self.device_id in (-1, machine.device), "the stream's device is not current"
             current[machine.device] = self.ptr or LEGACY
             machine.objects[machine.device] = self
+
+        def __enter__(self):
+            self.use()
+            stacks.setdefault((threading.get_ident(), machine.device), []).append(self)
+            return self
+
+        def __exit__(self, *exc):
+            """Back to the `with` block around it, or to the default stream: `use` is forgotten (cupy#7866)."""
+            stack = stacks[threading.get_ident(), machine.device]
+            stack.pop()
+            (stack[-1] if stack else Stream.null).use()
 
         def is_capturing(self):
             return machine.is_capturing(machine.device, self.ptr or LEGACY)

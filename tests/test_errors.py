@@ -208,7 +208,7 @@ FORKED = {
 Pin in the main process, as DataLoader(pin_memory=True) does, or start workers with the spawn method.""",
     ),
     "over the bus": (
-        {"device": "cuda:0"},
+        {"device": "cuda"},
         """to_torch(device='cuda:0'): torch float32 (3,) on cpu cannot be converted: CUDA cannot be used in a forked \
 process.
 Start workers with the spawn method, or convert in the main process (tensorbridge.prefetch does).""",
@@ -222,7 +222,7 @@ def test_a_forked_process_is_told_so_before_cuda_is_asked_anything(what, monkeyp
         raise RuntimeError("CUDA error: initialization error")
 
     options, text = FORKED[what]
-    for name, value in (("_is_in_bad_fork", True), ("is_available", True), ("device_count", 1)):
+    for name, value in (("_is_in_bad_fork", True), ("is_available", False), ("device_count", 0)):
         monkeypatch.setattr(torch.cuda, name, lambda value=value: value)
     monkeypatch.setattr(torch.Tensor, "is_pinned", raw)
     assert_raises(tb.DeviceError, lambda: tb.to_torch(torch.zeros(3), **options), text)
