@@ -217,6 +217,19 @@ def test_packing_by_bytes_keeps_values_order_and_dtype(machine, axes):
     assert made.array().tolist() == np.arange(4).reshape(2, 2).transpose(axes).tolist()
 
 
+def test_packing_an_overlapping_array_by_bytes_gives_the_order_that_is_promised(machine):
+    off = halfway()
+    cuda, adapter = machine.cupy.cuda, cupy_adapter()
+    memory = cuda.UnownedMemory(off.ctypes.data, off.nbytes, off, 0)
+    pointer = cuda.MemoryPointer(memory, 0)
+    x = machine.cupy.ndarray((3, 4), np.complex128, pointer, (0, 16))
+    y = machine.cupy.ndarray((4, 3), np.complex128, pointer, (16, 0))
+    for array in (x, y):
+        before = adapter.traits(array)
+        (step, *_) = decide(before, Want("torch")).steps
+        assert adapter.traits(adapter.performer(step, before, Want("torch"))(array)) == step.after
+
+
 def test_the_lane_leaves_what_is_not_aligned_to_the_planner(machine):
     cuda = machine.cupy.cuda
     cupy_adapter()

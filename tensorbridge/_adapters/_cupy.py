@@ -63,7 +63,9 @@ def performer(step: Step, before: Traits, want: Want) -> Callable[..., Any]:
         dtype = _dtypes.DTYPES[after.dtype].numpy
         return _on(source, lambda x: x.astype(dtype, order=order))
     if op in (Op.COPY, Op.PACK):
-        return _on(source, _copied_by_bytes if askew(before) else lambda x: x.copy(order=order))
+        if askew(before):
+            return _on(source, lambda x: _copied_by_bytes(x, order))
+        return _on(source, lambda x: x.copy(order=order))
     if op == Op.STACK:
         return _on(source, lambda parts: parts.stacked(cupy.stack))
     if op == Op.TO_HOST:
@@ -95,9 +97,9 @@ def _same(x: Any) -> Any:
     return x
 
 
-def _copied_by_bytes(x: Any) -> Any:
-    """A dense copy, in its own memory order, that reads no element whole."""
-    axes = _axes_by_stride(x)
+def _copied_by_bytes(x: Any, order: str) -> Any:
+    """A dense copy that reads no element whole."""
+    axes = _axes_by_stride(x) if order == "K" else list(range(x.ndim))
     source = x.transpose(axes)
     one_byte = (*source.shape, x.itemsize), np.uint8, source.data, (*source.strides, 1)
     out = cupy.ndarray(source.shape, x.dtype, cupy.ndarray(*one_byte).copy().data)

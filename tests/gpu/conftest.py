@@ -39,6 +39,17 @@ def gate(torch, cupy):
 
 
 @pytest.fixture
+def whole_ring(gpu):
+    """All slots of the ring are made: page-locked memory that is asked for beside a held stream may wait for it."""
+    staging = import_module("tensorbridge._staging")
+    ring = staging.ring()
+    slots = [ring.take(wait=False) for _ in range(staging.SLOTS)]
+    for slot in slots:
+        ring.give(slot)
+    return ring
+
+
+@pytest.fixture
 def unchanged(torch, cupy):
     """Asks, after the test, whether the current device and streams are what they were."""
 
