@@ -38,8 +38,8 @@ QUESTIONS: tuple[Question, ...] = (
     *_changes.QUESTIONS,
     *_trees.QUESTIONS,
     *_cuda_crossings.QUESTIONS,
-    *_cuda.QUESTIONS,
     *_cuda_batches.QUESTIONS,
+    *_cuda.QUESTIONS,  # gibibytes: last, where a session on a card may run out of time
     _calls.PEER_QUESTION,  # last: other libraries change the process that they are imported into
 )
 
