@@ -13,7 +13,7 @@ from tensorbridge._adapters import adapter_of
 from tensorbridge._array import CPU, ArrayInfo, Device, Traits
 from tensorbridge._errors import DeviceError, MissingFrameworkError
 from tensorbridge._memory import infos_share
-from tensorbridge._refuse import Obstacle
+from tensorbridge._refuse import FORKED, Obstacle
 from tensorbridge._step import Want
 
 
@@ -118,8 +118,8 @@ def placed(want: Want, traits: Traits, *, planning: bool = False) -> Want:
                 f"{words.call(want)}: pinned memory needs a CUDA device, and torch sees none here.\nLeave it out."
             )
         return want
-    if _streams.forked():  # the driver would see no device, and the planner says why
-        return want._replace(device=Device("cuda:0") if device == "cuda" else device)
+    if _streams.forked():  # the driver would see no device here
+        raise DeviceError(f"{words.call(want)}: {FORKED.why}.\n{FORKED.cure}")
     count, current, why = _cuda(want.framework)
     if device == "cuda":
         inherits = traits.device != CPU

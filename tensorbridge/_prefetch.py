@@ -357,9 +357,7 @@ class _Cuda(_Host):
     def converted(self, batch: Any, want: Want, read: list[Any]) -> _Batch:
         read += self.on_device(batch)
         made = _leaves.converted(batch, want)
-        for (
-            array
-        ) in read:  # on this stream, of which their owners know nothing; and perhaps dropped before that is done
+        for array in read:  # on this stream, of which their owners know nothing; and perhaps dropped before it is done
             _lease.keep(array, self.number, self.index)
         return _Batch(made, _streams.mark(self.number, self.index), self.on_device(made))
 
@@ -367,21 +365,11 @@ class _Cuda(_Host):
         stream = _current_stream(self.framework, self.index)
         number = _streams.identify(stream)[0]
         if number != self.number:
-            _wait(batch.mark, number, self.index)
+            batch.mark.holds_back(number, self.index)
             for array in batch.memory:
                 with suppress(ValueError):  # memory of another library that came as it was: used as without prefetch
                     _lease.used_on(array, stream)
         return batch.value
-
-
-def _wait(mark: _streams.Mark, number: int, index: int) -> None:
-    """What is queued on a stream from now on waits for an event; the host does not."""
-    event = mark._event
-    if hasattr(event, "query"):
-        _streams.wrapped("torch", number, index).wait_event(event)
-        return
-    with sys.modules["cupy"].cuda.Device(index):  # the default stream is that of the current device
-        _streams.wrapped("cupy", number, index).wait_event(event)
 
 
 def _current_stream(framework: str, index: int) -> Any:

@@ -144,11 +144,7 @@ def before(traits: Traits, want: Want, here: Here) -> Refusal | None:
         return _unsupported(f"{source} to {wanted} would drop the imaginary part", "Convert x.real, or abs(x).")
     target = want.device or traits.device
     if "cuda" in (target.type, traits.device.type) and here.forked:
-        return Refusal(
-            DeviceError,
-            "CUDA cannot be used in a forked process",
-            "Start workers with the spawn method, or convert in the main process (tensorbridge.prefetch does).",
-        )
+        return FORKED
     if here.per_thread:
         return Refusal(
             DeviceError,
@@ -202,6 +198,11 @@ def after(steps: Sequence[Step], want: Want, here: Here) -> Refusal | None:
     return None
 
 
+FORKED = Refusal(
+    DeviceError,
+    "CUDA cannot be used in a forked process",
+    "Start workers with the spawn method, or convert in the main process (tensorbridge.prefetch does).",
+)
 CAPTURING = Refusal(
     DeviceError,
     "a CUDA graph is being captured, and only a zero-copy crossing on the capturing stream may happen then",

@@ -209,8 +209,7 @@ Pin in the main process, as DataLoader(pin_memory=True) does, or start workers w
     ),
     "over the bus": (
         {"device": "cuda"},
-        """to_torch(device='cuda:0'): torch float32 (3,) on cpu cannot be converted: CUDA cannot be used in a forked \
-process.
+        """to_torch(device='cuda'): CUDA cannot be used in a forked process.
 Start workers with the spawn method, or convert in the main process (tensorbridge.prefetch does).""",
     ),
 }

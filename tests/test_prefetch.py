@@ -10,6 +10,7 @@ import textwrap
 import threading
 import time
 import traceback
+import types
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
@@ -271,6 +272,12 @@ def test_missing_device_is_an_error_at_the_call():
     assert source.read == 0
 
 
+def test_a_forked_process_without_cuda_is_told_at_the_call(monkeypatch):
+    monkeypatch.setattr(tb._streams, "forked", lambda: True)
+    with pytest.raises(tb.DeviceError, match="forked process"):
+        tb.prefetch([np.zeros(3)])
+
+
 # -- Closing, dropping, hanging, ending
 
 
@@ -520,8 +527,8 @@ def test_batch_is_handed_over_to_the_stream_that_asks(monkeypatch):
     monkeypatch.setattr(_streams, "current", lambda framework, index: 7)
     monkeypatch.setattr(_streams, "link", lambda *a: calls.append(("link", *a)))
     monkeypatch.setattr(_streams, "use_stream", lambda stream: calls.append(("use", stream)) or tb.copy_guard("allow"))
-    monkeypatch.setattr(_streams, "mark", lambda number, index: calls.append(("mark", number)) or len(calls))
-    monkeypatch.setattr(_prefetch, "_wait", lambda mark, number, index: calls.append(("wait", mark, number)))
+    waits = types.SimpleNamespace(holds_back=lambda number, index: calls.append(("wait", number)))
+    monkeypatch.setattr(_streams, "mark", lambda number, index: calls.append(("mark", number)) or waits)
     monkeypatch.setattr(_lease, "used_on", used_on)
     monkeypatch.setattr(_lease, "keep", lambda array, number, index: calls.append(("keep", array, number)))
     monkeypatch.setattr(_prefetch._Cuda, "on_device", lambda road, batch: [type(batch).__name__])
@@ -538,7 +545,7 @@ def test_batch_is_handed_over_to_the_stream_that_asks(monkeypatch):
         ("keep", "list", 100),
         ("keep", "list", 100),
         ("mark", 100),
-        ("wait", 6, 7),
+        ("wait", 7),
         ("used_on", "tuple", "mine"),
     ]
 
