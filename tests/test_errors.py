@@ -240,7 +240,7 @@ def test_device_memory_of_another_library_without_a_device_is_a_device_error(mon
         raise AssertionError("Torch not compiled with CUDA enabled")
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(torch.cuda, "current_stream", missing)
+    monkeypatch.setattr(torch.cuda, "init", missing)
     text = "to_torch: Device lies on cuda:0, which torch cannot use here: Torch not compiled with CUDA enabled"
     with pytest.raises(tb.DeviceError) as raised:
         tb.to_torch(Device(readonly=False))
