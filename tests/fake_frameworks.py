@@ -21,6 +21,7 @@ def installed(monkeypatch, *, devices=1, without=()):
     """For a fixture: the machine, with torch and CuPy on it where tensorbridge looks for them, and nothing kept yet."""
     machine = Machine(devices)
     machine.torch, machine.cupy = make_torch(machine), make_cupy(machine)
+    sys.modules.pop("tensorbridge._adapters._cupy", None)  # made for the real CuPy, where it is installed
     for name in ("torch", "cupy"):
         monkeypatch.setitem(sys.modules, name, getattr(machine, name))
         if name in without:
