@@ -1,32 +1,58 @@
 #!/bin/bash
-# One session on a machine with a CUDA device: what is there, the GPU tests, the bench. Under nine minutes; all that it
-# writes is under $OUT (default ./gpu-session). From the root of the tree, without an install step:
+# One session on a machine with a CUDA device, under nine minutes and without an install step: what is there, the GPU
+# tests, the bench, the probes. From anywhere:
 #
 #     OUT=somewhere bash benchmarks/gpu_session.sh
 #
-# A file of tests that hangs is ended by its own limit (and shows its stacks: each test has a faulthandler of 60 s), and
-# the rest goes on. The bench has KEPT seconds of its own: the rows C1 to C6, with what they are measured against. The rows
-# of the CPU take longer than a session: "python3 -m tensorbridge bench --device cuda" measures all.
+# Leaves a few flat files in $OUT (default ./gpu-session):
+#
+#     summary.txt       one page: what ran, what failed and why
+#     machine.txt       card, driver, link, versions
+#     tests.txt         everything that the tests printed, with their durations
+#     facts.txt         the probes of docs/gpu-facts.md, with the answer of this card
+#     probes.txt        answers to what reading could not settle; what the parts of a crossing cost
+#     bench.txt, bench-report.md, bench.tgz
+#
+# Each step has a limit of its own and none stops the next. A module of tests is a process, so what a fault poisons ends
+# with it; a test that hangs for a minute shows its stacks and ends it too, and the tests behind it get another. The
+# bench measures the rows C1 to C6 and writes what it has when its time is up: "python3 -m tensorbridge bench --device
+# cuda" measures all rows.
 set -u -o pipefail
 cd "$(dirname "$0")/.." || exit 1
 OUT=${OUT:-gpu-session}
-mkdir -p "$OUT"
-export PYTHONPATH=. PYTHONUNBUFFERED=1 PYTHONFAULTHANDLER=1 TENSORBRIDGE_REQUIRE_GPU=1
+mkdir -p "$OUT" || exit 1
+OUT=$(cd "$OUT" && pwd)
+export COLUMNS=250 PYTHONPATH=. PYTHONUNBUFFERED=1 PYTHONFAULTHANDLER=1 TENSORBRIDGE_REQUIRE_GPU=1
 PYTHON=${PYTHON:-python3}
-LIMIT=${LIMIT:-530} # seconds for everything
-KEPT=${KEPT:-170}
+LIMIT=${LIMIT:-525}      # seconds for everything
+BENCH=${BENCH:-200}      # kept for the bench
+PROBES=${PROBES:-60}     # kept for the probes
 BEGAN=$SECONDS
-left() { echo $((LIMIT - (SECONDS - BEGAN))); }
+: >"$OUT/summary.txt"
+: >"$OUT/tests.txt"
 
-{
+left() { echo $((LIMIT - (SECONDS - BEGAN))); }
+say() { echo "[$((SECONDS - BEGAN)) s] $*" | tee -a "$OUT/summary.txt"; }
+ended() { # what an exit status means
+    case $1 in
+        0) echo "ok" ;;
+        124 | 137) echo "OUT OF TIME" ;;
+        *) echo "exit $1" ;;
+    esac
+}
+
+# -- What is there
+
+timeout --kill-after=5 60 bash -c '
     date -u
     uname -srm
     nvidia-smi
     nvidia-smi topo -m
     nvidia-smi --query-gpu=name,driver_version,pcie.link.gen.current,pcie.link.gen.max,pcie.link.width.current,pcie.link.width.max,memory.total --format=csv
     lscpu | grep -E "Model name|^CPU\(s\)|NUMA"
+    free -g | head -2
     cat /sys/kernel/mm/transparent_hugepage/enabled
-    "$PYTHON" - <<'PY'
+    "$0" - <<PY
 import importlib, platform
 print("python", platform.python_version())
 for name in ("numpy", "ml_dtypes", "torch", "cupy", "pytest", "hypothesis", "matplotlib"):
@@ -37,39 +63,60 @@ for name in ("numpy", "ml_dtypes", "torch", "cupy", "pytest", "hypothesis", "mat
 import torch
 print("torch CUDA", torch.version.cuda, torch.cuda.get_device_name(0), torch.cuda.mem_get_info())
 import cupy
-print("CuPy CUDA", cupy.cuda.runtime.runtimeGetVersion(), "NVRTC", cupy.cuda.nvrtc.getVersion())
+print("CuPy CUDA", cupy.cuda.runtime.runtimeGetVersion(), "driver", cupy.cuda.runtime.driverGetVersion())
+print("NVRTC", cupy.cuda.nvrtc.getVersion(), "a kernel:", (cupy.arange(3) + 1).tolist())
 import tensorbridge
 print(tensorbridge.info())
-PY
-} >"$OUT/machine.txt" 2>&1
-tail -n 40 "$OUT/machine.txt"
+PY' "$PYTHON" >"$OUT/machine.txt" 2>&1
+say "machine: $(ended $?)"
+tail -n 30 "$OUT/machine.txt"
 
-# Facts first: what fails there explains what fails later.
-TESTS="tests/gpu/test_gpu_facts.py tests/test_facts_gpu.py tests/gpu/test_gpu_order.py tests/gpu/test_gpu_lifetime.py
+# -- The tests: facts first, since what fails there explains what fails later
+
+MODULES="tests/gpu/test_gpu_facts.py tests/test_facts_gpu.py tests/gpu/test_gpu_order.py tests/gpu/test_gpu_lifetime.py
 tests/gpu/test_gpu_conversions.py tests/gpu/test_gpu_transfers.py tests/gpu/test_gpu_bad_input.py
-tests/gpu/test_gpu_capture.py tests/gpu/test_gpu_leaks.py"
-FAILED=0
-: >"$OUT/tests.txt"
-for file in $TESTS; do
-    spare=$(($(left) - KEPT))
-    [ "$spare" -gt 20 ] || { echo "NO TIME LEFT for $file" | tee -a "$OUT/tests.txt"; FAILED=1; continue; }
-    echo "== $file" | tee -a "$OUT/tests.txt"
-    timeout --kill-after=10 $((spare < 100 ? spare : 100)) "$PYTHON" -m pytest -q -m gpu -rfE --tb=short --durations=3 -p no:cacheprovider "$file" \
-        2>&1 | tee "$OUT/$(basename "$file" .py).txt" | tail -n 25 | tee -a "$OUT/tests.txt" || FAILED=1
+tests/gpu/test_gpu_capture.py tests/gpu/test_gpu_leaks.py tests/test_prefetch.py tests/test_pack.py tests/test_collate.py
+tests/test_editing_devices.py tests/test_bench.py"
+PYTEST="-m pytest -v --no-header -m gpu -rfE --tb=short --durations=5 --color=no -p no:cacheprovider"
+for module in $MODULES; do
+    skip=() # where a test ends the process, the tests behind it get another
+    for _ in 1 2 3; do
+        spare=$(($(left) - BENCH - PROBES))
+        [ "$spare" -gt 20 ] || { say "NO TIME LEFT for $module"; break; }
+        # shellcheck disable=SC2086
+        timeout --kill-after=5 $((spare < 120 ? spare : 120)) "$PYTHON" $PYTEST "${skip[@]}" "$module" >>"$OUT/tests.txt" 2>&1
+        status=$?
+        say "$module: $(ended $status)"
+        case $status in 0 | 1 | 5) break ;; esac # passed, failed, nothing left to run
+        while IFS= read -r name; do skip+=("--deselect=$name"); done < <("$PYTHON" benchmarks/gpu_summary.py seen "$OUT/tests.txt")
+    done
 done
 
-# Everything else that is marked gpu, if there is time.
-spare=$(($(left) - KEPT))
-if [ "$spare" -gt 40 ]; then
-    echo "== the rest" | tee -a "$OUT/tests.txt"
-    ignored=$(for file in $TESTS; do printf -- '--ignore=%s ' "$file"; done)
-    # shellcheck disable=SC2086
-    timeout --kill-after=10 "$spare" "$PYTHON" -m pytest -q -m gpu -rfE --tb=short -p no:cacheprovider $ignored tests \
-        2>&1 | tee "$OUT/rest.txt" | tail -n 15 | tee -a "$OUT/tests.txt" || FAILED=1
+# -- The bench. By a Ctrl-C that Python hears in the background too, so that it writes what it has when time is up
+
+spare=$(($(left) - PROBES))
+timeout --signal=INT --kill-after=25 $((spare > 60 ? spare - 25 : 60)) "$PYTHON" -c '
+import runpy, signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)
+sys.argv[0] = "tensorbridge"
+runpy.run_module("tensorbridge", run_name="__main__", alter_sys=True)
+' bench --device cuda --only C --out "$OUT/bench" >"$OUT/bench.txt" 2>&1
+say "bench: $(ended $?); $(tail -n 1 "$OUT/bench.txt")"
+if [ -d "$OUT/bench" ]; then
+    cp "$OUT/bench/report.md" "$OUT/bench-report.md"
+    tar -C "$OUT" -czf "$OUT/bench.tgz" bench && rm -r "$OUT/bench"
 fi
 
-# Ctrl-C, so that a bench which is out of time still writes what it has.
-timeout --signal=INT --kill-after=15 "$(($(left) > 60 ? $(left) : 60))" \
-    "$PYTHON" -m tensorbridge bench --device cuda --only C --out "$OUT/bench" 2>&1 | tee "$OUT/bench.txt" | tail -n 40 || FAILED=1
-echo "done in $((SECONDS - BEGAN)) s; $OUT holds machine.txt, tests.txt, one file a test module, bench/"
-exit $FAILED
+# -- What reading could not settle
+
+spare=$(left)
+timeout --kill-after=5 $((spare > 30 ? spare - 10 : 20)) "$PYTHON" benchmarks/gpu_probes.py >"$OUT/probes.txt" 2>&1
+say "probes: $(ended $?)"
+
+# -- What it comes to
+
+"$PYTHON" benchmarks/gpu_summary.py page "$OUT"
+{ echo; echo "probes:"; cat "$OUT/probes.txt"; } >>"$OUT/summary.txt"
+say "done"
+head -c 11000 "$OUT/summary.txt"
+! grep -q -E "^  (FAILED|ERROR|LOST)|NO TIME LEFT|OUT OF TIME|: exit " "$OUT/summary.txt"

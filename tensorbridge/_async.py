@@ -77,8 +77,9 @@ def to_numpy_async(x: Any, *, pinned: bool = False) -> Transfer:
     x : array of any framework, or a tree of them
         As for `to_numpy` and `tree.to_numpy`.
     pinned : bool
-        The results lie in page-locked memory (views of one block): the fastest road, and as fast back to a device.
-        Page-locked memory is scarce and slow to make, and may not be used in a forked child.
+        What comes from a device lies in page-locked memory (views of one block): the fastest road, and as fast back.
+        Page-locked memory is scarce and slow to make, and may not be used in a forked child. What is on the host
+        already is shared as ever, so the same call runs where there is no device.
 
     Returns
     -------

@@ -157,7 +157,7 @@ def _memory_of(leaf: Leaf, key: Any) -> Any:
     """
     x, traits = leaf.handle, leaf.kind.traits
     if key is not None and traits.framework == "torch":
-        node = id(x.grad_fn) if traits.graph and x.grad_fn is not None else 0
+        node = x.grad_fn if traits.graph else None  # itself: torch may make the object anew each time it is asked for
         return (traits.device, x.data_ptr(), traits.dtype, x.shape, None, True, traits.graph, "", node)
     return identity(leaf.info, x)
 
@@ -166,7 +166,7 @@ def identity(info: ArrayInfo, x: Any) -> Any:
     """What makes two arrays the same memory; None where no address is known."""
     if not (info.address and info.nbytes):
         return None
-    node = id(x.grad_fn) if info.grad_fn else 0
+    node = x.grad_fn if info.grad_fn else None
     strides = None if info.order == "C" else info.strides
     who = (info.device, info.address, info.dtype, info.shape, strides)
     return (*who, info.writable, info.requires_grad, info.lazy, node)

@@ -8,13 +8,13 @@ from importlib import import_module
 from inspect import signature
 from typing import Any
 
-from tensorbridge import _dtypes
+from tensorbridge import _dtypes, _streams
 from tensorbridge import _words as words
 from tensorbridge._adapters import adapter_of
 from tensorbridge._array import CPU, ArrayInfo, Device, Traits
 from tensorbridge._errors import DeviceError, MissingFrameworkError, nearest
 from tensorbridge._memory import infos_share
-from tensorbridge._refuse import Obstacle
+from tensorbridge._refuse import FORKED, Obstacle
 from tensorbridge._step import Want
 
 
@@ -152,11 +152,18 @@ def placed(want: Want, traits: Traits, *, planning: bool = False) -> Want:
     if device is None and want.framework == "cupy" and traits.device == CPU:
         device = Device("cuda")
     if device is None or device == CPU:
+        if want.pin_memory and _streams.forked():
+            raise DeviceError(
+                f"{words.call(want)}: pinned memory is CUDA's, and CUDA cannot be used in a forked process.\n"
+                "Pin in the main process, as DataLoader(pin_memory=True) does, or start workers with the spawn method."
+            )
         if want.pin_memory and not planning and not sys.modules["torch"].cuda.is_available():
             raise DeviceError(
                 f"{words.call(want)}: pinned memory needs a CUDA device, and torch sees none here.\nLeave it out."
             )
         return want
+    if _streams.forked():  # the driver would see no device here
+        raise DeviceError(f"{words.call(want)}: {FORKED.why}.\n{FORKED.cure}")
     count, current, why = _cuda(want.framework)
     if device == "cuda":
         inherits = traits.device != CPU

@@ -91,6 +91,8 @@ def _steps(traits: Traits, want: Want, here: Here) -> _Steps:
         then(Op.DETACH, why + "{grad_fn}", graph=False)
     elif leaving_torch and steps.now.framework == "torch" and steps.now.device != CPU:
         then(Op.DETACH, "an alias is shared, so that set_ and .data of the tensor cannot free the memory")
+    if steps.now.framework == "cupy" and receiver != traits.framework and _refuse.askew(steps.now):
+        then(Op.PACK, "a kernel faults at an address that is no multiple of the item size: packed byte by byte")
     if want.out is not None:
         return _into_out(steps, want, here, where)
 

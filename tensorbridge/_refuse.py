@@ -167,11 +167,7 @@ def before(traits: Traits, want: Want, here: Here) -> Refusal | None:
         return _unsupported(f"{source} to {wanted} would drop the imaginary part", "Convert x.real, or abs(x).")
     target = want.device or traits.device
     if "cuda" in (target.type, traits.device.type) and here.forked:
-        return Refusal(
-            DeviceError,
-            "CUDA cannot be used in a forked process",
-            "Start workers with the spawn method, or convert in the main process (tensorbridge.prefetch does).",
-        )
+        return FORKED
     if here.per_thread:
         return Refusal(
             DeviceError,
@@ -201,9 +197,16 @@ def holder(traits: Traits, want: Want, here: Here) -> str:
         return name
     if traits.device == CPU:
         return "numpy"
-    if traits.spacing in ("reversed", "odd") or not traits.writable:
-        return "cupy"  # torch aborts on negative strides, and refuses odd ones and memory marked read-only
+    if traits.spacing == "reversed" or not traits.writable or askew(traits):
+        return "cupy"  # torch aborts on negative strides, refuses memory marked read-only, and cannot pack by bytes
     return want.framework if want.framework != "numpy" else here.gpu
+
+
+def askew(traits: Traits) -> bool:
+    """Whether elements lie at addresses that are no multiple of their size: on a device a kernel that reads one faults,
+    which ends the CUDA context of the process.
+    """
+    return traits.spacing == "odd" or not traits.aligned
 
 
 def after(steps: Sequence[Step], want: Want, here: Here) -> Refusal | None:
@@ -214,9 +217,17 @@ def after(steps: Sequence[Step], want: Want, here: Here) -> Refusal | None:
     # Nobody knows which stream the work of a foreign producer is on.
     foreign = any(step.op == "import" and step.after.device != CPU for step in steps)
     if on_device and (not here.same_stream or foreign or any(step.kind for step in steps)):
-        return Refusal(
-            DeviceError,
-            "a CUDA graph is being captured, and only a zero-copy crossing on the capturing stream may happen then",
-            "Make the capturing stream current in both libraries, with tensorbridge.use_stream, and copy outside.",
-        )
+        return CAPTURING
     return None
+
+
+FORKED = Refusal(
+    DeviceError,
+    "CUDA cannot be used in a forked process",
+    "Start workers with the spawn method, or convert in the main process (tensorbridge.prefetch does).",
+)
+CAPTURING = Refusal(
+    DeviceError,
+    "a CUDA graph is being captured, and only a zero-copy crossing on the capturing stream may happen then",
+    "Make the capturing stream current in both libraries, with tensorbridge.use_stream, and copy outside.",
+)

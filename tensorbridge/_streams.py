@@ -6,7 +6,7 @@ What it knows of the two frameworks:
   interface). 2 is the per-thread default stream: another thread cannot name it, so it is refused where memory is lent.
 * torch compares streams by id: a pool stream and an `ExternalStream` of its handle differ. Handles are compared here.
   `ExternalStream(0)` is a fresh stream and `ExternalStream(1)` a stream of torch's pool, so neither is ever built.
-* CuPy's ``with stream`` forgets a stream that was made current by ``.use()``. Here ``.use()`` sets and restores.
+* CuPy's ``with stream`` forgets a stream that ``.use()`` made current: it is entered here, and ``.use()`` restores.
 * `ndarray.__dlpack__` and `Tensor.__dlpack__` order by streams of the *current* device and, where streams differ,
   through wrappers that are slow. Here one event, kept per thread and device, orders two handles: a wait takes the state
   that the event has when it is asked for, so the event can be recorded again at once.
@@ -22,7 +22,7 @@ import os
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
 from tensorbridge._errors import DeviceError
@@ -92,11 +92,18 @@ os.register_at_fork(after_in_child=_after_fork)
 
 def current_device() -> int:
     """The index of the current CUDA device of this thread."""
-    for framework in ("torch", "cupy"):
-        if usable(framework):
-            cuda = sys.modules[framework].cuda
-            return int(cuda.current_device() if framework == "torch" else cuda.runtime.getDevice())
+    if usable("torch"):
+        return int(sys.modules["torch"].cuda.current_device())
+    if usable("cupy"):
+        return int(sys.modules["cupy"].cuda.runtime.getDevice())
     raise DeviceError(_NO_DEVICE)
+
+
+def on_device(index: int) -> AbstractContextManager[Any]:
+    """Device `index` is current inside: exporters order by its streams, whatever device their memory is on."""
+    if usable("torch"):
+        return sys.modules["torch"].cuda.device(index)  # type: ignore[no-any-return]
+    return sys.modules["cupy"].cuda.Device(index) if usable("cupy") else nullcontext()
 
 
 # -- Graph capture. Asking is legal at any time: cudaStreamIsCapturing neither synchronises nor is captured.
@@ -161,10 +168,8 @@ def wrapped(framework: str, number: int, index: int) -> Any:
 
 
 def hold(number: int, index: int, stream: object) -> None:
-    """Keep a stream for the life of the process: an event may be recorded on it after its last Python reference died.
-
-    torch records on the streams that a block was used on when the block is freed,
-    and CuPy destroys a stream with its object.
+    """Keep a stream for the life of the process: torch records on the streams that a block was used on when the block
+    is freed, and CuPy destroys a stream with its object.
     """
     if number > PER_THREAD_DEFAULT:
         _held.setdefault((index, number), stream)
@@ -383,9 +388,8 @@ def use_stream(stream: Any) -> Iterator[Any]:
             cupy = sys.modules["cupy"]
             stack.enter_context(cupy.cuda.Device(index))
             own = stream if isinstance(stream, cupy.cuda.Stream) else wrapped("cupy", number, index)
-            before = cupy.cuda.get_current_stream(index)
-            own.use()
-            stack.callback(_use_again, cupy, before, index)
+            stack.callback(_use_again, cupy, cupy.cuda.get_current_stream(index), index)
+            stack.enter_context(own)  # `.use()` would be forgotten at the end of a with block of CuPy's inside
         yield stream
 
 

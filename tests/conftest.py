@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import faulthandler
 import importlib.util
 import os
+from collections.abc import Iterator
 
 import pytest
+from _pytest.faulthandler import fault_handler_stderr_fd_key
 
 REQUIRE_GPU = os.environ.get("TENSORBRIDGE_REQUIRE_GPU") == "1"
 collect_ignore = [] if os.environ.get("TENSORBRIDGE_REQUIRE_INTEGRATIONS") == "1" else ["integrations"]
@@ -34,6 +37,18 @@ def gpu() -> None:
         pytest.fail(f"TENSORBRIDGE_REQUIRE_GPU=1, but {why}")
     if why:
         pytest.skip(why)
+
+
+SECONDS = 60
+
+
+@pytest.fixture
+def a_minute(request: pytest.FixtureRequest) -> Iterator[None]:
+    """What waits in C code hears no signal: the process shows its stacks, past pytest's capture, and ends."""
+    shown = request.config.stash.get(fault_handler_stderr_fd_key, 2)
+    faulthandler.dump_traceback_later(SECONDS, exit=True, file=shown)
+    yield
+    faulthandler.cancel_dump_traceback_later()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -63,6 +63,7 @@ class Machine:
         self.chosen = PerThread(0)
         self.handles = iter(range(0x1000, 1 << 30, 0x10))
         self.blocks = weakref.WeakValueDictionary()  # address: Block
+        self.lies_on = {}  # address: the device of memory that no allocator here has made
         self.lock = threading.RLock()
         self.torch_memory, self.cupy_memory = TorchAllocator(self), CupyPool(self)
 

@@ -21,6 +21,7 @@ def installed(monkeypatch, *, devices=1, without=()):
     """For a fixture: the machine, with torch and CuPy on it where tensorbridge looks for them, and nothing kept yet."""
     machine = Machine(devices)
     machine.torch, machine.cupy = make_torch(machine), make_cupy(machine)
+    sys.modules.pop("tensorbridge._adapters._cupy", None)  # made for the real CuPy, where it is installed
     for name in ("torch", "cupy"):
         monkeypatch.setitem(sys.modules, name, getattr(machine, name))
         if name in without:
@@ -212,6 +213,7 @@ def make_cupy(machine):
     cupy = types.ModuleType("cupy")
     cuda = types.SimpleNamespace()
     current = machine.current["cupy"]
+    stacks = {}  # (thread, device): CuPy's `with` blocks
 
     class RuntimeFailure(RuntimeError):
         pass
@@ -238,6 +240,17 @@ def make_cupy(machine):
             assert self.device_id in (-1, machine.device), "the stream's device is not current"
             current[machine.device] = self.ptr or LEGACY
             machine.objects[machine.device] = self
+
+        def __enter__(self):
+            self.use()
+            stacks.setdefault((threading.get_ident(), machine.device), []).append(self)
+            return self
+
+        def __exit__(self, *exc):
+            """Back to the `with` block around it, or to the default stream: `use` is forgotten (cupy#7866)."""
+            stack = stacks[threading.get_ident(), machine.device]
+            stack.pop()
+            (stack[-1] if stack else Stream.null).use()
 
         def is_capturing(self):
             return machine.is_capturing(machine.device, self.ptr or LEGACY)
@@ -272,7 +285,9 @@ def make_cupy(machine):
             machine.device = self.before
 
     class UnownedMemory:
-        def __init__(self, ptr, size, owner, device_id):
+        def __init__(self, ptr, size, owner, device_id=-1):
+            if device_id == -1:  # the driver is asked; -2 is its word for no device
+                device_id = machine.lies_on.get(ptr, -2)
             self.ptr, self.size, self._owner, self.device_id = ptr, size, owner, device_id
 
     class OwnMemory:

@@ -103,11 +103,15 @@ def expect(traits: Traits, want: Want, here: Here) -> Verdict:
     swapped = not native and (want.framework != "numpy" or want.dtype is not None)
     resolves = bool(traits.lazy) and want.framework != "torch"
     fits = staying or traits.origin == "tensor" or layout_fits(traits, want.framework)
+    # No kernel may touch such elements on a device: they are made whole before anything else. A caller's own are his.
+    askew = traits.device != CPU and holder == "cupy" and (traits.spacing == "odd" or not traits.aligned)
+    askew = askew and traits.framework != want.framework
     pins = want.pin_memory and traits.pinned is not True
     # A scalar is wrapped as fresh memory, which no step has to make again.
     fresh = want.copy is True and not is_list and not is_scalar
     kept = keeps_promises(traits, want, holder) or is_scalar or is_list
     reasons = [cast, swapped, is_list, resolves, not fits, pins, fresh, not kept, want.out is not None, crosses, hops]
+    reasons.append(askew)
     moves = any(reasons)
     if here.capturing and (traits.device != CPU or where != CPU) and moves and traits.size != "empty":
         errors.add(DeviceError)
@@ -132,6 +136,7 @@ def expect(traits: Traits, want: Want, here: Here) -> Verdict:
         high = min(1 + is_list + cast + swapped + resolves + (not fits), 2 + is_list)
     elif cast and not casts(holder, source, target):
         high += resolves or not fits  # what the receiver is to cast, it must be able to hold
+    high += askew
     shares = not moves and not is_scalar
     return Verdict(
         frozenset(),
@@ -152,14 +157,15 @@ def expect(traits: Traits, want: Want, here: Here) -> Verdict:
 def holder_of(traits: Traits, want: Want, here: Here) -> str:
     """Who holds the memory. NumPy sees everybody's host memory; a device's is read by whoever is to have it.
 
-    On a device torch cannot read negative or odd strides, nor memory marked read-only; CuPy can.
+    On a device torch cannot read negative or odd strides, nor memory marked read-only; CuPy can. Neither's kernels can
+    read elements at odd addresses; CuPy can be shown them as bytes.
     """
     name = traits.framework.removesuffix(" list")
     if name in ("numpy", "torch", "cupy"):
         return name
     if traits.device == CPU:
         return "numpy"
-    if traits.spacing in ("reversed", "odd") or not traits.writable:
+    if traits.spacing in ("reversed", "odd") or not traits.writable or not traits.aligned:
         return "cupy"
     return here.gpu if want.framework == "numpy" else want.framework
 

@@ -57,7 +57,7 @@ def test_a_tensor_and_a_tree_are_converted_as_ever():
     made = tb.to_numpy_async({"t": t, "rest": ("text", [np.zeros(1)])}).result()
     assert tb.shares_memory(made["t"], t)
     assert made["rest"][0] == "text"
-    assert tb.to_numpy_async(t, pinned=True).result().tolist() == [1, 1]
+    assert tb.shares_memory(tb.to_numpy_async(t, pinned=True).result(), t), "there is nothing to transfer"
     assert tb.to_numpy_async(2.5).result() == 2.5
 
 

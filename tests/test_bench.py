@@ -334,6 +334,24 @@ def test_row_that_needs_more_memory_than_there_is_says_so(monkeypatch: pytest.Mo
     assert missing == "needs 1 GiB of memory, and 1 GiB are free"
 
 
+def failing(error: Exception) -> Row:
+    def build() -> Any:
+        raise error
+
+    return Row("one", build)
+
+
+def test_what_the_driver_refuses_costs_a_row_and_not_the_report(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_command, "no_device", lambda question, device: "")
+    of_cuda = _cuda.QUESTIONS[0]
+    result = _command.one(of_cuda, failing(RuntimeError("CUDA error: unspecified\nmore")), "cuda", SHORT)
+    assert (result.missing, result.wrong) == ("RuntimeError: CUDA error: unspecified", True)
+    result = _command.one(of_cuda, failing(MemoryError("none left")), "cuda", SHORT)
+    assert (result.missing, result.wrong) == ("out of memory: none left", False)
+    with pytest.raises(RuntimeError, match="ours"):
+        _command.one(_calls.PEER_QUESTION, failing(RuntimeError("ours")), "cpu", SHORT)
+
+
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16", "uint8", "bool", "int64"])
 def test_random_data_is_of_the_dtype_and_not_constant(dtype: str) -> None:
     a = random_array(dtype, 64)

@@ -201,6 +201,32 @@ def test_device_that_is_not_there_is_said_before_anything_moves(what, monkeypatc
     assert_raises(tb.DeviceError, call, text)
 
 
+FORKED = {
+    "pinned": (
+        {"pin_memory": True},
+        """to_torch(pin_memory=True): pinned memory is CUDA's, and CUDA cannot be used in a forked process.
+Pin in the main process, as DataLoader(pin_memory=True) does, or start workers with the spawn method.""",
+    ),
+    "over the bus": (
+        {"device": "cuda"},
+        """to_torch(device='cuda'): CUDA cannot be used in a forked process.
+Start workers with the spawn method, or convert in the main process (tensorbridge.prefetch does).""",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", FORKED)
+def test_a_forked_process_is_told_so_before_cuda_is_asked_anything(what, monkeypatch):
+    def raw(*_):
+        raise RuntimeError("CUDA error: initialization error")
+
+    options, text = FORKED[what]
+    for name, value in (("_is_in_bad_fork", True), ("is_available", False), ("device_count", 0)):
+        monkeypatch.setattr(torch.cuda, name, lambda value=value: value)
+    monkeypatch.setattr(torch.Tensor, "is_pinned", raw)
+    assert_raises(tb.DeviceError, lambda: tb.to_torch(torch.zeros(3), **options), text)
+
+
 def test_device_beyond_the_last_is_counted(monkeypatch):
     for name, value in (("is_available", True), ("device_count", 2), ("is_initialized", False)):
         monkeypatch.setattr(torch.cuda, name, lambda value=value: value)
@@ -214,7 +240,7 @@ def test_device_memory_of_another_library_without_a_device_is_a_device_error(mon
         raise AssertionError("Torch not compiled with CUDA enabled")
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(torch.cuda, "current_stream", missing)
+    monkeypatch.setattr(torch.cuda, "init", missing)
     text = "to_torch: Device lies on cuda:0, which torch cannot use here: Torch not compiled with CUDA enabled"
     with pytest.raises(tb.DeviceError) as raised:
         tb.to_torch(Device(readonly=False))

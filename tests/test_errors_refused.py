@@ -362,8 +362,9 @@ MISSING = {
     ),
     "a reader of read-only device memory": (
         "import torch; tb.to_torch(Device())",
-        "to_torch: device memory that is read-only, or has negative or odd strides, is read by CuPy: No module named "
-        "'cupy'.\npip install cupy-cuda12x or cupy-cuda13x[ctk], whichever the driver's CUDA version asks for",
+        "to_torch: device memory that is read-only, unaligned, or has negative or odd strides, is read by CuPy: "
+        "No module named 'cupy'.\n"
+        "pip install cupy-cuda12x or cupy-cuda13x[ctk], whichever the driver's CUDA version asks for",
     ),
 }
 

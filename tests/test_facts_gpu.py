@@ -4,7 +4,6 @@ Part of the fact tests: see test_facts.py. A stream is held busy by a kernel tha
 whose stream is idle when it looks saw no race, and fails as blind.
 """
 
-import faulthandler
 import importlib
 import weakref
 
@@ -20,14 +19,12 @@ ELEMENTS = 16 << 20  # 64 MiB of float32: a block that torch's allocator neither
 
 
 @pytest.fixture
-def cupy(gpu):
-    faulthandler.dump_traceback_later(60, exit=True)
+def cupy(gpu, a_minute):
     torch.cuda._sleep(1)  # kernels load lazily, and a load can wait behind a busy stream
     torch.cuda.synchronize()
     torch.cuda.empty_cache()
     yield importlib.import_module("cupy")
     torch.cuda.synchronize()
-    faulthandler.cancel_dump_traceback_later()
 
 
 def keep_busy(stream):

@@ -511,7 +511,8 @@ def test_packed_leaves_are_kept_for_streams_they_are_used_on():
         leaves = tree.to_torch([np.full(1024, i, "f4") for i in range(8)], device="cuda")
     torch.cuda.current_stream().wait_stream(side)
     address = leaves[0].untyped_storage().data_ptr()
-    torch.cuda._sleep(200_000_000)
+    sum(t.sum() for t in leaves)  # the kernels are loaded
+    torch.cuda._sleep(2_000_000_000)
     total = sum(t.sum() for t in leaves)
     tb.used_on(leaves[0], torch.cuda.current_stream())
     nbytes = leaves[0].untyped_storage().nbytes()

@@ -323,6 +323,12 @@ def test_missing_device_is_an_error_at_the_call():
     assert source.read == 0
 
 
+def test_a_forked_process_without_cuda_is_told_at_the_call(monkeypatch):
+    monkeypatch.setattr(tb._streams, "forked", lambda: True)
+    with pytest.raises(tb.DeviceError, match="forked process"):
+        tb.prefetch([np.zeros(3)])
+
+
 # -- Closing, dropping, hanging, ending
 
 
@@ -614,7 +620,7 @@ def test_batch_is_handed_over_to_the_stream_that_asks(monkeypatch):
         ("keep", "list", 100),
         ("keep", "list", 100),
         ("mark", 100),
-        ("wait", 6, 7),
+        ("wait", 6, 7),  # for the mark that was the sixth call
         ("used_on", "tuple", "mine"),
     ]
 

@@ -144,6 +144,20 @@ def test_a_stream_once_used_is_never_destroyed(machine, cupy):
     assert key not in machine.destroyed
 
 
+def test_use_stream_is_current_again_after_a_with_block_of_cupys_inside(machine, cupy):
+    """CuPy's blocks know each other only: after one, a stream made current by `.use()` is forgotten (cupy#7866)."""
+    mine = cupy.cuda.Stream(non_blocking=True)
+    mine.use()
+    with tb.use_stream(0x500):
+        with cupy.cuda.Stream(non_blocking=True):
+            pass
+        assert cupy.cuda.get_current_stream().ptr == 0x500
+        with tb.use_stream(0x600), cupy.cuda.Stream(non_blocking=True):
+            pass
+        assert cupy.cuda.get_current_stream().ptr == 0x500
+    assert cupy.cuda.get_current_stream() is mine
+
+
 @pytest.mark.parametrize("without", ["torch", "cupy"])
 def test_use_stream_works_with_one_of_the_two(monkeypatch, without):
     for machine in fake_frameworks.installed(monkeypatch, without=[without]):

@@ -15,7 +15,7 @@ import numpy as np
 
 from tensorbridge import _dtypes, _lease, _staging, _streams
 from tensorbridge._array import CPU, ArrayInfo, Device, Traits, layout, order_text, shape_text, size_class
-from tensorbridge._refuse import Obstacle
+from tensorbridge._refuse import Obstacle, askew
 from tensorbridge._roads import CAPTURED, PINNED
 from tensorbridge._step import Op, Step, Want
 
@@ -30,8 +30,9 @@ def traits(x: Any) -> Traits:
         raise Obstacle("unknown dtype", f"cupy {x.dtype} {shape_text(x.shape)}")
     lay = layout(x.shape, x.strides, x.itemsize)
     device = Device(f"cuda:{x.data.device_id}")
+    aligned = not x.size or x.data.ptr % x.itemsize == 0
     size = size_class(x.size * x.itemsize)
-    return Traits("cupy", device, name, lay.order, lay.spacing, lay.overlap, lay.loose, size=size)
+    return Traits("cupy", device, name, lay.order, lay.spacing, lay.overlap, lay.loose, aligned, size=size)
 
 
 def describe(x: Any, traits: Traits) -> ArrayInfo:
@@ -62,6 +63,8 @@ def performer(step: Step, before: Traits, want: Want) -> Callable[..., Any]:
         dtype = _dtypes.DTYPES[after.dtype].numpy
         return _on(source, lambda x: x.astype(dtype, order=order))
     if op in (Op.COPY, Op.PACK):
+        if askew(before):
+            return _on(source, lambda x: _copied_by_bytes(x, order))
         return _on(source, lambda x: x.copy(order=order))
     if op == Op.STACK:
         return _on(source, lambda parts: parts.stacked(cupy.stack))
@@ -92,6 +95,15 @@ def _on(index: int, function: Callable[..., Any]) -> Callable[..., Any]:
 
 def _same(x: Any) -> Any:
     return x
+
+
+def _copied_by_bytes(x: Any, order: str) -> Any:
+    """A dense copy that reads no element whole."""
+    axes = _axes_by_stride(x) if order == "K" else list(range(x.ndim))
+    source = x.transpose(axes)
+    one_byte = (*source.shape, x.itemsize), np.uint8, source.data, (*source.strides, 1)
+    out = cupy.ndarray(source.shape, x.dtype, cupy.ndarray(*one_byte).copy().data)
+    return out.transpose(np.argsort(axes)) if x.ndim else out
 
 
 def _ordered(x: Any, index: int) -> Any:
@@ -131,6 +143,11 @@ def imported(x: Any) -> Any:
         _streams.wait("cupy", x.stream, index)
     owner = _lease.lend_array((x.capsule, x.producer), _streams.current("cupy", index), index)
     return _at(x.address, x.shape, x.strides, _dtypes.DTYPES[x.dtype].numpy, owner, index)
+
+
+def device_of(address: int) -> int:
+    """The device that has memory there, as the driver says; negative if none has."""
+    return int(cupy.cuda.UnownedMemory(address, 1, None).device_id)
 
 
 def _at(address: int, shape: Any, strides: Any, dtype: Any, owner: object, index: int) -> Any:

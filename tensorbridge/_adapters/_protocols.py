@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from tensorbridge import _dtypes, _streams
+from tensorbridge import _dtypes, _refuse, _streams
 from tensorbridge._adapters import _columns, _dlpack, _numpy, named
 from tensorbridge._adapters._dlpack import malformed
 from tensorbridge._array import ArrayInfo, Device, Traits, layout, order_text, size_class
@@ -41,7 +41,7 @@ class Foreign(NamedTuple):
     readonly: bool
     producer: Any
     capsule: Any = None
-    stream: int | None = None  # CAI: the stream that the producer's work is on
+    stream: int | None = None  # that the memory is ready on: the array interface names it, DLPack was asked for it
 
     def __dlpack__(self, **_: Any) -> Any:
         return self.capsule
@@ -129,8 +129,16 @@ def _by_dlpack(x: Any, want: Want) -> Any:
         )
     reader = want.framework if want.framework != "numpy" else "torch" if "torch" in sys.modules else "cupy"
     number = _stream(type(x).__name__, reader, index)
-    capsule = _asked(lambda: _dlpack.request(x, stream=number), x, "DLPack")
-    return _device_array(x, capsule)
+    _refuse_capture(x)  # the producer may record an event
+    with _streams.on_device(index):
+        capsule = _asked(lambda: _dlpack.request(x, stream=number), x, "DLPack")
+    return _device_array(x, capsule, number)
+
+
+def _refuse_capture(x: Any) -> None:
+    if _streams.capturing():
+        refusal = _refuse.CAPTURING
+        raise DeviceError(f"{type(x).__name__} cannot be asked for device memory: {refusal.why}.\n{refusal.cure}")
 
 
 def _stream(what: str, reader: str, index: int) -> int:
@@ -141,13 +149,14 @@ def _stream(what: str, reader: str, index: int) -> int:
         raise DeviceError(f"{what} lies on cuda:{index}, which {reader} cannot use here: {error}") from error
 
 
-def _device_array(x: Any, capsule: Any) -> Foreign:
+def _device_array(x: Any, capsule: Any, number: int) -> Foreign:
     tensor, flags = _dlpack.read(x, capsule)
     if tensor.device_type not in _dlpack.CUDA:
         raise malformed(x, f"its capsule is on device type {tensor.device_type}, not on CUDA as it said")
     name, shape, strides, address = _dlpack.facts(x, tensor)
     device = Device(f"cuda:{tensor.device_id}")
-    return Foreign(shape, strides, name, device, address, bool((flags or 0) & _dlpack.READ_ONLY), x, capsule)
+    frozen = bool((flags or 0) & _dlpack.READ_ONLY)
+    return Foreign(shape, strides, name, device, address, frozen, x, capsule, number)
 
 
 # -- Array interfaces
@@ -194,9 +203,26 @@ def _by_cai(x: Any, facts: Any) -> Foreign:
     name = _dtypes.of_numpy(dtype)
     if not name or name.startswith(">"):
         raise Obstacle("unknown dtype", f"{type(x).__name__} {dtype}")
-    index = getattr(getattr(x, "device", None), "id", 0)
-    device = Device(f"cuda:{index if isinstance(index, int) else 0}")
+    device = Device(f"cuda:{_device_of(x, address)}")
     return Foreign(shape, strides, name, device, address, frozen, x, None, stream)
+
+
+def _device_of(x: Any, address: int) -> int:
+    """Where the memory is: the object may say, the driver knows, and of no memory it is where we are."""
+    said = getattr(getattr(x, "device", None), "id", None)
+    if isinstance(said, int):
+        return said
+    asked = next((name for name in ("cupy", "torch") if _streams.usable(name) and not _streams.forked()), "")
+    if not asked:  # described where nobody can be asked
+        return 0
+    if not address:
+        return _streams.current_device()
+    _refuse_capture(x)
+    framework: Any = named(asked)
+    index: int = framework.device_of(address)
+    if index < 0:
+        raise malformed(x, f"no device has memory at {address:#x}")
+    return index
 
 
 def _foreign_traits(x: Foreign, via: str) -> Traits:
@@ -213,6 +239,7 @@ def _foreign_traits(x: Foreign, via: str) -> Traits:
         lay.spacing,
         lay.overlap,
         lay.loose,
+        not count or x.address % itemsize == 0,
         writable=not x.readonly,
         size=size_class(count * itemsize),
     )
@@ -292,8 +319,9 @@ def performer(step: Step, before: Traits, want: Want) -> Callable[..., Any]:
         reader: Any = named(step.after.framework)
     except ModuleNotFoundError as error:
         raise MissingFrameworkError(
-            f"to_{want.framework}: device memory that is read-only, or has negative or odd strides, is read by CuPy: "
-            f"{error}.\npip install cupy-cuda12x or cupy-cuda13x[ctk], whichever the driver's CUDA version asks for"
+            f"to_{want.framework}: device memory that is read-only, unaligned, or has negative or odd strides, is read "
+            f"by CuPy: {error}.\n"
+            "pip install cupy-cuda12x or cupy-cuda13x[ctk], whichever the driver's CUDA version asks for"
         ) from error
 
     def read(x: Any) -> Any:

@@ -66,7 +66,7 @@ def traits(t: Tensor, *, ask_pinned: bool = False) -> Traits:
         True,
         t.requires_grad or _has_tangent(t),
         lazy,
-        (t.is_pinned() if device == CPU else False) if ask_pinned else None,
+        device == CPU and not _streams.forked() and t.is_pinned() if ask_pinned else None,
         size_class(count * itemsize, t.dim()),
     )
 

@@ -46,7 +46,10 @@ def plain_from_cupy(x: Any) -> Tensor | None:
     """The lane of `to_torch`: a plain array, of exactly CuPy's type, on one stream with torch; None for others."""
     if x.dtype not in _SHARED or not x.size or not x.flags.c_contiguous:
         return None
-    index = x.data.device_id
+    data = x.data
+    if data.ptr % x.itemsize:
+        return None
+    index = data.device_id
     number = _streams.current("torch", index)
     if number != _streams.current("cupy", index) or _streams.capturing():
         return None
@@ -69,16 +72,27 @@ def _imported(capsule: Any, index: int) -> Tensor:
 class _Interface:
     """The array interface of a producer as it was read, so that torch sees the same facts."""
 
-    def __init__(self, x: Any) -> None:
-        dtype: Any = _dtypes.DTYPES[x.dtype].numpy
-        self.producer = x.producer
+    def __init__(self, address: int, shape: Any, strides: Any, typestr: str, producer: Any) -> None:
+        self.producer = producer
         self.__cuda_array_interface__ = {
             "version": 2,  # torch orders by no stream, whatever the version
-            "shape": x.shape,
-            "strides": x.strides,
-            "typestr": dtype.str,
-            "data": (x.address, False),
+            "shape": shape,
+            "strides": strides,
+            "typestr": typestr,
+            "data": (address, False),
         }
+
+
+def device_of(address: int) -> int:
+    """The device that has memory there; negative if none has. Of what lies on another one torch makes a copy."""
+    byte = _Interface(address, (1,), None, "|u1", None)
+    for index in range(torch.cuda.device_count()):
+        try:
+            if torch.as_tensor(byte, device=f"cuda:{index}").data_ptr() == address:
+                return index
+        except RuntimeError:
+            break
+    return -1
 
 
 def imported(x: Any) -> Tensor:
@@ -93,7 +107,9 @@ def imported(x: Any) -> Tensor:
     else:
         try:
             with torch.cuda.device(index):
-                t = torch.as_tensor(_Interface(x), device=f"cuda:{index}")
+                dtype: Any = _dtypes.DTYPES[x.dtype].numpy
+                shown = _Interface(x.address, x.shape, x.strides, dtype.str, x.producer)
+                t = torch.as_tensor(shown, device=f"cuda:{index}")
         except RuntimeError as error:  # no memory of a device is at this address
             raise ProducerError(f"{type(x.producer).__name__} is a malformed producer: {error}") from error
     if t.numel() and t.data_ptr() != x.address:  # torch copies what it finds on another device

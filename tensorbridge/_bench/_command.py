@@ -38,8 +38,8 @@ QUESTIONS: tuple[Question, ...] = (
     *_changes.QUESTIONS,
     *_trees.QUESTIONS,
     *_cuda_crossings.QUESTIONS,
-    *_cuda.QUESTIONS,
     *_cuda_batches.QUESTIONS,
+    *_cuda.QUESTIONS,  # gibibytes: last, where a session on a card may run out of time
     _calls.PEER_QUESTION,  # last: other libraries change the process that they are imported into
 )
 
@@ -163,9 +163,12 @@ def one(question: Question, row: Row, device: str, settings: Settings) -> Result
     except (WrongResult, BridgeError) as error:
         return result._replace(missing=f"{type(error).__name__}: {error}", wrong=True)
     except (MemoryError, RuntimeError) as error:  # torch's own of the device is a RuntimeError
-        if not isinstance(error, MemoryError) and type(error).__name__ != "OutOfMemoryError":
+        first = str(error).partition("\n")[0]
+        if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+            return result._replace(missing=f"out of memory: {first}")
+        if question.device == "cpu":
             raise
-        return result._replace(missing=f"out of memory: {str(error).partition(chr(10))[0]}")
+        return result._replace(missing=f"{type(error).__name__}: {first}", wrong=True)  # the driver's: one row is lost
     return result._replace(nbytes=case.nbytes, timings=tuple(timings), goals=case.goals)
 
 

@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-import faulthandler
 import gc
 from importlib import import_module
 
 import pytest
 
-SECONDS = 60  # a signal does not reach a thread that waits in C code: the process dumps its stacks and ends
-
 
 @pytest.fixture(autouse=True)
-def bounded(gpu):
-    faulthandler.dump_traceback_later(SECONDS, exit=True)
+def bounded(gpu, a_minute):
     yield
     import_module("torch").cuda.synchronize()
     gc.collect()
     import_module("tensorbridge._lease").settle()
-    faulthandler.cancel_dump_traceback_later()
 
 
 @pytest.fixture
@@ -36,6 +31,17 @@ def cupy(gpu):
 @pytest.fixture
 def gate(torch, cupy):
     return import_module("holding").Gate()
+
+
+@pytest.fixture
+def whole_ring(gpu):
+    """All slots of the ring are made: page-locked memory that is asked for beside a held stream may wait for it."""
+    staging = import_module("tensorbridge._staging")
+    ring = staging.ring()
+    slots = [ring.take(wait=False) for _ in range(staging.SLOTS)]
+    for slot in slots:
+        ring.give(slot)
+    return ring
 
 
 @pytest.fixture

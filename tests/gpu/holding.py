@@ -53,8 +53,12 @@ class Gate:
     def put_on(self, stream):
         """Queue the kernel on a stream of either library."""
         address = np.uint64(self.flags.__array_interface__["data"][0])
-        with self.cupy.cuda.Stream.from_external(Handle(number_of(stream))):
+        before = self.cupy.cuda.get_current_stream()  # a with block would forget one made current by `.use()`
+        self.cupy.cuda.Stream.from_external(Handle(number_of(stream))).use()
+        try:
             self.kernel((1,), (1,), (address, np.uint64(LIMIT * 1e9)))
+        finally:
+            before.use()
 
     def open(self):
         self.flags[0] = 1

@@ -178,5 +178,5 @@ else:
 def test_what_other_threads_of_ours_do_to_a_capture(gpu, mode, outcome):
     """Documented in docs/streams.md. In a process of its own: a broken capture may leave more behind."""
     code = OTHER_THREAD.format(mode=mode)
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
+    run = subprocess.run([sys.executable, "-u", "-c", code], capture_output=True, text=True, timeout=50, check=False)
     assert run.stdout.strip() == outcome, run.stderr

@@ -135,11 +135,19 @@ def test_use_stream_is_current_in_both_and_kernels_of_both_run_on_it(torch, cupy
     with tb.use_stream(stream):
         assert (torch.cuda.current_stream().cuda_stream or 1) == number
         assert (cupy.cuda.get_current_stream().ptr or 1) == number
-        t = torch.arange(N, device="cuda", dtype=torch.float32)
+        t = torch.arange(N, device="cuda", dtype=torch.float64)  # in which the sum is exact in any order
         c = tb.to_cupy(t)
         c += 1
         total = float(tb.to_torch(c).sum())
     assert total == N * (N + 1) / 2
+
+
+def test_use_stream_holds_through_a_with_block_of_cupys(torch, cupy, unchanged):
+    stream = torch.cuda.Stream()
+    with tb.use_stream(stream):
+        with cupy.cuda.Stream(non_blocking=True):
+            pass
+        assert cupy.cuda.get_current_stream().ptr == stream.cuda_stream
 
 
 def test_use_stream_restores_after_an_error_and_a_stream_made_current_by_use(torch, cupy, unchanged):
@@ -170,7 +178,7 @@ def test_what_is_no_stream_is_refused_and_nothing_changes(torch, cupy, unchanged
 # What waits for what
 
 
-def test_to_numpy_waits_for_the_producer(torch, gate):
+def test_to_numpy_waits_for_the_producer(torch, gate, whole_ring):
     stream = torch.cuda.Stream()
 
     def body(really):
@@ -188,9 +196,9 @@ def test_to_numpy_waits_for_the_producer(torch, gate):
     assert twice(body) == {1.0}
 
 
-@pytest.mark.parametrize("n", [N, 16 * N], ids=["plain", "ring"])
+@pytest.mark.parametrize("n", [N // 4, 16 * N], ids=["plain", "ring"])
 @pytest.mark.parametrize("framework", ["torch", "cupy"])
-def test_to_numpy_waits_for_its_own_stream_and_not_for_the_device(torch, cupy, gate, framework, n):
+def test_to_numpy_waits_for_its_own_stream_and_not_for_the_device(torch, cupy, gate, whole_ring, framework, n):
     held, mine = torch.cuda.Stream(), torch.cuda.Stream()
 
     def body(really):

@@ -129,7 +129,9 @@ def test_pinned_results_are_pinned_and_whole(torch):
 
 @pytest.mark.parametrize("framework", ["torch", "cupy"])
 @pytest.mark.parametrize("nbytes", [8 * MIB, 32 * MIB], ids=["one slot", "four slots"])
-def test_up_returns_with_the_source_free_and_without_waiting_for_the_stream(torch, cupy, gate, framework, nbytes):
+def test_up_returns_with_the_source_free_and_without_waiting_for_the_stream(
+    torch, cupy, gate, whole_ring, framework, nbytes
+):
     """The ring has room: nothing is waited for, though the stream is held."""
     stream = torch.cuda.Stream()
     source = np.empty(nbytes // 4, np.float32)
@@ -223,7 +225,9 @@ def test_by_hand_a_result_that_is_read_too_early_is_not_filled(torch, gate):
 
 @pytest.mark.parametrize("framework", ["torch", "cupy"])
 @pytest.mark.parametrize("pinned", [False, True])
-def test_a_transfer_is_not_done_while_its_producer_is_held_and_right_afterwards(torch, cupy, gate, framework, pinned):
+def test_a_transfer_is_not_done_while_its_producer_is_held_and_right_afterwards(
+    torch, cupy, gate, whole_ring, framework, pinned
+):
     stream = torch.cuda.Stream()
 
     def body(really):
