@@ -41,6 +41,7 @@ def stirred() -> list[Any]:
     return noise + [torch.full((size,), 0x55, dtype=torch.uint8) for size in (12, 24, 48, 96, 192) for _ in range(40)]
 
 
+@pytest.mark.filterwarnings("ignore:ComplexHalf support is experimental")
 @pytest.mark.parametrize(("name", "target"), CROSSINGS)
 def test_writing_the_result_changes_the_source_exactly_if_the_plan_says_zero_copy(name, target):
     array = ARRAYS[name]()
@@ -102,6 +103,7 @@ REFUSED_AFTERWARDS = {
 DTYPES = [torch.float32, torch.bfloat16, torch.float8_e5m2]
 
 
+@pytest.mark.filterwarnings("ignore:An output with one or more elements was resized")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("grad", [False, True], ids=["plain", "requires grad"])
 @pytest.mark.parametrize("how", [*AFTERWARDS, *REFUSED_AFTERWARDS])
