@@ -35,9 +35,7 @@ class Layout(NamedTuple):
     """How elements lie in memory, as far as anybody decides by it."""
 
     order: str = "C"  # axes by falling stride: "C" last axis fastest, "F" first axis fastest, "K" any other permutation
-    spacing: str = (
-        "dense"  # "dense", "strided" (gaps), "reversed" (a negative stride), "odd" (not whole elements apart)
-    )
+    spacing: str = "dense"  # or "strided" (gaps), "reversed" (a negative stride), "odd" (not whole elements apart)
     overlap: bool = False  # two indices may lead to one element (a broadcast, a sliding window)
     loose: bool = False  # an axis of length 1 (or an empty array) carries a stride that torch refuses; it means nothing
 
@@ -138,6 +136,14 @@ def layout(shape: tuple[int, ...], strides: tuple[int, ...], itemsize: int) -> L
     else:
         spacing = "dense" if dense else "strided"
     return Layout(order, spacing, overlap, loose)
+
+
+def c_strides(shape: tuple[int, ...], itemsize: int) -> tuple[int, ...]:
+    """The strides of a dense array in C order; in bytes, or in elements with an `itemsize` of 1."""
+    strides = [itemsize] * len(shape)
+    for axis in range(len(shape) - 2, -1, -1):
+        strides[axis] = strides[axis + 1] * max(shape[axis + 1], 1)
+    return tuple(strides)
 
 
 def reached(shape: tuple[int, ...], strides: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:

@@ -14,10 +14,9 @@ import numpy as np
 from tensorbridge import _convert, _copy_lanes, _lanes, _options, _tables
 from tensorbridge import _words as words
 from tensorbridge._adapters import Adapter
-from tensorbridge._array import SMALL, ArrayInfo, Traits
+from tensorbridge._array import SMALL, ArrayInfo, Traits, c_strides
 from tensorbridge._containers import Flat
 from tensorbridge._errors import BridgeError
-from tensorbridge._pack import c_strides
 from tensorbridge._plan import decide
 from tensorbridge._step import Want
 

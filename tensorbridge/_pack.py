@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeAlias
 import numpy as np
 
 from tensorbridge import _dtypes
-from tensorbridge._array import Device, Traits
+from tensorbridge._array import Device, Traits, c_strides
 from tensorbridge._step import Op, Plan, Step, bytes_text
 
 if TYPE_CHECKING:
@@ -161,13 +161,6 @@ def _rows(run: Run, block: Any) -> Any:
     carrier = np.dtype(row.carrier or row.numpy)
     shape = (len(run.leaves), *run.shape)
     return np.ndarray(shape, carrier, block, run.offset, (run.step, *c_strides(run.shape, carrier.itemsize)))
-
-
-def c_strides(shape: tuple[int, ...], itemsize: int) -> tuple[int, ...]:
-    strides = [itemsize] * len(shape)
-    for axis in range(len(shape) - 2, -1, -1):
-        strides[axis] = strides[axis + 1] * shape[axis + 1]
-    return tuple(strides)
 
 
 def upload(block: Block, arrays: Sequence[Sequence[Any]], bus: Bus) -> list[Sequence[Any]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 from tensorbridge import _dtypes
@@ -124,9 +125,7 @@ def bytes_text(n: int) -> str:
 
 def bind(steps: tuple[Step, ...], source: ArrayInfo, want: Want) -> Plan:
     """The steps with the sizes and names of one array."""
-    count = 1
-    for length in source.shape:
-        count *= length
+    count = math.prod(source.shape)
     grad_fn = f" ({source.grad_fn})" if source.grad_fn else ""
     bound = tuple(
         step._replace(

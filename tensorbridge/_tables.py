@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from tensorbridge import _adapters, _api, _dtypes
-from tensorbridge._adapters import _columns, _numpy
-from tensorbridge._array import CPU, ArrayInfo, Traits, size_class
+from tensorbridge._adapters import _columns, _numpy, _python
+from tensorbridge._array import ArrayInfo, Traits, size_class
 from tensorbridge._errors import UnsupportedArrayError
 from tensorbridge._step import Step, Want
 
@@ -138,13 +138,7 @@ class _Adapter:
         return x, Traits("numpy list", dtype=name, size=size_class(math.prod(x.shape) * x.dtype.itemsize))
 
     def describe(self, x: Joined, traits: Traits) -> ArrayInfo:
-        strides = [x.dtype.itemsize] * len(x.shape)
-        for axis in range(len(x.shape) - 2, -1, -1):
-            strides[axis] = strides[axis + 1] * max(x.shape[axis + 1], 1)
-        nbytes = math.prod(x.shape) * x.dtype.itemsize
-        return ArrayInfo(
-            "numpy list", CPU, traits.dtype, x.shape, tuple(strides), nbytes, "C", True, False, None, "", None, None
-        )  # fmt: skip
+        return _python.describe(x, traits)
 
     def performer(self, step: Step, before: Traits, want: Want) -> Callable[..., Any]:
         return _numpy.performer(step, before, want)

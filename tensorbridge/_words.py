@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from tensorbridge import _dtypes
 from tensorbridge._array import ArrayInfo, Device
 from tensorbridge._errors import BridgeError
@@ -46,7 +48,5 @@ def refused(decision: Decision, info: ArrayInfo, want: Want) -> Exception:
 def _cure(refusal: Refusal, info: ArrayInfo) -> str:
     if not refusal.cast:
         return refusal.cure
-    count = 1
-    for length in info.shape:
-        count *= length
-    return f"{refusal.cure}: a copy of {bytes_text(count * _dtypes.DTYPES[refusal.cast].itemsize)}."
+    nbytes = math.prod(info.shape) * _dtypes.DTYPES[refusal.cast].itemsize
+    return f"{refusal.cure}: a copy of {bytes_text(nbytes)}."

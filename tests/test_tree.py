@@ -466,6 +466,7 @@ def test_arrays_that_are_decided_alike_are_alike():
     assert [found for found in kinds.values() if len(found) > 1] == []
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")  # torch's own, at its first tangent
 def test_tensor_with_a_tangent_is_what_it_is_alone():
     with forward_ad.dual_level():
         dual = forward_ad.make_dual(torch.ones(2), torch.ones(2))

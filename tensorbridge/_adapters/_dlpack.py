@@ -13,6 +13,7 @@ import numpy as np
 
 from tensorbridge import _dtypes
 from tensorbridge._adapters import _numpy
+from tensorbridge._array import c_strides as c_strides
 from tensorbridge._errors import ProducerError
 from tensorbridge._refuse import Obstacle
 
@@ -132,13 +133,6 @@ def facts(x: Any, tensor: _DLTensor) -> tuple[str, tuple[int, ...], tuple[int, .
     if not tensor.data and 0 not in shape:
         raise malformed(x, "a null address")
     return name, shape, strides, address
-
-
-def c_strides(shape: tuple[int, ...], itemsize: int) -> tuple[int, ...]:
-    strides = [itemsize] * len(shape)
-    for axis in range(len(shape) - 2, -1, -1):
-        strides[axis] = strides[axis + 1] * max(shape[axis + 1], 1)
-    return tuple(strides)
 
 
 def host_array(x: Any, capsule: Any) -> Any:

@@ -9,7 +9,7 @@ from typing import Any, Literal, TypeAlias, cast
 import numpy as np
 
 from tensorbridge import _dtypes
-from tensorbridge._array import CPU, ArrayInfo, Layout, Traits, layout, order_text, shape_text, size_class
+from tensorbridge._array import CPU, ArrayInfo, Layout, Traits, c_strides, layout, order_text, shape_text, size_class
 from tensorbridge._refuse import Obstacle
 from tensorbridge._step import Op, Step, Want
 
@@ -166,13 +166,8 @@ def _protected(a: Array) -> Array:
 
 def _restrided(a: Array) -> Array:
     """The same elements with C strides on the axes whose stride means nothing."""
-    count, plain = 1, []
-    for length in reversed(a.shape):
-        plain.append(count * a.itemsize)
-        count *= max(length, 1)
-    plain.reverse()
-    empty = 0 in a.shape
-    strides = [p if empty or n == 1 else s for n, s, p in zip(a.shape, a.strides, plain, strict=True)]
+    plain = c_strides(a.shape, a.itemsize)
+    strides = [p if not a.size or n == 1 else s for n, s, p in zip(a.shape, a.strides, plain, strict=True)]
     return _over(a, tuple(strides), not a.flags.writeable)
 
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from tensorbridge import _dtypes
 from tensorbridge._adapters import _SCALARS, _numpy, adapter_of
-from tensorbridge._array import CPU, MOST_AXES, ArrayInfo, Traits, shape_text, size_class
+from tensorbridge._array import CPU, MOST_AXES, ArrayInfo, Traits, c_strides, shape_text, size_class
 from tensorbridge._errors import UnsupportedArrayError
 from tensorbridge._refuse import Obstacle
 from tensorbridge._step import Step, Want
@@ -177,23 +177,19 @@ def _ragged(parts: Sequence[Any], shapes: Any) -> Obstacle:
 
 
 def describe(handle: Any, traits: Traits) -> ArrayInfo:
-    shape = handle.shape if isinstance(handle, Parts) else ()
+    """A number, or an array that does not exist yet: C order is what it will have."""
+    shape = getattr(handle, "shape", ())
     itemsize = _dtypes.DTYPES[traits.dtype].itemsize
-    strides = [itemsize] * len(shape)
-    for axis in range(len(shape) - 2, -1, -1):
-        strides[axis] = strides[axis + 1] * max(shape[axis + 1], 1)
-    nbytes = math.prod(shape) * itemsize
-    grad = traits.graph
     return ArrayInfo(
         traits.framework,
         traits.device,
         traits.dtype,
         shape,
-        tuple(strides),
-        nbytes,
+        c_strides(shape, itemsize),
+        math.prod(shape) * itemsize,
         "C",
         True,
-        grad,
+        traits.graph,
         None,
         "",
         None,
