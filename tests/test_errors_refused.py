@@ -206,6 +206,8 @@ REFUSED = {
 EVERYWHERE = {"to_numpy": tb.to_numpy, "to_torch": tb.to_torch, "describe": tb.describe}
 
 
+# What torch says once of its new layouts.
+@pytest.mark.filterwarnings("ignore::UserWarning:torch", "ignore::UserWarning:test_errors_refused")
 @pytest.mark.parametrize("call", EVERYWHERE)
 @pytest.mark.parametrize("name", REFUSED)
 def test_refusal_says_what_it_is_why_not_and_what_works(name, call):
