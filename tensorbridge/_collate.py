@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from tensorbridge import _api, _options, _tables, _watch
+from tensorbridge import _api, _dtypes, _options, _tables, _watch
 from tensorbridge._adapters import _SCALARS
 from tensorbridge._array import shape_text
 from tensorbridge._containers import Flat, Frame, flatten, is_array
@@ -150,7 +150,7 @@ def _stack(tensors: list[Tensor]) -> Tensor:
 
 _ALIKE: dict[str, tuple[Callable[[Any], str], str]] = {
     "shape": (lambda t: shape_text(tuple(t.shape)), "Pad the samples to one shape"),
-    "dtype": (lambda t: str(t.dtype).removeprefix("torch."), "Cast them to one dtype"),
+    "dtype": (lambda t: _dtypes.of_torch(t.dtype), "Cast them to one dtype"),
     "device": (lambda t: str(t.device), "Bring them to one device"),
 }
 

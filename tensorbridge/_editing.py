@@ -162,7 +162,7 @@ def _alias(torch: Any, tensor: torch.Tensor) -> torch.Tensor:
 
 def _as_numpy(torch: Any, alias: torch.Tensor) -> tuple[NDArray[Any], NDArray[Any]]:
     """The array over the memory of a CPU tensor, and the array that owns it (for most dtypes the same)."""
-    row = _dtypes.DTYPES[dtype_name(alias)]
+    row = _dtypes.DTYPES[_dtypes.of_torch(alias.dtype)]
     if not row.carrier:
         array = alias.numpy()
         return array, array
@@ -262,11 +262,7 @@ def _is_capturing(torch: Any, tensor: torch.Tensor) -> bool:
 def _what(tensor: torch.Tensor, predicate: str) -> str:
     plain = tensor.layout == sys.modules["torch"].strided and not tensor.is_nested and "not init" not in predicate
     shape = f" {shape_text(tuple(tensor.shape))}" if plain else ""
-    return f"torch {dtype_name(tensor)}{shape} on {tensor.device} {predicate}"
-
-
-def dtype_name(tensor: Any) -> str:
-    return str(tensor.dtype).removeprefix("torch.")
+    return f"torch {_dtypes.of_torch(tensor.dtype)}{shape} on {tensor.device} {predicate}"
 
 
 def on_host(tensor: torch.Tensor) -> bool:

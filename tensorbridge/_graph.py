@@ -12,18 +12,17 @@ import sys
 from itertools import islice
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import numpy as np
-
 from tensorbridge import _picture
-from tensorbridge._array import reached, shape_text
-from tensorbridge._editing import dtype_name, intercepts, on_host, torch_of
+from tensorbridge._array import shape_text
+from tensorbridge._dtypes import of_torch
+from tensorbridge._editing import intercepts, on_host, torch_of
+from tensorbridge._memory import elements, overlap
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
     from types import FrameType
 
     import torch
-    from numpy.typing import NDArray
 
     Shape = tuple[int, ...]
 
@@ -179,7 +178,7 @@ class _Reader:
 
     def graph(self) -> Graph:
         tensor, root, name = self.tensor, self.tensor.grad_fn, self.name_of(self.tensor)
-        shape, dtype = _shape(tensor), dtype_name(tensor)
+        shape, dtype = _shape(tensor), of_torch(tensor.dtype)
         about = f"{name + ': ' if name else ''}torch {dtype} {shape_text(shape)} on {tensor.device}"
         if not tensor.requires_grad:
             return Graph((), (), f"{about} does not require grad and has no autograd graph; to_numpy cuts nothing")
@@ -210,11 +209,13 @@ class _Reader:
         if type(function).__name__ == "AccumulateGrad":
             leaf = function.variable
             shares = _overlap(self.memory, _memory(leaf))
-            return Node(number, "leaf", name, self.name_of(leaf), _shape(leaf), dtype_name(leaf), shares_view=shares)
+            return Node(
+                number, "leaf", name, self.name_of(leaf), _shape(leaf), of_torch(leaf.dtype), shares_view=shares
+            )
         results = function._input_metadata  # what goes into the backward function came out of the forward one
         variable = ", ".join(filter(None, (self.by_origin.get((function, nr)) for nr in range(len(results)))))
         shape = tuple(results[0].shape) if results and not results[0].is_nested_tensor else None
-        dtype = dtype_name(results[0]) if results else ""
+        dtype = of_torch(results[0].dtype) if results else ""
         return Node(number, "op", name, variable, shape, dtype, tuple(self.saved(function)), outputs=len(results))
 
     def saved(self, function: Any) -> Iterator[Saved]:
@@ -244,7 +245,7 @@ class _Reader:
                     yield Saved(label, "", None, "", "packed", False)
                 elif value is not None:
                     shares = _overlap(self.memory, _memory(value))
-                    yield Saved(label, self.name_of(value), _shape(value), dtype_name(value), state, shares)
+                    yield Saved(label, self.name_of(value), _shape(value), of_torch(value.dtype), state, shares)
                 elif state == "modified":  # nothing there any more
                     yield Saved(label, "", None, "", "freed", False)
 
@@ -315,12 +316,7 @@ class _Extent(NamedTuple):
     """Where a tensor's elements lie: addresses for NumPy's overlap test, never read from."""
 
     device: str
-    addresses: NDArray[Any]
-
-
-class _Interface:
-    def __init__(self, interface: dict[str, object]) -> None:
-        self.__array_interface__ = interface
+    addresses: Any
 
 
 def _memory(tensor: torch.Tensor) -> _Extent | None:
@@ -332,15 +328,11 @@ def _memory(tensor: torch.Tensor) -> _Extent | None:
         return None
     if not address:  # empty, or meta
         return None
-    shape, steps = reached(tuple(tensor.shape), tuple(step * size for step in strides))
-    interface = {"version": 3, "typestr": f"|V{size}", "data": (address, True), "shape": shape, "strides": steps}
-    return _Extent(str(tensor.device), np.asarray(_Interface(interface)))
+    strides = tuple(step * size for step in strides)
+    return _Extent(str(tensor.device), elements(address, tuple(tensor.shape), strides, size))
 
 
 def _overlap(one: _Extent | None, other: _Extent | None) -> bool:
     if one is None or other is None or one.device != other.device:
         return False
-    try:
-        return np.shares_memory(one.addresses, other.addresses, max_work=10_000)  # type: ignore[arg-type]
-    except np.exceptions.TooHardError:
-        return True
+    return overlap(one.addresses, other.addresses)

@@ -24,8 +24,13 @@ def infos_share(a: ArrayInfo, b: ArrayInfo) -> bool:
     low_b, high_b = _bounds(b)
     if high_a <= low_b or high_b <= low_a:
         return False
+    return overlap(_at_address(a), _at_address(b))
+
+
+def overlap(a: Any, b: Any) -> bool:
+    """NumPy's exact test, with bounded work: True where that cannot exclude a common element."""
     try:
-        return np.shares_memory(_at_address(a), _at_address(b), max_work=_BOUND)
+        return np.shares_memory(a, b, max_work=_BOUND)
     except np.exceptions.TooHardError:
         return True
 
@@ -60,6 +65,10 @@ def _bounds(info: ArrayInfo) -> tuple[int, int]:
 
 
 def _at_address(info: ArrayInfo) -> Any:
-    itemsize = _dtypes.DTYPES[info.dtype.lstrip(">")].itemsize
-    shape, strides = reached(info.shape, info.strides)
-    return np.asarray(_numpy.Memory(info.address, shape, strides, f"|V{itemsize}", True, None))
+    return elements(info.address, info.shape, info.strides, _dtypes.DTYPES[info.dtype.lstrip(">")].itemsize)
+
+
+def elements(address: int, shape: tuple[int, ...], strides: tuple[int, ...], itemsize: int) -> Any:
+    """An array over addresses of any device, to be compared and never read."""
+    shape, strides = reached(shape, strides)
+    return np.asarray(_numpy.Memory(address, shape, strides, f"|V{itemsize}", True, None))
