@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from tensorbridge import _api, _dtypes, _options, _tables, _watch
-from tensorbridge._adapters import _SCALARS
+from tensorbridge._adapters import is_scalar
 from tensorbridge._array import shape_text
 from tensorbridge._containers import Flat, Frame, flatten, is_array
 from tensorbridge._eager import eager, mark
@@ -137,7 +137,7 @@ def _converted(value: Any, asked: str) -> Tensor:
 def _kind(value: Any) -> str:
     if is_array(value):
         return "array"
-    return "number" if isinstance(value, _SCALARS) and not isinstance(value, (str, bytes)) else "other"
+    return "number" if is_scalar(type(value)) else "other"
 
 
 def _stack(tensors: list[Tensor]) -> Tensor:

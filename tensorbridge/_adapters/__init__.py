@@ -30,7 +30,6 @@ class Adapter(Protocol):
     def performer(self, step: Step, before: Traits, want: Want) -> Callable[..., Any]: ...
 
 
-_SCALARS = (bool, int, float, complex, np.generic)
 _of_type: dict[type, Adapter] = {}
 
 
@@ -49,9 +48,14 @@ def _name_of(cls: type) -> str:
         array_type = getattr(sys.modules.get(name), attribute, None)
         if array_type is not None and issubclass(cls, array_type):
             return name
-    if issubclass(cls, (list, tuple)) or (issubclass(cls, _SCALARS) and not issubclass(cls, (str, bytes))):
+    if issubclass(cls, (list, tuple)) or is_scalar(cls):
         return "python"
     return "protocols"
+
+
+def is_scalar(cls: type) -> bool:
+    """Whether `cls` is a number of Python or NumPy. NumPy's text is text, though its class says otherwise."""
+    return issubclass(cls, (bool, int, float, complex, np.generic)) and not issubclass(cls, (str, bytes))
 
 
 def named(name: str) -> Adapter:

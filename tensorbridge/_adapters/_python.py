@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from tensorbridge import _dtypes
-from tensorbridge._adapters import _SCALARS, _numpy, adapter_of
+from tensorbridge._adapters import _numpy, adapter_of, is_scalar
 from tensorbridge._array import CPU, MOST_AXES, ArrayInfo, Traits, c_strides, shape_text, size_class
 from tensorbridge._errors import UnsupportedArrayError
 from tensorbridge._refuse import Obstacle
@@ -43,7 +43,7 @@ def open(x: Any, want: Want) -> tuple[Any, Traits]:
     outer = _outer_shape(x)
     leaves = list(_leaves(x, len(outer)))
     kinds = set(map(type, leaves))
-    if all(issubclass(kind, _SCALARS) and not issubclass(kind, (str, bytes)) for kind in kinds):
+    if all(is_scalar(kind) for kind in kinds):
         dtype = _number_dtype(leaves, kinds, want)
         parts = Parts(outer, outer, None, x)
         size = size_class(math.prod(outer) * _dtypes.DTYPES[dtype].itemsize)
