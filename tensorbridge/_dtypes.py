@@ -28,32 +28,10 @@ class Dtype(NamedTuple):
 
 
 def _numpy_has(name: str) -> np.dtype[Any] | None:
-    if name == "longdouble" or name == "clongdouble":
-        return np.dtype(name)
-    if name in _NUMPY_OWN:
-        return np.dtype("bool" if name == "bool" else name)
-    scalar = getattr(ml_dtypes, name, None)
+    scalar = getattr(ml_dtypes, name, None) or getattr(np, name, None)
     return None if scalar is None else np.dtype(scalar)
 
 
-_NUMPY_OWN = frozenset(
-    [
-        "bool",
-        "int8",
-        "int16",
-        "int32",
-        "int64",
-        "uint8",
-        "uint16",
-        "uint32",
-        "uint64",
-        "float16",
-        "float32",
-        "float64",
-        "complex64",
-        "complex128",
-    ]
-)
 #        name                 bytes torch  cupy   DLPack (code, bits)
 _ROWS = [
     ("bool", 1, True, True, (6, 8)),
