@@ -15,7 +15,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, ContextDecorator, contextmanager
 from contextvars import ContextVar, Token
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple, TypeAlias, TypeVar, get_args
 
 from tensorbridge._block import Block
 from tensorbridge._eager import eager
@@ -24,7 +24,8 @@ from tensorbridge._events import Event, Trace
 from tensorbridge._step import Plan, bytes_text, step_lines
 
 _F = TypeVar("_F", bound=Callable[..., Any])
-MODES = ("error", "warn", "allow")
+Mode: TypeAlias = Literal["error", "warn", "allow"]
+MODES: tuple[Mode, ...] = get_args(Mode)
 KINDS = ("h2h", "h2d", "d2h", "d2d")
 
 watching = 0  # open guards and traces: what a conversion asks first, and all that it pays when there is none
@@ -41,7 +42,7 @@ def _watch(more: int) -> None:
 
 
 class _Policy(NamedTuple):
-    mode: str
+    mode: Mode
     min_bytes: int
     kinds: frozenset[str]
 
@@ -92,9 +93,7 @@ class copy_guard(ContextDecorator):
     Allow it with copy_guard("allow") around this call, or reverse on the torch side: to_torch(a[::-1]).flip(0).
     """  # noqa: E501
 
-    def __init__(
-        self, mode: Literal["error", "warn", "allow"], *, min_bytes: int = 0, kinds: Iterable[str] | None = None
-    ) -> None:
+    def __init__(self, mode: Mode, *, min_bytes: int = 0, kinds: Iterable[str] | None = None) -> None:
         if mode not in MODES:
             raise ValueError(f'copy_guard({mode!r}): choose "error", "warn" or "allow"{nearest(mode, MODES)}')
         if isinstance(min_bytes, bool) or not isinstance(min_bytes, int):
@@ -123,7 +122,7 @@ class copy_guard(ContextDecorator):
         return super().__call__(function)
 
     def _recreate_cm(self) -> copy_guard:
-        return copy_guard(self._policy.mode, min_bytes=self._policy.min_bytes, kinds=self._policy.kinds)  # type: ignore[arg-type]
+        return copy_guard(self._policy.mode, min_bytes=self._policy.min_bytes, kinds=self._policy.kinds)
 
     def __repr__(self) -> str:
         mode, min_bytes, kinds = self._policy
