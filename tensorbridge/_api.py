@@ -329,7 +329,7 @@ def plan(x: Any, to: Literal["numpy", "torch", "cupy"], **options: Any) -> Plan:
     """
     options = _options.of_plan("plan", _FUNCTIONS, to, options)
     out, want = options["out"], _options.WANTS[to](**options)
-    adapter, handle, traits = opened(x, want, "")
+    adapter, handle, traits = opened(x, want)
     want = _options.placed(want, traits, planning=True)
     info = adapter.describe(handle, traits)
     if out is not None:

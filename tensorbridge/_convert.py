@@ -31,7 +31,7 @@ _imported_in = os.getpid()
 
 
 def convert(x: Any, want: Want, out: Any = None) -> Any:
-    adapter, handle, traits = opened(x, want, "")
+    adapter, handle, traits = opened(x, want)
     if want.device is not None or want.pin_memory or want.framework == "cupy":
         want = _options.placed(want, traits)
     if want.out is not None:
@@ -57,15 +57,14 @@ def perform(road: Road, handle: Any, out: Any) -> Any:
     return result
 
 
-def opened(x: Any, want: Want, call: str) -> tuple[Adapter, Any, Traits]:
+def opened(x: Any, want: Want, call: str = "") -> tuple[Adapter, Any, Traits]:
     """The facts, and the handle on which steps are performed (a foreign array is imported once, here)."""
     adapter = adapter_of(type(x))
     try:
         handle, traits = adapter.open(x, want)
     except Obstacle as obstacle:
-        asked = call or words.call(want)
-        text = f"{asked}: {obstacle.what} cannot be converted: {obstacle.why}.\n{obstacle.refusal.cure}"
-        raise UnsupportedArrayError(text) from None
+        text = f"{call or words.call(want)}: {obstacle.what} cannot be converted: {obstacle.why}."
+        raise UnsupportedArrayError(f"{text}\n{obstacle.refusal.cure}") from None
     except BridgeError as error:
         error.args = (f"{call or words.call(want)}: {error}",)
         raise

@@ -31,9 +31,8 @@ def checked(flat: Flat, into: Flat, want: Want, *, planning: bool = False) -> tu
         except NAMED as error:
             name(error, flat, i)
             raise
-        first = first_of.setdefault(
-            (identity(source, leaf.handle) or id(x), identity(target, out)), i
-        )  # tied, on both sides
+        tied = identity(source, leaf.handle) or id(x), identity(target, out)  # on both sides
+        first = first_of.setdefault(tied, i)
         if first != i:
             same[i] = first
             continue

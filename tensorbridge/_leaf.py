@@ -58,7 +58,7 @@ class Leaf:
 
 def opened(place: int, x: Any, want: Want, *, planning: bool = False) -> Leaf:
     x = _tables.leaf(x)
-    adapter, handle, traits = _convert.opened(x, want, "")
+    adapter, handle, traits = _convert.opened(x, want)
     if want.device is not None or want.pin_memory or want.framework == "cupy":
         want = _options.placed(want, traits, planning=planning)
     here = _convert.moment(traits, want)

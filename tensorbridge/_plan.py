@@ -55,7 +55,7 @@ def decide(traits: Traits, want: Want, here: Here = HERE) -> Decision:
     if refusal is not None:
         return Decision((), refusal)
     steps = _steps(traits, want, here)
-    refusal = _refuse.after(steps, want, here)
+    refusal = _refuse.after(steps, here)
     if refusal is None and want.copy is False:
         moving = [step for step in steps if step.kind]
         if moving:

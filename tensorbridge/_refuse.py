@@ -209,7 +209,7 @@ def askew(traits: Traits) -> bool:
     return traits.spacing == "odd" or not traits.aligned
 
 
-def after(steps: Sequence[Step], want: Want, here: Here) -> Refusal | None:
+def after(steps: Sequence[Step], here: Here) -> Refusal | None:
     """What can be refused only when the steps are known: work that a CUDA graph capture would not survive."""
     if not here.capturing:
         return None
