@@ -23,6 +23,7 @@ from tensorbridge._plan import decide
 from tensorbridge._step import Want, bind
 
 # torch says once a process that complex32 is experimental; nothing else may warn.
+tangents = pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")  # torch's own, at its first tangent
 silent = pytest.mark.filterwarnings("error", "ignore:ComplexHalf support is experimental")
 
 HOW: dict[str, dict[str, dict[str, Any]]] = {
@@ -295,6 +296,7 @@ def in_fake_mode(see):
         see(torch.ones(3))
 
 
+@tangents
 @pytest.mark.parametrize("kernel", ["torch's", "NumPy's"])
 @pytest.mark.parametrize("options", [{"copy": True}, {"out": np.zeros(3, "float32")}], ids=["copied", "into out"])
 def test_copying_lanes_refuse_what_has_no_memory_of_its_own(options, kernel, monkeypatch):
@@ -313,6 +315,7 @@ def test_copying_lanes_refuse_what_has_no_memory_of_its_own(options, kernel, mon
         assert seen
 
 
+@tangents
 @pytest.mark.parametrize("where", NO_MEMORY_OF_ITS_OWN)
 def test_fast_lane_fills_no_tensor_without_memory_of_its_own(where):
     def see(out):
@@ -327,6 +330,7 @@ def test_fast_lane_fills_no_tensor_without_memory_of_its_own(where):
     assert seen
 
 
+@tangents
 @pytest.mark.parametrize("where", NO_MEMORY_OF_ITS_OWN)
 @pytest.mark.parametrize("road", [tb.to_numpy, tb.to_numpy.__wrapped__], ids=["lane", "full road"])
 def test_tensors_without_memory_of_their_own_are_refused_on_either_road(where, road):
@@ -341,6 +345,7 @@ def test_tensors_without_memory_of_their_own_are_refused_on_either_road(where, r
     assert seen
 
 
+@tangents
 @pytest.mark.parametrize("where", ["grad", "jvp"])
 def test_tensors_that_outlived_a_derivative_are_plain_again_on_either_road(where):
     leaked: list[Any] = []
@@ -349,6 +354,7 @@ def test_tensors_that_outlived_a_derivative_are_plain_again_on_either_road(where
         assert road(leaked[0]).tolist() == [1, 1, 1]
 
 
+@tangents
 @pytest.mark.parametrize("road", [tb.to_numpy, tb.to_numpy.__wrapped__], ids=["lane", "full road"])
 def test_forward_mode_numbers_are_guarded_as_a_graph_is(road):
     with forward_ad.dual_level():
