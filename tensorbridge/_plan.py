@@ -65,12 +65,62 @@ def decide(traits: Traits, want: Want, here: Here = HERE) -> Decision:
 
 def _steps(traits: Traits, want: Want, here: Here) -> _Steps:
     steps = _Steps(traits)
-    then = steps.then
     where = target_device(traits, want)
     receiver = want.framework
-    leaving_torch = receiver != "torch"
+    _make_array(steps, want, here)
 
-    # -- What is not an array yet becomes one.
+    # -- Giving side: out of the graph, native elements, real values, off the device.
+    guarded = steps.now.graph and receiver != "torch"
+    wanted = want.dtype or steps.now.dtype.lstrip(">")
+    _leave_graph(steps, want, wanted)
+    if steps.now.framework == "cupy" and receiver != traits.framework and _refuse.askew(steps.now):
+        steps.then(Op.PACK, "a kernel faults at an address that is no multiple of the item size: packed byte by byte")
+    if want.out is not None:
+        return _into_out(steps, want, here, where)
+    giver, source = steps.now.framework, steps.now.dtype.lstrip(">")
+    crossing = where != steps.now.device
+    _make_native(steps, want, here, wanted, crossing)
+    late_cast = steps.now.dtype.lstrip(">") != wanted
+    if steps.now.lazy and receiver != "torch":  # a cast has resolved it already
+        _resolve(steps)
+    if crossing and where == CPU:
+        if steps.now.spacing != "dense":
+            steps.then(Op.PACK, "packed on the device, so that one block crosses the bus")
+        road = _roads.down(steps.now, pinned=want.pin_memory and not late_cast)
+        steps.then(
+            Op.TO_HOST, f"{traits.device} to the host{road.why}", by=road.by,
+            cure="stay on the device with to_torch or to_cupy" if receiver == "numpy" else "leave device= out",
+            framework="numpy" if giver == "cupy" else giver, device=CPU, pinned=road.by == _roads.PINNED or None,
+        )  # fmt: skip
+    pins = want.pin_memory and (steps.now.pinned is not True or (bool(want.copy) and not steps.fresh) or late_cast)
+
+    # -- A layout that the receiver can hold; a promise that it can keep.
+    if steps.now.framework != receiver and not _is_alias(steps.now, receiver):
+        _make_holdable(steps, receiver)
+    if not (steps.fresh or late_cast or pins or where != steps.now.device):  # else the memory is fresh in the end
+        _keep_promises(steps, want, here, guarded, traits.framework)
+
+    # -- The crossing, and what the receiving side does.
+    pinned = steps.now.pinned is True
+    if steps.now.framework == "torch" and receiver == "cupy" and steps.now.device == CPU:
+        _share_on_host(steps)
+    elif not (steps.now.framework == "numpy" and receiver == "cupy"):  # there the upload is the crossing
+        _share(steps, receiver, here)
+    if where != steps.now.device:
+        _to_device(steps, receiver, where, pinned, f"keep it on {traits.device}")
+    if late_cast:
+        bus = ", after the bus: fewer bytes cross" if crossing else ""
+        steps.then(Op.CAST, f"dtype={wanted} was asked for{bus}", dtype=wanted, cure=f"keep {source}")
+    if pins:
+        steps.then(Op.PIN, "pin_memory=True", pinned=True, cure="leave pin_memory out")
+    if receiver == "numpy":
+        _protect(steps, want, guarded)
+    return steps
+
+
+def _make_array(steps: _Steps, want: Want, here: Here) -> None:
+    """What is not an array yet becomes one."""
+    traits, then = steps.now, steps.then
     if traits.framework.endswith(" list"):
         holder = traits.framework.removesuffix(" list")
         native = traits.dtype.lstrip(">")
@@ -84,94 +134,55 @@ def _steps(traits: Traits, want: Want, here: Here) -> _Steps:
         can_say = traits.writable or reader != "numpy"  # torch and CuPy arrays have no read-only flag
         then(Op.IMPORT, _IMPORT_WHY[traits.framework], framework=reader, writable=can_say)
 
-    # -- Giving side: out of the graph, real values, an alias of a tensor seen.
-    guarded = steps.now.graph and leaving_torch
-    wanted = want.dtype or steps.now.dtype.lstrip(">")
-    if steps.now.graph and (why := _why_detached(want, wanted)):
-        then(Op.DETACH, why + "{grad_fn}", graph=False)
-    elif leaving_torch and steps.now.framework == "torch" and steps.now.device != CPU:
-        then(Op.DETACH, "an alias is shared, so that set_ and .data of the tensor cannot free the memory")
-    if steps.now.framework == "cupy" and receiver != traits.framework and _refuse.askew(steps.now):
-        then(Op.PACK, "a kernel faults at an address that is no multiple of the item size: packed byte by byte")
-    if want.out is not None:
-        return _into_out(steps, want, here, where)
 
-    # -- Dtype: on the side where fewer bytes cross, or on the one that knows it.
-    giver = steps.now.framework
-    source = steps.now.dtype.lstrip(">")
-    crossing = where != steps.now.device
+def _leave_graph(steps: _Steps, want: Want, dtype: str) -> None:
+    now, then = steps.now, steps.then
+    if now.graph and want.framework != "torch":
+        why = f"a {CALLED[want.framework]} array has no place for the autograd graph"
+        then(Op.DETACH, why + "{grad_fn}", graph=False)
+    elif now.graph and want.detach:
+        then(Op.DETACH, "detach=True{grad_fn}", graph=False)
+    elif now.graph and not _dtypes.is_differentiable(dtype):
+        then(Op.DETACH, f"{dtype} has no gradients, so it ends the autograd graph{{grad_fn}}", graph=False)
+    elif want.framework != "torch" and now.framework == "torch" and now.device != CPU:
+        then(Op.DETACH, "an alias is shared, so that set_ and .data of the tensor cannot free the memory")
+
+
+def _make_native(steps: _Steps, want: Want, here: Here, wanted: str, crossing: bool) -> None:
+    """A cast on the side where fewer bytes cross, or on the one that knows it; native byte order."""
+    giver, receiver, source = steps.now.framework, want.framework, steps.now.dtype.lstrip(">")
     if source != wanted and _dtypes.can_cast(giver, source, wanted):
         narrows = _dtypes.DTYPES[wanted].itemsize <= _dtypes.DTYPES[source].itemsize
         if not crossing or narrows or not _dtypes.can_cast(receiver, source, wanted):
             bus = ", before the bus: fewer bytes cross" if crossing and narrows else ""
             _copy(steps, Op.CAST, f"dtype={wanted} was asked for{bus}", here, dtype=wanted, cure=f"keep {source}")
     if steps.now.dtype.startswith(">") and (receiver != "numpy" or want.dtype):
-        who = f"{receiver} has native byte order only" if receiver != "numpy" else f"dtype={wanted} is native"
-        then(
-            Op.BYTESWAP, who, dtype=source, cure="swap once where the data is read: a.astype(a.dtype.newbyteorder('='))"
-        )
-    late_cast = steps.now.dtype.lstrip(">") != wanted
-    if steps.now.lazy and leaving_torch:  # a cast has resolved it already
-        then(Op.RESOLVE, f"the {_LAZY[steps.now.lazy]} is only a mark on the tensor: its bytes say otherwise")
+        why = f"{receiver} has native byte order only" if receiver != "numpy" else f"dtype={wanted} is native"
+        cure = "swap once where the data is read: a.astype(a.dtype.newbyteorder('='))"
+        steps.then(Op.BYTESWAP, why, dtype=source, cure=cure)
 
-    # -- Off the device, on the giving side.
-    if crossing and where == CPU:
-        if steps.now.spacing != "dense":
-            then(Op.PACK, "packed on the device, so that one block crosses the bus")
-        road = _roads.down(steps.now, pinned=want.pin_memory and not late_cast)
-        then(
-            Op.TO_HOST, f"{traits.device} to the host{road.why}", by=road.by, cure=_cure_to_host(receiver),
-            framework="numpy" if giver == "cupy" else giver, device=CPU, pinned=road.by == _roads.PINNED or None,
-        )  # fmt: skip
-    pins = want.pin_memory and (steps.now.pinned is not True or (bool(want.copy) and not steps.fresh) or late_cast)
-    moves_later = late_cast or where != steps.now.device or pins
 
-    # -- A layout that the receiver can hold; a promise that the receiver can keep.
-    now = steps.now
-    alias = _is_alias(now, receiver)
-    if now.framework != receiver and not alias:
-        _make_holdable(steps, receiver)
-    frozen = "" if steps.fresh or moves_later else _why_frozen(steps, guarded)
-    if want.copy and not steps.fresh and not moves_later:
+def _resolve(steps: _Steps) -> None:
+    steps.then(Op.RESOLVE, f"the {_LAZY[steps.now.lazy]} is only a mark on the tensor: its bytes say otherwise")
+
+
+def _share_on_host(steps: _Steps) -> None:
+    """A tensor on the host, seen as a NumPy array."""
+    steps.then(Op.SHARE, _share_why("torch", "numpy"), framework="numpy", origin="tensor", pinned=None)
+
+
+def _keep_promises(steps: _Steps, want: Want, here: Here, guarded: bool, source: str) -> None:
+    """A copy, where one was asked for, or where the receiver could write what must not be written."""
+    now, receiver = steps.now, want.framework
+    frozen = _why_frozen(steps, guarded)
+    on_your_word = guarded and now.writable and not now.overlap
+    if want.copy:
         _copy(steps, Op.COPY, "copy=True: fresh memory", here)
-    elif (
-        frozen
-        and receiver == "numpy"
-        and want.writable
-        and not (guarded and steps.now.writable and not steps.now.overlap)
-    ):
+    elif frozen and receiver == "numpy" and want.writable and not on_your_word:
         _copy(steps, Op.COPY, f"writable=True, and {frozen}", here, cure="take a read-only view with writable=None")
-    elif frozen and receiver not in ("numpy", traits.framework) and not alias and not want.share_readonly:
+    elif frozen and receiver not in ("numpy", source) and not _is_alias(now, receiver) and not want.share_readonly:
         promise = f"{frozen}: {CALLED[receiver]} cannot keep that promise"
         _copy(steps, Op.COPY, promise, here, cure=_cure_readonly(now))
-
-    # -- The crossing, and what the receiving side does.
-    pinned = steps.now.pinned is True
-    if steps.now.framework == "torch" and receiver == "cupy" and steps.now.device == CPU:
-        then(Op.SHARE, _share_why("torch", "numpy"), framework="numpy", origin="tensor", pinned=None)
-    elif steps.now.framework == "numpy" and receiver == "cupy":
-        pass  # the upload below is the crossing
-    else:
-        _share(steps, receiver, here)
-    if where != steps.now.device:
-        _to_device(steps, receiver, where, pinned, f"keep it on {traits.device}")
-    if late_cast:
-        bus = ", after the bus: fewer bytes cross" if crossing else ""
-        then(Op.CAST, f"dtype={wanted} was asked for{bus}", dtype=wanted, cure=f"keep {source}")
-    if pins:
-        then(Op.PIN, "pin_memory=True", pinned=True, cure="leave pin_memory out")
-    if receiver == "numpy":
-        _protect(steps, want, guarded)
-    return steps
-
-
-def _why_detached(want: Want, dtype: str) -> str:
-    """Why the result carries no graph, if so."""
-    if want.framework != "torch":
-        return f"a {CALLED[want.framework]} array has no place for the autograd graph"
-    if want.detach:
-        return "detach=True"
-    return "" if _dtypes.is_differentiable(dtype) else f"{dtype} has no gradients, so it ends the autograd graph"
 
 
 def _copy(steps: _Steps, op: str, why: str, here: Here, *, cure: str = "", **changes: Any) -> None:
@@ -283,7 +294,7 @@ def _into_out(steps: _Steps, want: Want, here: Here, where: Device) -> _Steps:
     if receiver == "cupy" and steps.now.device == CPU:
         if steps.now.framework == "torch":
             _make_fillable(steps, "numpy", out)
-            then(Op.SHARE, _share_why("torch", "numpy"), framework="numpy", origin="tensor", pinned=None)
+            _share_on_host(steps)
         if steps.now.dtype.startswith(">"):
             then(Op.BYTESWAP, "cupy has native byte order only", dtype=steps.now.dtype[1:])
         _make_fillable(steps, "cupy", out)
@@ -298,7 +309,7 @@ def _into_out(steps: _Steps, want: Want, here: Here, where: Device) -> _Steps:
         _make_fillable(steps, "numpy", out)
         if steps.now.device != CPU:
             then(Op.TO_HOST, f"{steps.now.device} to the host", device=CPU)
-        then(Op.SHARE, _share_why("torch", "numpy"), framework="numpy", origin="tensor", pinned=None)
+        _share_on_host(steps)
     held = steps.now.framework != "numpy" or torch_holds(steps.now)
     if receiver == "torch" and not held and not _numpy_fills(steps.now, out):
         _make_fillable(steps, "torch", out)
@@ -346,7 +357,7 @@ def _make_fillable(steps: _Steps, filler: str, out: Traits) -> None:
     if not _dtypes.exists_in(name, filler) or (name != wanted and not _dtypes.can_cast(filler, name, wanted)):
         steps.then(Op.CAST, f"{CALLED[filler]} cannot make {wanted} of {name}", dtype=wanted)
     if steps.now.lazy and filler != "torch":
-        steps.then(Op.RESOLVE, f"the {_LAZY[steps.now.lazy]} is only a mark on the tensor: its bytes say otherwise")
+        _resolve(steps)
 
 
 def torch_holds(traits: Traits) -> bool:
@@ -384,7 +395,3 @@ def _cure_readonly(now: Traits) -> str:
     if now.origin == "memmap":
         return 'open the file with np.memmap(mode="c"): private pages, writable at no cost'
     return "share_readonly=True if nothing will write to the result"
-
-
-def _cure_to_host(receiver: str) -> str:
-    return "stay on the device with to_torch or to_cupy" if receiver == "numpy" else "leave device= out"
