@@ -13,6 +13,9 @@ from collections import OrderedDict, UserList, defaultdict, deque
 from collections.abc import Callable, Iterator, Mapping
 from enum import Enum
 from mmap import mmap
+from numbers import Number
+from os import PathLike
+from types import FunctionType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -101,6 +104,17 @@ def kind_of(x: Any) -> Any:
 
 def is_array(x: Any) -> bool:
     return kind_of(x) is ARRAY
+
+
+def may_hold_arrays(x: Any) -> bool:
+    """Whether what is kept as it is may have arrays in its attributes, or give them one by one: a module, a generator.
+    Numbers, text and shapes cannot.
+    """
+    if _exact.get(type(x)) is OTHER or isinstance(x, (*_KEPT, Number, PathLike, FunctionType)):
+        return False
+    if isinstance(x, (set, frozenset)):
+        return any(is_array(element) or may_hold_arrays(element) for element in x)
+    return any(hasattr(x, name) for name in ("__dict__", "__slots__", "__iter__"))
 
 
 def _registered(cls: type) -> Kind | None:

@@ -23,7 +23,7 @@ def checked(flat: Flat, into: Flat, want: Want, *, planning: bool = False) -> tu
     written: dict[int, ArrayInfo] = {}
     for i, (x, out) in enumerate(zip(flat.leaves, into.leaves, strict=True)):
         try:
-            leaf = opened(i, x, _options._with_out(want, out), planning=planning)
+            leaf = opened(i, x, _options.with_out(want, out), planning=planning)
             traits = leaf.kind.want.out
             assert traits is not None
             source, target = leaf.info, adapter_of(type(out)).describe(out, traits)

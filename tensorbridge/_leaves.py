@@ -101,7 +101,7 @@ def _decided_at_once(flat: Flat, want: Want) -> tuple[list[tuple[Block, dict[int
     """
     leaves, everything = flat.leaves, range(len(flat.leaves))
     classes = set(map(type, leaves))
-    up = want.framework == "cupy" or want.device not in (None, CPU)
+    up = _goes_up(want)
     if classes == {np.ndarray} and up:
         groups = _owned(leaves)
     elif classes == {_lanes._Tensor} and (up or want.framework == "numpy" or want.device == CPU):
@@ -166,8 +166,7 @@ def _tensors(leaves: list[Any], on_host: bool) -> dict[Any, list[int]]:
 
 def blocks_of(leaves: Sequence[Leaf]) -> list[Block]:
     """The blocks in which leaves cross the bus, by their index in `leaves`. A guard may forbid what packing adds."""
-    policy = _watch._policy.get() if _watch.watching else None
-    forbidden = policy.kinds if policy is not None and policy.mode != "allow" else frozenset()
+    forbidden = _watch.guarded_kinds()
     routes: dict[int, _pack.Route | None] = {}  # by the identity of kinds
     groups: dict[Any, _pack.Group] = {}
     for i, leaf in enumerate(leaves):
@@ -183,7 +182,11 @@ def blocks_of(leaves: Sequence[Leaf]) -> list[Block]:
 
 
 def _may_cross(kind: Kind) -> bool:
-    return kind.traits.device != CPU or kind.want.framework == "cupy" or kind.want.device not in (None, CPU)
+    return kind.traits.device != CPU or _goes_up(kind.want)
+
+
+def _goes_up(want: Want) -> bool:
+    return want.framework == "cupy" or want.device not in (None, CPU)
 
 
 def outside(blocks: list[Block], leaves: list[Leaf], flat: Flat, want: Want, *, planning: bool = False) -> list[Leaf]:

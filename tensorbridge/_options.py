@@ -22,7 +22,7 @@ def want_numpy(dtype: Any, copy: Any, writable: Any, detach: Any, out: Any, call
     if not (type(copy) in _OPTIONAL and type(writable) in _OPTIONAL and type(detach) is bool):
         _complain(call, copy=(copy, True), writable=(writable, True), detach=(detach, False))
     want = Want("numpy", None, _dtype(dtype), copy, writable, False, detach)
-    return want if out is None else _with_out(want, out)
+    return want if out is None else with_out(want, out)
 
 
 def want_torch(
@@ -47,14 +47,14 @@ def want_torch(
             pin_memory=(pin_memory, False),
             non_blocking=(non_blocking, False),
         )
-    where = _device(device, "torch")
+    where = device_named(device, "torch")
     if pin_memory and where is not None and where != CPU:
         raise ValueError(
             f"{call}(pin_memory=True, device={str(where)!r}): pinned memory is host memory; "
             "leave pin_memory out, transfers are staged through pinned memory already"
         )
     want = Want("torch", where, _dtype(dtype), copy, None, share_readonly, detach, pin_memory, non_blocking)
-    return want if out is None else _with_out(want, out)
+    return want if out is None else with_out(want, out)
 
 
 def want_cupy(
@@ -75,11 +75,11 @@ def want_cupy(
             detach=(detach, False),
             non_blocking=(non_blocking, False),
         )
-    where = _device(device, "cupy")
+    where = device_named(device, "cupy")
     if where == CPU:
         raise ValueError(f'{call}(device="cpu"): CuPy arrays live on CUDA devices; use to_numpy for the host')
     want = Want("cupy", where, _dtype(dtype), copy, None, share_readonly, detach, False, non_blocking)
-    return want if out is None else _with_out(want, out)
+    return want if out is None else with_out(want, out)
 
 
 WANTS: dict[str, Callable[..., Want]] = {"numpy": want_numpy, "torch": want_torch, "cupy": want_cupy}
@@ -115,7 +115,7 @@ def _dtype(dtype: Any) -> str | None:
     return None if dtype is None else _dtypes.parse(dtype)
 
 
-def _device(device: Any, framework: str) -> Device | None:
+def device_named(device: Any, framework: str) -> Device | None:
     """A caller's `device` by name; "cuda" without an index stays open until the array is known."""
     if device is None:
         return None
@@ -207,7 +207,7 @@ def require(framework: str, call: str = "") -> Any:
         raise MissingFrameworkError(f"{asked}: {framework} cannot be imported: {error}.\n{cure}") from error
 
 
-def _with_out(want: Want, out: Any) -> Want:
+def with_out(want: Want, out: Any) -> Want:
     call = f"to_{want.framework}(out=...)"
     cls = getattr(sys.modules.get(want.framework), {"torch": "Tensor"}.get(want.framework, "ndarray"), ())
     if not isinstance(out, cls):

@@ -128,7 +128,7 @@ def _want(to: str, device: Any, depth: int, transform: Any, copy: Any) -> Want:
     if transform is not None and not callable(transform):
         raise TypeError(f"prefetch(transform={transform!r}): a callable or None")
     if to == "numpy":
-        if _options._device(device, to) != CPU:
+        if _options.device_named(device, to) != CPU:
             raise ValueError(f'prefetch(to="numpy", device={device!r}): NumPy arrays are on the host; say device="cpu"')
         return _options.want_numpy(None, copy, None, True, None, "prefetch")
     _options.require(to, "prefetch")

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable
-from numbers import Number
-from os import PathLike
-from types import FunctionType
 from typing import Any, Literal, NamedTuple
 
-from tensorbridge import _containers, _eager, _options
+from tensorbridge import _eager, _options
 from tensorbridge._array import ArrayInfo, Traits
-from tensorbridge._containers import OTHER, flatten, is_array
+from tensorbridge._containers import flatten, is_array, may_hold_arrays
 from tensorbridge._fill import checked
 from tensorbridge._leaf import decided
 from tensorbridge._leaves import blocks_of, check_pack, converted, outside, plan_of
@@ -317,18 +314,9 @@ def plan(tree: Any, to: Literal["numpy", "torch", "cupy"], *, pack: bool = True,
 
 def _left(tree: Any) -> tuple[LeftPart, ...]:
     flat = flatten(tree, everything=True)
-    others = [i for i, x in enumerate(flat.leaves) if not is_array(x) and _may_hold_arrays(x)]
+    others = [i for i, x in enumerate(flat.leaves) if not is_array(x) and may_hold_arrays(x)]
     paths = flat.paths() if others else []
     return tuple(LeftPart(paths[i], type(flat.leaves[i]).__name__) for i in others)
-
-
-def _may_hold_arrays(x: Any) -> bool:
-    """In its attributes, or coming out of it one by one: a module, a generator. Numbers, text and shapes cannot."""
-    if _containers._exact.get(type(x)) is OTHER or isinstance(x, (*_containers._KEPT, Number, PathLike, FunctionType)):
-        return False
-    if isinstance(x, (set, frozenset)):
-        return any(is_array(element) or _may_hold_arrays(element) for element in x)
-    return any(hasattr(x, name) for name in ("__dict__", "__slots__", "__iter__"))
 
 
 _FUNCTIONS: dict[str, Callable[..., Any]] = {"numpy": to_numpy, "torch": to_torch, "cupy": to_cupy}

@@ -152,6 +152,12 @@ def inherited() -> Iterator[None]:
         _watch(-more)
 
 
+def guarded_kinds() -> frozenset[str]:
+    """The kinds of moves for which this context's guard has a limit."""
+    policy = _policy.get()
+    return frozenset() if policy is None or policy.mode == "allow" else policy.kinds
+
+
 def allow(plan: Plan, asked: str) -> None:
     """Raise or warn if this context's guard forbids what the plan would move."""
     policy = _policy.get()

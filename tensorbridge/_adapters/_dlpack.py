@@ -13,7 +13,7 @@ import numpy as np
 
 from tensorbridge import _dtypes
 from tensorbridge._adapters import _numpy
-from tensorbridge._array import c_strides as c_strides
+from tensorbridge._array import c_strides
 from tensorbridge._errors import ProducerError
 from tensorbridge._refuse import Obstacle
 

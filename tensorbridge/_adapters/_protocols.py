@@ -17,7 +17,7 @@ import numpy as np
 from tensorbridge import _dtypes, _refuse, _streams
 from tensorbridge._adapters import _columns, _dlpack, _numpy, named
 from tensorbridge._adapters._dlpack import malformed
-from tensorbridge._array import ArrayInfo, Device, Traits, layout, order_text, size_class
+from tensorbridge._array import ArrayInfo, Device, Traits, c_strides, layout, order_text, size_class
 from tensorbridge._errors import (
     BridgeError,
     CopyRequiredError,
@@ -192,7 +192,7 @@ def _by_cai(x: Any, facts: Any) -> Foreign:
         pointer, readonly = facts["data"]
         address, frozen = index_of(pointer or 0), bool(readonly)
         given, stream = facts.get("strides"), facts.get("stream")
-        strides = _dlpack.c_strides(shape, dtype.itemsize) if given is None else tuple(map(index_of, given))
+        strides = c_strides(shape, dtype.itemsize) if given is None else tuple(map(index_of, given))
         stream = None if stream is None else index_of(stream)
     except (KeyError, TypeError, ValueError) as error:
         raise malformed(x, f"__cuda_array_interface__ lacks or garbles {error}") from error
