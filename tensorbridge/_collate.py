@@ -50,7 +50,8 @@ def collate(samples: Sequence[Any]) -> Any:
 
     Cost
     ----
-    Every element is copied once. In a worker process the batch lies in shared memory.
+    Every element is copied once; twice where torch cannot hold the samples as they are (negative strides, swapped
+    bytes). In a worker process the batch lies in shared memory.
 
     Examples
     --------

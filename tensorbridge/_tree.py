@@ -56,7 +56,7 @@ def to_numpy(
 
     Cost
     ----
-    That of each array, and about half a microsecond for the walk. Many small device arrays: one transfer.
+    That of each array, and a few microseconds a container. Many small device arrays: one transfer.
 
     Examples
     --------
@@ -118,7 +118,7 @@ def to_torch(
 
     Cost
     ----
-    That of each array, and about half a microsecond for the walk. Many small arrays to a device: one transfer.
+    That of each array, and a few microseconds a container. Many small arrays to a device: one transfer.
 
     Examples
     --------
@@ -171,7 +171,7 @@ def to_cupy(
 
     Cost
     ----
-    That of each array; many small arrays from the host: one transfer.
+    That of each array, and a few microseconds a container. Many small arrays from the host: one transfer.
 
     Examples
     --------
