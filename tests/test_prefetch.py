@@ -314,9 +314,8 @@ def test_copy_false_refuses_at_the_batch_that_would_be_copied():
         next(ready)
 
 
-def test_missing_device_is_an_error_at_the_call():
-    if torch.cuda.is_available():
-        return
+def test_missing_device_is_an_error_at_the_call(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     source = Source(3)
     with pytest.raises(tb.DeviceError, match="sees no usable CUDA device"):
         tb.prefetch(source)

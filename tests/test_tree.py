@@ -786,9 +786,8 @@ def test_functions_of_trees_can_be_pickled(name):
     assert pickle.loads(pickle.dumps(getattr(tree, name))) is getattr(tree, name)
 
 
-def test_missing_device_names_the_leaf(a):
-    if torch.cuda.is_available():
-        return
+def test_missing_device_names_the_leaf(a, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(tb.DeviceError, match=r"^batch\['x'\]: .*cuda:0 does not exist"):
         tree.to_torch({"x": a}, device="cuda:0")
 
