@@ -87,6 +87,11 @@ def imports(name: str, *, top_level: bool = False) -> Iterator[str]:
             nodes += ast.iter_child_nodes(node)
 
 
+@pytest.mark.parametrize("name", MODULES)
+def test_a_module_has_at_most_400_lines(name):
+    assert len(MODULES[name].read_text().splitlines()) <= 400
+
+
 def test_every_module_has_its_layer():
     assert set(OURS) == set(HEIGHT)
 
