@@ -1,7 +1,7 @@
 """What must come out of a conversion, said from the frameworks' rules and not from the planner's.
 
-Sources: DESIGN.md ("Sharing", "Writability", "Options that meet", "The graph", "dtypes", "GPU") and what NumPy, PyTorch
-and CuPy document about the memory that their arrays can stand on:
+Sources: the docstrings of `to_numpy`, `to_torch` and `to_cupy`, and what NumPy, PyTorch and CuPy document about the
+memory that their arrays can stand on:
 
 * `torch.from_numpy`: no negative strides, strides of whole elements, native byte order, no read-only flag to keep.
 * `cupy.ndarray`: device memory, any strides, native byte order, no read-only flag to keep.

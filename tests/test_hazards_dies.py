@@ -1,4 +1,4 @@
-"""HAZARDS, "It dies": a negative stride, memory that may not be touched, memory that is freed under a view.
+"""Nothing dies: a negative stride, memory that may not be touched, memory that is freed under a view.
 
 What kills a process where the guard is missing runs in a process of its own, many at once: the last line printed names
 the one that died. What can be seen by addresses alone is looked at here; nothing reads memory that was freed.

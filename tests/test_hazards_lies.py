@@ -1,4 +1,4 @@
-"""HAZARDS, "It lies": a result that is not what the source says, a source that changes behind its owner's back.
+"""Nothing lies: a result that is not what the source says, a source that changes behind its owner's back.
 
 Lazy bits, tensors without data of their own, writes that autograd does not see, bytes read as something else, dtypes
 and masks that get lost, sharing that depends on luck.

@@ -1,4 +1,4 @@
-"""HAZARDS, "It breaks somebody's promise": read-only, immutable, one write for one element; and "Fine today".
+"""No promise is broken: read-only, immutable, one write for one element; and what is fine today stays so.
 
 Whoever may not be written to is not written to, on any way in: copied, or refused with copy=False, or shared where the
 result can keep the promise, or on the caller's word.

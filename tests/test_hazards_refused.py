@@ -1,4 +1,4 @@
-"""HAZARDS, "It is refused for no good reason": what can be converted is, in few steps, each with a reason."""
+"""Nothing convertible is refused: what can be converted is, in few steps, each with a reason."""
 
 from __future__ import annotations
 

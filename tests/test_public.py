@@ -18,7 +18,7 @@ from tensorbridge import tree
 
 ROOT = Path(tb.__file__).parent
 
-# DESIGN.md, "Public API": everything but the array is keyword-only.
+# Everything but the array is keyword-only.
 SIGNATURES = {
     "to_numpy": "x, *, dtype=None, copy=None, writable=None, detach=True, out=None",
     "to_torch": "x, *, device=None, dtype=None, copy=None, share_readonly=False, detach=False, pin_memory=False, "
@@ -58,7 +58,7 @@ SUPPORTING = {"CopyWarning", "Device", "Event", "Graph", "Info", "Trace", "Trait
 
 
 def signature(function: object) -> str:
-    """Names and defaults as the design writes them, annotations left out."""
+    """Names and defaults, annotations left out."""
     plain = inspect.signature(function)  # type: ignore[arg-type]
     bare = [p.replace(annotation=inspect.Parameter.empty) for p in plain.parameters.values()]
     return str(inspect.Signature(bare))[1:-1]
