@@ -285,6 +285,13 @@ def _into_out(steps: _Steps, want: Want, here: Here, where: Device) -> _Steps:
     """Every element is written into `out`, once where one copy can do it; casts happen on the way."""
     assert want.out is not None
     out, then, receiver = want.out, steps.then, want.framework
+    name = steps.now.dtype.lstrip(">")
+    if (
+        "neg" in steps.now.lazy and name != out.dtype
+    ):  # Tensor.copy_ loses a negative bit where it casts, on either side
+        _resolve(steps)
+    if "neg" in out.lazy and name != out.dtype and _dtypes.can_cast(steps.now.framework, name, out.dtype):
+        _copy(steps, Op.CAST, "torch cannot cast into a negative view", here, dtype=out.dtype)
     if steps.now.framework == "cupy" and receiver == "numpy":
         plain = steps.now.dtype == out.dtype and steps.now.order == out.order and out.spacing == "dense"
         if steps.now.spacing != "dense":

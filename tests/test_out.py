@@ -93,3 +93,33 @@ def test_filling_a_numpy_view_of_a_tensor_is_seen_by_autograd():
     tb.to_numpy(torch.zeros(3), out=tb.to_numpy(saved))
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         z.backward()
+
+
+def negative(dtype, count=5):
+    return torch._neg_view(torch.arange(1, count + 1).to(dtype))
+
+
+def widened(t):
+    return t.to(torch.complex128)
+
+
+@pytest.mark.parametrize("count", [5, 40_000])
+@pytest.mark.parametrize("wanted", ["bool", "float16", "float32", "float64", "int64", "complex64", "float8_e5m2"])
+@pytest.mark.parametrize("source", ["float16", "float32", "int8", "uint8"])
+def test_the_sign_of_a_negative_view_reaches_an_out_of_another_dtype(source, wanted, count):
+    """Tensor.copy_ loses it between float16 and float32, and raises for bool."""
+    x = negative(getattr(torch, source), count)
+    expected = x.resolve_neg().to(getattr(torch, wanted))
+    assert torch.equal(widened(tb.to_torch(x, out=torch.zeros(count, dtype=expected.dtype))), widened(expected))
+    filled = tb.to_numpy(x, out=tb.to_numpy(torch.zeros(count, dtype=expected.dtype)))
+    assert torch.equal(widened(tb.to_torch(filled)), widened(expected))
+
+
+@pytest.mark.parametrize("wanted", ["float16", "float32", "int64"])
+@pytest.mark.parametrize("source", ["float16", "float32", ">f4", "int8"])
+@pytest.mark.parametrize("framework", ["numpy", "torch"])
+def test_a_negative_out_of_another_dtype_gets_the_values(source, wanted, framework):
+    x = np.arange(5).astype(source)
+    out = negative(getattr(torch, wanted))
+    tb.to_torch(x if framework == "numpy" else tb.to_torch(x), out=out)
+    assert out.resolve_neg().tolist() == [0, 1, 2, 3, 4]
