@@ -6,6 +6,8 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any, Generic, TypeVar
 
+from tensorbridge._eager import eager
+
 _T = TypeVar("_T")
 
 
@@ -19,11 +21,13 @@ class Block(AbstractContextManager[_T], Generic[_T]):
     def __repr__(self) -> str:
         return f"<{self._call}: open it by a with block>"
 
+    @eager
     def __enter__(self) -> _T:
         block = self._make()
         value = block.__enter__()
         self._open.append(block)
         return value
 
+    @eager
     def __exit__(self, *exc: Any) -> bool | None:
         return self._open.pop().__exit__(*exc)

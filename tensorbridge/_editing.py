@@ -16,6 +16,7 @@ from tensorbridge import _dtypes, _refuse
 from tensorbridge._adapters import adapter_of
 from tensorbridge._array import shape_text
 from tensorbridge._block import Block
+from tensorbridge._eager import eager
 from tensorbridge._errors import DeviceError, GraphError, UnsupportedArrayError
 from tensorbridge._step import HERE, Want, bytes_text
 
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 _OUTSIDE = "Edit it outside the transformed function."
 
 
+@eager
 def editing(tensor: torch.Tensor) -> AbstractContextManager[NDArray[Any]]:
     """Write into `tensor` with NumPy, and let autograd know: ``with editing(t) as a: a[...] = 0``.
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from tensorbridge import _picture
 from tensorbridge._array import shape_text
 from tensorbridge._dtypes import of_torch
+from tensorbridge._eager import eager
 from tensorbridge._editing import intercepts, on_host, torch_of
 from tensorbridge._memory import elements, overlap
 
@@ -116,6 +117,7 @@ class Graph(NamedTuple):
             file.write(text)
 
 
+@eager
 def autograd_graph(tensor: torch.Tensor) -> Graph:
     """Return the autograd graph behind `tensor` as plain data: what made it, what was saved, where `to_numpy` cuts.
 

@@ -76,7 +76,7 @@ def _steps(traits: Traits, want: Want, here: Here) -> _Steps:
     if steps.now.framework == "cupy" and receiver != traits.framework and _refuse.askew(steps.now):
         steps.then(Op.PACK, "a kernel faults at an address that is no multiple of the item size: packed byte by byte")
     if want.out is not None:
-        return _into_out(steps, want, here, where)
+        return _into_out(steps, want.out, want, here, where)
     giver, source = steps.now.framework, steps.now.dtype.lstrip(">")
     crossing = where != steps.now.device
     _make_native(steps, want, here, wanted, crossing)
@@ -95,8 +95,8 @@ def _steps(traits: Traits, want: Want, here: Here) -> _Steps:
     pins = want.pin_memory and (steps.now.pinned is not True or (bool(want.copy) and not steps.fresh) or late_cast)
 
     # -- A layout that the receiver can hold; a promise that it can keep.
-    if steps.now.framework != receiver and not _is_alias(steps.now, receiver):
-        _make_holdable(steps, receiver)
+    if receiver == "torch" != steps.now.framework and not _is_alias(steps.now, receiver):
+        _make_holdable(steps)
     if not (steps.fresh or late_cast or pins or where != steps.now.device):  # else the memory is fresh in the end
         _keep_promises(steps, want, here, guarded, traits.framework)
 
@@ -218,11 +218,9 @@ def target_device(traits: Traits, want: Want) -> Device:
     return traits.device if want.framework == "torch" or traits.device != CPU else Device("cuda:0")
 
 
-def _make_holdable(steps: _Steps, receiver: str) -> None:
-    """Layouts that the receiver refuses are packed, once."""
+def _make_holdable(steps: _Steps) -> None:
+    """Layouts that torch refuses are packed, once."""
     now, then = steps.now, steps.then
-    if receiver != "torch":
-        return
     if now.spacing == "reversed":
         then(Op.PACK, "torch has no negative strides", cure="reverse on the torch side: to_torch(a[::-1]).flip(0)")
     elif now.spacing == "odd":
@@ -281,10 +279,9 @@ def _protect(steps: _Steps, want: Want, guarded: bool) -> None:
         steps.then(Op.PROTECT, f"a read-only view: {frozen}", writable=False)
 
 
-def _into_out(steps: _Steps, want: Want, here: Here, where: Device) -> _Steps:
+def _into_out(steps: _Steps, out: Traits, want: Want, here: Here, where: Device) -> _Steps:
     """Every element is written into `out`, once where one copy can do it; casts happen on the way."""
-    assert want.out is not None
-    out, then, receiver = want.out, steps.then, want.framework
+    then, receiver = steps.then, want.framework
     name = steps.now.dtype.lstrip(">")
     if (
         "neg" in steps.now.lazy and name != out.dtype
@@ -322,7 +319,7 @@ def _into_out(steps: _Steps, want: Want, here: Here, where: Device) -> _Steps:
         _make_fillable(steps, "torch", out)
         if steps.now.dtype.startswith(">"):
             then(Op.BYTESWAP, "torch has native byte order only", dtype=steps.now.dtype[1:])
-        _make_holdable(steps, "torch")
+        _make_holdable(steps)
     choice = _filling(steps.now, out, receiver, here)
     then(
         Op.FILL,
@@ -334,8 +331,7 @@ def _into_out(steps: _Steps, want: Want, here: Here, where: Device) -> _Steps:
         pinned=out.pinned,
         **{field: getattr(out, field) for field in _OF_OUT},
     )
-    if want.writable is False:
-        then(Op.PROTECT, "writable=False: a read-only view", writable=False)
+    _protect(steps, want, guarded=False)
     return steps
 
 
@@ -344,8 +340,7 @@ def _numpy_fills(now: Traits, out: Traits) -> bool:
     name, wanted = now.dtype.lstrip(">"), out.dtype.lstrip(">")
     if now.device != CPU or out.device != CPU or now.lazy or out.lazy or now.graph:
         return False
-    known = _dtypes.exists_in(name, "numpy") and _dtypes.exists_in(wanted, "numpy")
-    return known and (name == wanted or _dtypes.can_cast("numpy", name, wanted))
+    return _dtypes.exists_in(name, "numpy") and (name == wanted or _dtypes.can_cast("numpy", name, wanted))
 
 
 def _filling(now: Traits, out: Traits, receiver: str, here: Here) -> _engine.Kernel:

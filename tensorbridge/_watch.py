@@ -214,6 +214,7 @@ def _is_ours(filename: str) -> bool:
 _traces: tuple[Trace, ...] = ()
 
 
+@eager
 def trace() -> AbstractContextManager[Trace]:
     """Record every conversion that tensorbridge performs in this process while the block is open.
 

@@ -30,8 +30,26 @@ def with_everything(x):
     return stacked.sum()
 
 
+def while_edited(x):
+    y = x.detach() * 2
+    with tb.editing(y) as array:
+        array[0] = 5.0
+    return y * 3
+
+
+def drawn(x):
+    assert bool(tb.autograd_graph(x * 2).nodes) == x.requires_grad
+    return x * 3
+
+
+def watched(x):
+    with tb.trace() as seen:
+        tb.to_numpy(x)
+    return x * len(seen.events)
+
+
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
-@pytest.mark.parametrize("function", [there_and_back, with_everything])
+@pytest.mark.parametrize("function", [there_and_back, with_everything, while_edited, drawn, watched])
 @pytest.mark.parametrize("requires_grad", [False, True])
 def test_compiled_code_gives_the_same_result_without_a_warning(function, backend, requires_grad):
     torch.compiler.reset()

@@ -16,8 +16,8 @@ ROOT = Path(tensorbridge.__file__).parent
 
 # From the ground up. A module imports modules of the rows below its own, and none of its own row.
 LAYERS = [
-    {"_array", "_block", "_errors", "_eager", "_rebuild", "_roads", "_svg"},
-    {"_dtypes", "_streams"},
+    {"_array", "_errors", "_eager", "_rebuild", "_roads", "_svg"},
+    {"_block", "_dtypes", "_streams"},
     {"_step", "_engine", "_lease", "_picture"},
     {"_refuse", "_staging", "_words", "_events"},
     {"_plan", "_watch"},
