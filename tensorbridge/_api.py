@@ -68,8 +68,9 @@ def to_numpy(
         NumPy, torch, CuPy; anything with DLPack, an array interface, the buffer protocol or ``__array__``; a number;
         a list of numbers or of equal-shaped arrays.
     dtype : dtype of any framework, or its name, optional
-        Cast to it, on the side where fewer bytes cross a bus. Default: the dtype of `x`; bfloat16 and float8 arrive as
-        ml_dtypes types of the same bits.
+        Cast to it, on the side where fewer bytes cross a bus, with the values that the framework of `x` gives (float8
+        overflows to nan from NumPy, to the largest number from torch). Default: the dtype of `x`; bfloat16 and float8
+        arrive as ml_dtypes types of the same bits.
     copy : bool or None
         None shares when no promise is broken, else copies once. False never moves a byte. True returns fresh memory in
         the memory order of `x`.
@@ -86,7 +87,8 @@ def to_numpy(
     -------
     numpy.ndarray, shape ``(*s)``
         Shares memory with `x` unless ``plan(x, "numpy")`` says otherwise. On the host a shared result stays valid
-        whatever happens to `x`, but for ``x.share_memory_()``, which moves the memory and cannot be prevented.
+        whatever happens to `x`, but for ``x.share_memory_()`` (which torch.multiprocessing calls too): it frees the
+        memory, and cannot be prevented.
 
     Raises
     ------

@@ -82,6 +82,9 @@ OBSTACLES: dict[str, Refusal] = {
         "the mask of a masked array would be lost",
         "Convert x.filled(value) and x.mask, or x.data if masked values are fine.",
     ),
+    "masked tensor": _unsupported(
+        "the mask of a masked tensor would be lost", "Convert x.get_data() and x.get_mask()."
+    ),
     "structured": _unsupported(
         "a structured dtype has several fields",
         "Convert one field, x['name'], or the tree {n: x[n] for n in x.dtype.names}.",

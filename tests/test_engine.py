@@ -101,3 +101,17 @@ def test_plan_of_a_fill_says_whose_kernel_and_why():
     half = torch.zeros(3, dtype=torch.float16)
     fill = tb.plan(np.zeros(3, "float32"), "torch", out=half).steps[-1]
     assert fill.why == "into the caller's array, `out`; by torch: its half-precision casts are vectorised"
+
+
+def test_a_cast_has_the_values_of_the_framework_that_holds_the_source():
+    """Where their rules differ: beyond the range of a float8, and in how often they round on the way to float16."""
+    beyond, between = np.array([500.0], "float32"), np.array([1 + 2**-11 + 2**-40])
+    for a, wanted in ((beyond, "float8_e4m3fn"), (between, "float16")):
+        t = torch.from_numpy(a)
+        by_numpy = a.astype(_dtypes.DTYPES[wanted].numpy).astype("float64")
+        by_torch = t.to(getattr(torch, wanted)).double()
+        assert not np.array_equal(by_numpy, by_torch.numpy())
+        for convert in (tb.to_numpy, tb.to_torch):
+            from_numpy, from_torch = convert(a, dtype=wanted), convert(t, dtype=wanted)
+            np.testing.assert_array_equal(tb.to_numpy(from_numpy).astype("float64"), by_numpy)
+            np.testing.assert_array_equal(tb.to_numpy(from_torch).astype("float64"), by_torch.numpy())

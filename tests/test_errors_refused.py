@@ -120,6 +120,12 @@ REFUSED = {
         "this tensor subclass intercepts every operation (__torch_dispatch__); its memory need not be its value",
         "Convert the plain tensor that it holds.",
     ),
+    "masked tensor": (
+        lambda: torch.masked.masked_tensor(torch.ones(2), torch.tensor([True, False])),
+        "MaskedTensor float32 (2,)",
+        "the mask of a masked tensor would be lost",
+        "Convert x.get_data() and x.get_mask().",
+    ),
     "masked": (
         lambda: np.ma.array([1.0, 2.0], mask=[0, 1]),
         "masked numpy float64 (2,)",

@@ -191,6 +191,9 @@ VIEWS = {
     "transposed": lambda a: a.T,
     "same width": lambda a: a.view(f"int{8 * a.itemsize}"),
     "zero-d": lambda a: a[0, 0, ...],
+    "of a window": lambda a: np.lib.stride_tricks.sliding_window_view(a, (1, 2))[0, 0],
+    "by as_strided": lambda a: np.lib.stride_tricks.as_strided(a, (2,), (a.strides[0],)),
+    "of a memoryview": lambda a: np.asarray(memoryview(a.view(f"int{8 * a.itemsize}"))),
 }
 
 

@@ -88,9 +88,13 @@ def _origin(a: Array, name: str, lay: Layout) -> str:
 def owner_of(a: Any) -> Any:
     """The object at the end of the chain of views: an array with memory of its own, a mapping, a tensor ..."""
     owner: Any = a
-    while isinstance(owner, np.ndarray) and owner.base is not None:
-        owner = owner.base
-    return owner
+    while True:
+        below = owner.obj if type(owner) is memoryview else None
+        if isinstance(owner, np.ndarray) or type(owner).__name__ == "DummyArray":  # of sliding_window_view, as_strided
+            below = owner.base
+        if below is None:
+            return owner
+        owner = below
 
 
 def _span(a: Array) -> int:

@@ -145,7 +145,7 @@ def _subclass_obstacle(t: Tensor) -> str:
         ("torch._subclasses.fake_tensor", "FakeTensor", "fake"),
         ("torch._subclasses.functional_tensor", "FunctionalTensor", "functional"),
         ("torch.distributed.tensor", "DTensor", "distributed"),
-        ("torch.masked.maskedtensor.core", "MaskedTensor", "masked"),
+        ("torch.masked.maskedtensor.core", "MaskedTensor", "masked tensor"),
         ("torch.nn.parameter", "UninitializedTensorMixin", "uninitialized"),
     ):
         cls = getattr(sys.modules.get(module), attribute, None)
