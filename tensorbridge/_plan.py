@@ -286,9 +286,7 @@ def _into_out(steps: _Steps, want: Want, here: Here, where: Device) -> _Steps:
     assert want.out is not None
     out, then, receiver = want.out, steps.then, want.framework
     name = steps.now.dtype.lstrip(">")
-    if (
-        "neg" in steps.now.lazy and name != out.dtype
-    ):  # Tensor.copy_ loses a negative bit where it casts, on either side
+    if "neg" in steps.now.lazy and name != out.dtype:  # Tensor.copy_ loses that bit where it casts, on either side
         _resolve(steps)
     if "neg" in out.lazy and name != out.dtype and _dtypes.can_cast(steps.now.framework, name, out.dtype):
         _copy(steps, Op.CAST, "torch cannot cast into a negative view", here, dtype=out.dtype)
@@ -325,15 +323,10 @@ def _into_out(steps: _Steps, want: Want, here: Here, where: Device) -> _Steps:
         _make_holdable(steps, "torch")
     choice = _filling(steps.now, out, receiver, here)
     then(
-        Op.FILL,
-        f"into the caller's array, `out`{_roads.into(steps.now, out)}{choice.said}",
-        by=choice.by,
-        framework=receiver,
-        device=out.device,
-        dtype=out.dtype,
-        pinned=out.pinned,
+        Op.FILL, f"into the caller's array, `out`{_roads.into(steps.now, out)}{choice.said}", by=choice.by,
+        framework=receiver, device=out.device, dtype=out.dtype, pinned=out.pinned,
         **{field: getattr(out, field) for field in _OF_OUT},
-    )
+    )  # fmt: skip
     if want.writable is False:
         then(Op.PROTECT, "writable=False: a read-only view", writable=False)
     return steps
