@@ -75,8 +75,8 @@ tail -n 30 "$OUT/machine.txt"
 
 MODULES="tests/gpu/test_gpu_facts.py tests/test_facts_gpu.py tests/gpu/test_gpu_order.py tests/gpu/test_gpu_lifetime.py
 tests/gpu/test_gpu_conversions.py tests/gpu/test_gpu_transfers.py tests/gpu/test_gpu_bad_input.py
-tests/gpu/test_gpu_capture.py tests/gpu/test_gpu_leaks.py tests/test_prefetch.py tests/test_pack.py tests/test_collate.py
-tests/test_editing_devices.py tests/test_bench.py"
+tests/gpu/test_gpu_capture.py tests/gpu/test_gpu_leaks.py tests/test_prefetch_devices.py tests/test_pack_crossings.py
+tests/test_collate.py tests/test_editing_devices.py tests/test_bench.py"
 PYTEST="-m pytest -v --no-header -m gpu -rfE --tb=short --durations=5 --color=no -p no:cacheprovider"
 for module in $MODULES; do
     skip=() # where a test ends the process, the tests behind it get another

@@ -157,6 +157,7 @@ def _memory_of(leaf: Leaf, key: Any) -> Any:
     x, traits = leaf.handle, leaf.kind.traits
     if key is not None and traits.framework == "torch":
         node = x.grad_fn if traits.graph else None  # itself: torch may make the object anew each time it is asked for
+        # As `identity` would say, without describing it.
         return (traits.device, x.data_ptr(), traits.dtype, x.shape, None, True, traits.graph, "", node)
     return identity(leaf.info, x)
 

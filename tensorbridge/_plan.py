@@ -283,9 +283,7 @@ def _into_out(steps: _Steps, out: Traits, want: Want, here: Here, where: Device)
     """Every element is written into `out`, once where one copy can do it; casts happen on the way."""
     then, receiver = steps.then, want.framework
     name = steps.now.dtype.lstrip(">")
-    if (
-        "neg" in steps.now.lazy and name != out.dtype
-    ):  # Tensor.copy_ loses a negative bit where it casts, on either side
+    if "neg" in steps.now.lazy and name != out.dtype:  # Tensor.copy_ loses that bit where it casts, on either side
         _resolve(steps)
     if "neg" in out.lazy and name != out.dtype and _dtypes.can_cast(steps.now.framework, name, out.dtype):
         _copy(steps, Op.CAST, "torch cannot cast into a negative view", here, dtype=out.dtype)
@@ -322,15 +320,10 @@ def _into_out(steps: _Steps, out: Traits, want: Want, here: Here, where: Device)
         _make_holdable(steps)
     choice = _filling(steps.now, out, receiver, here)
     then(
-        Op.FILL,
-        f"into the caller's array, `out`{_roads.into(steps.now, out)}{choice.said}",
-        by=choice.by,
-        framework=receiver,
-        device=out.device,
-        dtype=out.dtype,
-        pinned=out.pinned,
+        Op.FILL, f"into the caller's array, `out`{_roads.into(steps.now, out)}{choice.said}", by=choice.by,
+        framework=receiver, device=out.device, dtype=out.dtype, pinned=out.pinned,
         **{field: getattr(out, field) for field in _OF_OUT},
-    )
+    )  # fmt: skip
     _protect(steps, want, guarded=False)
     return steps
 

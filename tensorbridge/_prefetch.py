@@ -20,7 +20,6 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from contextvars import copy_context
-from types import TracebackType
 from typing import Any, Literal, NamedTuple, TypeVar
 
 from tensorbridge import _options, _tables, _watch
@@ -235,9 +234,7 @@ class Prefetch(Iterator[Any]):
     def __enter__(self) -> Prefetch:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *exc: object) -> None:
         self.close()
 
 

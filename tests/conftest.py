@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import faulthandler
+import gc
 import importlib.util
 import os
+import threading
+import time
 from collections.abc import Iterator
 
 import pytest
@@ -49,6 +52,18 @@ def a_minute(request: pytest.FixtureRequest) -> Iterator[None]:
     faulthandler.dump_traceback_later(SECONDS, exit=True, file=shown)
     yield
     faulthandler.cancel_dump_traceback_later()
+
+
+@pytest.fixture
+def no_thread_is_left() -> Iterator[None]:
+    before = set(threading.enumerate())
+    yield
+    if not set(threading.enumerate()) <= before:
+        gc.collect()
+    until = time.monotonic() + 5.0
+    while time.monotonic() < until and not set(threading.enumerate()) <= before:
+        time.sleep(0.005)
+    assert set(threading.enumerate()) <= before
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import warnings
 import subprocess
 import sys
 from collections import namedtuple
@@ -63,6 +64,13 @@ TREE = "Convert every leaf: tensorbridge.tree.to_numpy(x)."
 ONE_KIND = "Bring the parts to one framework, device and dtype first, by to_numpy or to_torch of each."
 PAD = "Pad the parts to one shape, or keep the list and use tensorbridge.tree."
 
+
+def masked_tensor():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch says that they are a prototype
+        return torch.masked.masked_tensor(torch.ones(2), torch.tensor([True, False]))
+
+
 # name: how to make it, what it is called, why not, what works
 REFUSED = {
     "sparse": (
@@ -121,7 +129,7 @@ REFUSED = {
         "Convert the plain tensor that it holds.",
     ),
     "masked tensor": (
-        lambda: torch.masked.masked_tensor(torch.ones(2), torch.tensor([True, False])),
+        masked_tensor,
         "MaskedTensor float32 (2,)",
         "the mask of a masked tensor would be lost",
         "Convert x.get_data() and x.get_mask().",
