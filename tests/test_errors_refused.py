@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import re
-import warnings
 import subprocess
 import sys
+import warnings
 from collections import namedtuple
 
 import ml_dtypes
