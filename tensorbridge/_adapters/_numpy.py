@@ -47,6 +47,16 @@ def traits(a: Array) -> Traits:
     )
 
 
+def like(first: Array) -> Callable[[Array], bool] | None:
+    """A test for arrays that are certainly of the kind and shape of one that was opened; none if that is not plain."""
+    dtype, shape = first.dtype, first.shape
+    if type(first) is not np.ndarray or first.base is not None or not first.flags.carray:
+        return None
+    return lambda a: (
+        type(a) is np.ndarray and a.dtype is dtype and a.shape == shape and a.base is None and a.flags.carray
+    )
+
+
 def _is_aligned_whole(a: Array) -> bool:
     """A complex number is aligned to NumPy if its halves are; torch reads the whole at once, and dies if it is not."""
     address: int = a.__array_interface__["data"][0]

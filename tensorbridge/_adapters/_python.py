@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -67,7 +67,7 @@ def _outer_shape(x: Any) -> tuple[int, ...]:
     shape: list[int] = []
     level: list[Any] = [x]
     above: set[int] = set()
-    while level and all(map(_is_list, level)):
+    while level and _are_lists(level, all):
         here = set(map(id, level))
         if here & above:
             raise UnsupportedArrayError("a list that contains itself has no shape.\nBreak the cycle.")
@@ -78,14 +78,14 @@ def _outer_shape(x: Any) -> tuple[int, ...]:
         shape.append(lengths.pop())
         level = [item for part in level for item in part]
         _check_axes(len(shape))
-    if any(map(_is_list, level)):
+    if _are_lists(level, any):
         raise Obstacle("ragged", f"list of {len(x)}", "some of its parts are lists and some are not")
     return tuple(shape)
 
 
-def _is_list(x: Any) -> bool:
-    """A namedtuple is no list of equals: its fields have meanings of their own."""
-    return isinstance(x, list) or (isinstance(x, tuple) and not hasattr(x, "_fields"))
+def _are_lists(level: list[Any], some: Callable[[Iterable[bool]], bool]) -> bool:
+    """Of types, for there are few. A namedtuple is no list of equals: its fields have meanings of their own."""
+    return some(issubclass(t, (list, tuple)) and not hasattr(t, "_fields") for t in set(map(type, level)))
 
 
 def _check_axes(count: int) -> None:
@@ -107,7 +107,7 @@ def _leaves(x: Any, depth: int) -> Iterator[Any]:
 def _number_dtype(leaves: list[Any], kinds: set[type], want: Want) -> str:
     own = [_NUMBERS[kind] for kind in kinds if kind in _NUMBERS]
     foreign = {np.asarray(x).dtype for x in leaves if type(x) not in _NUMBERS} if len(own) < len(kinds) else set()
-    if int in kinds and any(type(x) is int and x not in _INT64 for x in leaves):
+    if int in kinds and not _fit_int64(leaves, kinds):
         if want.dtype == "uint64" and all(type(x) in (int, bool) and x in _UINT64 for x in leaves):
             return "uint64"
         raise Obstacle("big integer", f"list of {len(leaves)} numbers")
@@ -118,10 +118,21 @@ def _number_dtype(leaves: list[Any], kinds: set[type], want: Want) -> str:
     return name.lstrip(">")
 
 
+def _fit_int64(leaves: list[Any], kinds: set[type]) -> bool:
+    if kinds <= {int, bool}:
+        return min(leaves) in _INT64 and max(leaves) in _INT64
+    return all(x in _INT64 for x in leaves if type(x) is int)
+
+
 def _arrays(outer: tuple[int, ...], leaves: list[Any], want: Want) -> tuple[Parts, Traits]:
     what = f"list of {len(leaves)}"
-    opened = []
+    handles: list[Any] = []
+    kinds: list[tuple[Traits, ArrayInfo]] = []  # of all parts but those that are like the first
+    alike: Callable[[Any], bool] | None = None
     for place, leaf in enumerate(leaves):
+        if alike is not None and alike(leaf):
+            handles.append(leaf)
+            continue
         try:
             if leaf is None:
                 raise Obstacle("missing number", "None")
@@ -130,23 +141,26 @@ def _arrays(outer: tuple[int, ...], leaves: list[Any], want: Want) -> tuple[Part
         except Obstacle as obstacle:
             obstacle.what = f"{what}, item {_index(place, outer)}: {obstacle.what}"
             raise
-        opened.append((handle, found, adapter.describe(handle, found)))
-    if any(found.framework == "python scalar" for _, found, _ in opened):
+        handles.append(handle)
+        kinds.append((found, adapter.describe(handle, found)))
+        if not place and hasattr(adapter, "like"):
+            alike = adapter.like(leaf)
+    if any(found.framework == "python scalar" for found, _ in kinds):
         raise Obstacle("mixed list", what, "it holds both numbers and arrays")
-    shapes = {info.shape for _, _, info in opened}
+    shapes = {info.shape for _, info in kinds}
     if len(shapes) > 1:
         raise _ragged(leaves, map(shape_text, sorted(shapes)))
     for name, values in (
-        ("frameworks", {"numpy" if t.framework not in ("torch", "cupy") else t.framework for _, t, _ in opened}),
-        ("devices", {t.device for _, t, _ in opened}),
-        ("dtypes", {t.dtype.lstrip(">") for _, t, _ in opened}),
+        ("frameworks", {"numpy" if t.framework not in ("torch", "cupy") else t.framework for t, _ in kinds}),
+        ("devices", {t.device for t, _ in kinds}),
+        ("dtypes", {t.dtype.lstrip(">") for t, _ in kinds}),
     ):
         if len(values) > 1:
             raise Obstacle("mixed list", what, f"its parts have different {name}: {', '.join(sorted(values))}")
-    first = opened[0][1]
+    first = kinds[0][0]
     if first.device != CPU and first.framework not in ("torch", "cupy"):
         raise Obstacle("mixed list", what, "device arrays of other libraries are not stacked")
-    shape = outer + opened[0][2].shape
+    shape = outer + kinds[0][1].shape
     _check_axes(0 if first.framework == "torch" else len(shape))
     dtype = first.dtype.lstrip(">")
     holder = first.framework if first.framework in ("torch", "cupy") else "numpy"
@@ -154,11 +168,11 @@ def _arrays(outer: tuple[int, ...], leaves: list[Any], want: Want) -> tuple[Part
         f"{holder} list",
         first.device,
         dtype,
-        "C" if all(t.order == "C" for _, t, _ in opened) else "K",  # else the framework's choice
-        graph=any(t.graph for _, t, _ in opened),
+        "C" if all(t.order == "C" for t, _ in kinds) else "K",  # else the framework's choice
+        graph=any(t.graph for t, _ in kinds),
         size=size_class(math.prod(shape) * _dtypes.DTYPES[dtype].itemsize, len(shape)),
     )
-    return Parts(shape, outer, [handle for handle, _, _ in opened], ()), found
+    return Parts(shape, outer, handles, ()), found
 
 
 def _index(place: int, outer: tuple[int, ...]) -> str:

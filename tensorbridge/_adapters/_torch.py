@@ -71,6 +71,27 @@ def traits(t: Tensor, *, ask_pinned: bool = False) -> Traits:
     )
 
 
+def like(first: Tensor) -> Callable[[Tensor], bool] | None:
+    """A test for tensors that are certainly of the kind and shape of one that was opened; none if that is not plain."""
+    dtype, shape, itemsize = first.dtype, first.shape, first.element_size()
+    if type(first) is not Tensor or not first.is_cpu or not first.is_contiguous() or forward_ad._current_level >= 0:
+        return None
+    if first.requires_grad or first._is_zerotensor() or first.is_neg() or first.is_conj():
+        return None
+    count = first.numel()
+
+    def alike(t: Tensor) -> bool:
+        if type(t) is not Tensor or t.dtype is not dtype or not t.is_cpu or t.requires_grad:
+            return False
+        if _functorch.is_functorch_wrapped_tensor(t) or t.layout is not torch.strided or torch._is_functional_tensor(t):
+            return False
+        if t.shape != shape or not t.is_contiguous() or t.is_neg() or t.is_conj() or t._is_zerotensor():
+            return False
+        return bool((t.storage_offset() + count) * itemsize <= t.untyped_storage().nbytes())
+
+    return alike
+
+
 def _span(t: Tensor) -> int:
     """How many elements lie between the first and the last, both included."""
     return 1 + sum([(n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True)])
