@@ -16,7 +16,7 @@ from tensorbridge import _bench, _matrix
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tensorbridge", description=tb.__doc__)
     parser.add_argument("--version", action="version", version=f"tensorbridge {tb.__version__}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     commands.add_parser("info", help="what is installed, which devices are seen, which routes share")
     commands.add_parser("plan-matrix", help="what shares and what copies, as a Markdown table")
     _bench.add_arguments(commands.add_parser("bench", help="measure what a copy costs against shared memory, here"))
@@ -28,6 +28,9 @@ def main(argv: list[str] | None = None) -> int:
     rest = trace.add_argument("args", nargs=argparse.REMAINDER, help="what follows the script is given to it")
     rest.required = False  # argparse would name it as missing where only the script is
     args = parser.parse_args(argv)
+    if args.command is None:
+        parser.print_help(sys.stderr)
+        return 2
     if args.command == "info":
         for name in ("torch", "cupy"):  # so that their devices are seen
             if find_spec(name) is not None:

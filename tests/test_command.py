@@ -178,3 +178,9 @@ def test_demo_trains_on_shared_digits_and_counts_the_bytes():
     accuracy = float(done.stdout.split("it has not seen: ")[1].split("%")[0])
     assert accuracy > 90
     assert "134 217 728 B" in done.stdout
+
+
+def test_without_a_command_the_help_lists_them(capsys):
+    assert main([]) == 2
+    said = capsys.readouterr().err
+    assert all(f"    {name} " in said for name in ("info", "plan-matrix", "bench", "demo", "trace"))
