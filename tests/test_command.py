@@ -183,4 +183,4 @@ def test_demo_trains_on_shared_digits_and_counts_the_bytes():
 def test_without_a_command_the_help_lists_them(capsys):
     assert main([]) == 2
     said = capsys.readouterr().err
-    assert all(f"    {name} " in said for name in ("info", "plan-matrix", "bench", "demo", "trace"))
+    assert all(f"    {name}" in said for name in ("info", "plan-matrix", "bench", "demo", "trace"))
