@@ -291,12 +291,23 @@ def _leaf_name(frame: Frame, i: int) -> str:
     return frame.kind.name(frame.node, frame.keys, i if frame.where is None else frame.where[i])
 
 
+_NONE: Iterator[Any] = iter(())
+
+
 def flatten(tree: Any, *, everything: bool = False) -> Flat:
     """Take a tree apart into its arrays; with `everything`, into all values that are no containers."""
     root = Frame(tree, ROOT, -1, 0)
     flat = Flat([], [root], [])
-    stack = [(0, _inner(root, flat.leaves, everything))]
-    seen: dict[int, int] = {}
+    kind = _exact.get(type(tree)) or kind_of(tree)
+    if not isinstance(kind, Kind):
+        _inner(root, flat.leaves, everything)
+        flat.order.append(0)
+        return flat
+    whole = Frame(tree, kind, 0, 0)
+    flat.frames.append(whole)
+    root.inner.append((0, 1))
+    stack = [(0, _NONE), (1, _inner(whole, flat.leaves, everything))]
+    seen = {id(tree): 1}
     while stack:
         number, inner = stack[-1]
         frame = flat.frames[number]
@@ -331,9 +342,9 @@ def _inner(frame: Frame, leaves: list[Any], everything: bool) -> Iterator[tuple[
         if only is ARRAY or (everything and only is OTHER):
             leaves.extend(children)
             frame.size = len(children)
-            return iter(())
+            return _NONE
         if only is OTHER:
-            return iter(())
+            return _NONE
     where: list[int] = []
     inner: list[tuple[int, Kind]] = []
     for place, child in enumerate(children):
