@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import collections
 import contextvars
+import copy
 import gc
+import pickle
 import subprocess
 import sys
 import textwrap
@@ -211,6 +213,39 @@ def test_error_arrives_at_its_place_with_its_traceback(name):
     assert source.closed.is_set()
 
 
+@pytest.mark.parametrize("who", ["source", "transform"])
+def test_worker_that_asks_for_its_own_batches_is_an_error_not_a_deadlock(who):
+    started = threading.Event()
+
+    def ask(batch: Any) -> Any:
+        started.wait(SOON)
+        return next(ready)
+
+    def source() -> Iterator[Any]:
+        yield ask(None)
+
+    ready = on_host(source()) if who == "source" else on_host(Source(3), transform=ask)
+    started.set()
+    with pytest.raises(RuntimeError, match=r"^prefetch: its own source or transform asks for the next batch.*itself"):
+        next(ready)
+
+
+@pytest.mark.parametrize("how", [copy.copy, copy.deepcopy, pickle.dumps])
+def test_iterator_cannot_be_copied_or_pickled(how):
+    with on_host(Source(3)) as ready:
+        with pytest.raises(TypeError, match=r"^prefetch: .* cannot be copied or pickled: .*; call prefetch where"):
+            how(ready)
+        assert next(ready)["x"].tolist() == [0, 0, 0]
+
+
+def test_operation_in_place_reaches_the_source_unless_batches_are_copied():
+    source = np.ones(3)
+    next(on_host([source], copy=True)).mul_(2)
+    assert source.tolist() == [1, 1, 1]
+    next(on_host([source])).mul_(2)
+    assert source.tolist() == [2, 2, 2]
+
+
 def test_generator_that_fails_has_run_its_cleanup():
     cleaned: list[str] = []
 
@@ -375,7 +410,7 @@ class Hanging(Source):
         return super().__next__()
 
 
-def test_source_that_hangs_does_not_keep_close_waiting(monkeypatch):
+def test_close_waits_for_a_source_that_hangs_only_so_long(monkeypatch):
     monkeypatch.setattr(_prefetch, "PATIENCE", 0.05)
     source = Hanging()
     ready = on_host(source)
@@ -434,7 +469,7 @@ def test_batches_that_nobody_took_are_dropped_by_close():
             del a
 
     ready = on_host(source(), depth=3)
-    assert eventually(lambda: len(ready._state.ready) == 3)
+    assert eventually(lambda: ready._state.ready.qsize() == 3)
     ready.close()
     assert all(reference() is None for reference in gone)
     assert list(ready) == []
@@ -472,6 +507,25 @@ def test_interpreter_ends_with_an_open_iterator(source):
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == (["end", "closed"] if source == "endless()" else ["end"])
     assert done.stderr == ""
+
+
+def test_interpreter_waits_until_the_source_is_gone():
+    """A DataLoader ends its processes when its last reference goes: a thread killed at that aborts the process."""
+    done = run("""
+        import time
+        import numpy as np, tensorbridge as tb
+        class Loader:
+            def __iter__(self):
+                return self
+            def __next__(self):
+                return np.zeros(4)
+            def __del__(self):
+                time.sleep(0.3)
+                print("gone", flush=True)
+        ready = tb.prefetch(Loader(), device="cpu")
+        next(ready)
+    """)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "gone\n", "")
 
 
 def test_iterator_taken_into_a_forked_child_says_so():
