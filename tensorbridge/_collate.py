@@ -229,7 +229,7 @@ def _plain_numbers(values: list[Any]) -> Tensor | None:
 
 def _arrays(values: list[Any], where: _Where | None) -> Tensor:
     if not _watch.watching:
-        made = _plain_arrays(values) if type(values[0]) is np.ndarray else _plain_tensors(values)
+        made = _plain_arrays(values) if set(map(type, values)) <= _ARRAYS else _plain_tensors(values)
         if made is not None:
             return made
     asked = f"collate: {_path(where)}"
@@ -243,25 +243,35 @@ def _arrays(values: list[Any], where: _Where | None) -> Tensor:
     return _watch.perform(_api.plan(tensors, "torch"), asked, lambda: _stack(tensors))  # type: ignore[no-any-return]
 
 
+_ARRAYS = frozenset({np.ndarray, np.memmap})
+
+
 def _plain_arrays(values: list[Any]) -> Tensor | None:
     """Arrays of one shape and dtype are written into the batch by one call of NumPy, whatever their strides are; from
     where it pays, by torch, which has several threads.
     """
     first = values[0]
-    shape, dtype, cls = first.shape, first.dtype, np.ndarray
-    if not shape or not first.size or dtype not in _lanes._plain_numpy:
-        return None
+    shape, dtype = first.shape, first.dtype
     for a in values:
-        if type(a) is not cls or a.shape != shape or (a.dtype is not dtype and a.dtype != dtype):
+        if a.shape != shape or (a.dtype is not dtype and a.dtype != dtype):
+            return None
+    if dtype in _lanes._plain_numpy and first.nbytes * len(values) > _THREADS_PAY:
+        try:
+            if all(a.flags.carray for a in values):
+                return _stack([_lanes._from_numpy(a) for a in values])
+        except (ValueError, TypeError):  # as in _lanes
             return None
     try:
-        if first.nbytes * len(values) > _THREADS_PAY and all(a.flags.carray for a in values):
-            return _stack([_lanes._from_numpy(a) for a in values])
-        like = _lanes._from_numpy(np.empty(0, dtype))
-    except (ValueError, TypeError):  # as in _lanes
+        out = _empty((len(values), *shape), _api.to_torch(np.empty(0, dtype)).dtype)
+    except BridgeError:  # to be refused again, by name
         return None
-    out = _empty((len(values), *shape), like.dtype)
-    np.concatenate(values, out=out.numpy().reshape(-1, *shape[1:]))
+    into = _api.to_numpy(out)
+    if into.dtype != dtype:
+        return None
+    if shape and first.size:
+        np.concatenate(values, out=into.reshape(-1, *shape[1:]))
+    else:
+        np.stack(values, out=into)
     return out
 
 

@@ -56,6 +56,10 @@ LEAVES: dict[str, Any] = {
     "array interface": lambda i: Interface(np.full(3, float(i))),
     "buffer": lambda i: array.array("f", [i, 2]),
     "empty": lambda i: np.zeros((0, 3)),
+    "memory map": lambda i: np.full((2, 3), i, "f4").view(np.memmap),
+    "float8 of NumPy": lambda i: np.full(3, i, ml_dtypes.float8_e4m3fn),
+    "bfloat16, reversed": lambda i: np.arange(float(i), i + 3).astype(ml_dtypes.bfloat16)[::-1],
+    "zero-d bfloat16": lambda i: np.array(i, ml_dtypes.bfloat16),
 }
 
 
@@ -243,6 +247,8 @@ REFUSED: dict[str, Any] = {
     ),
     "tensors of two dtypes": ([torch.ones(2), torch.ones(2, dtype=torch.int32)], r"sample 1 has int32"),
     "tensors of two shapes": ([torch.ones(2), torch.ones(3)], r"sample 1 has \(3,\)"),
+    "mask": ([np.ma.MaskedArray([1, 2])] * 2, r"^collate: batch: sample 0: masked numpy .* mask .* would be lost"),
+    "mask beside an array": ([np.ones(2), np.ma.MaskedArray([1.0, 2])], r"^collate: batch: sample 1: masked numpy"),
     "meta": ([torch.ones(2, device="meta")] * 2, r"^collate: batch: sample 0: .*meta"),
     "sparse": ([torch.eye(2).to_sparse()] * 2, r"^collate: batch: sample 0: .*sparse"),
 }  # fmt: skip
