@@ -19,14 +19,12 @@ import numpy as np
 from tensorbridge import _api, _convert, _copy_lanes, _dtypes, _lanes, _options, _tables, _watch
 from tensorbridge._adapters import is_scalar
 from tensorbridge._array import shape_text
-from tensorbridge._containers import ARRAY, DICT, LIST, TUPLE, Kind, at, is_by_class, kind_of, rebuilt
+from tensorbridge._containers import ARRAY, DICT, Kind, at, is_by_class, kind_of, rebuilt, sequence_open
 from tensorbridge._eager import eager, mark
 from tensorbridge._errors import BridgeError, GraphError, UnsupportedArrayError
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-_THREADS_PAY = 1 << 20  # bytes of a batch
 
 
 @eager
@@ -140,9 +138,8 @@ def _check_endless(first: Any, where: _Where | None) -> None:
 
 
 def _columns(values: list[Any], kind: Kind, alike: bool) -> tuple[list[list[Any]], Any] | None:
-    """The children at each place, and their keys, if all samples are plain containers with the same ones."""
-    size = len(values[0]) if alike and kind in (DICT, LIST, TUPLE) else -1
-    if set(map(len, values) if size >= 0 else ()) != {size}:
+    """The children at each place, and their keys, of plain dicts, or sequences of one type, that are alike."""
+    if not alike or not (kind is DICT or kind.open is sequence_open) or len(set(map(len, values))) > 1:
         return None
     if kind is not DICT:
         return [list(column) for column in zip(*values, strict=True)], None
@@ -185,6 +182,9 @@ def _columns_by_name(values: list[Any], kind: Kind, where: _Where | None) -> tup
             how_not = f"has no {path}{lacks}" if lacks else f"has {path}{has}, and sample 0 has not"
             cure = "Give all samples one structure, and pad lists to one length."
             raise UnsupportedArrayError(f"collate: the samples are not alike: sample {number} {how_not}.\n{cure}")
+        if len(named) < len(children) or len(place) < len(columns):
+            text = f"{_path(where)} has two keys that are written alike, and not the same keys in sample {number}"
+            raise UnsupportedArrayError(f"collate: {text}.\nGive all samples one order of keys.")
         for name, i in place.items():
             columns[i].append(named[name])
     return columns, keys
@@ -247,19 +247,11 @@ _ARRAYS = frozenset({np.ndarray, np.memmap})
 
 
 def _plain_arrays(values: list[Any]) -> Tensor | None:
-    """Arrays of one shape and dtype are written into the batch by one call of NumPy, whatever their strides are; from
-    where it pays, by torch, which has several threads.
-    """
+    """Arrays of one shape and dtype are written into the batch by one call of NumPy, whatever their strides are."""
     first = values[0]
     shape, dtype = first.shape, first.dtype
     for a in values:
         if a.shape != shape or (a.dtype is not dtype and a.dtype != dtype):
-            return None
-    if dtype in _lanes._plain_numpy and first.nbytes * len(values) > _THREADS_PAY:
-        try:
-            if all(a.flags.carray for a in values):
-                return _stack([_lanes._from_numpy(a) for a in values])
-        except (ValueError, TypeError):  # as in _lanes
             return None
     try:
         out = _empty((len(values), *shape), _api.to_torch(np.empty(0, dtype)).dtype)

@@ -64,13 +64,13 @@ def _dict_open(node: Any) -> tuple[list[Any], list[Any]]:
     return list(node.values()), list(node)
 
 
-def _sequence_open(node: Any) -> tuple[list[Any], None]:
+def sequence_open(node: Any) -> tuple[list[Any], None]:
     return list(node), None
 
 
 DICT = Kind(_dict_open, lambda node, keys, children: dict(zip(keys, children, strict=True)), exotic=False)
-LIST = Kind(_sequence_open, lambda node, _, children: children, at, exotic=False)
-TUPLE = Kind(_sequence_open, lambda node, _, children: tuple(children), at, exotic=False)
+LIST = Kind(sequence_open, lambda node, _, children: children, at, exotic=False)
+TUPLE = Kind(sequence_open, lambda node, _, children: tuple(children), at, exotic=False)
 MAPPING = Kind(_mapping_open, _rebuild.mapping_build)
 DATACLASS = Kind(_dataclass_open, _rebuild.dataclass_build, _dot)
 ROOT = Kind(
@@ -85,7 +85,7 @@ _exact: dict[type, Any] = {
     tuple: TUPLE,
     OrderedDict: MAPPING._replace(exotic=False),
     defaultdict: MAPPING._replace(exotic=False),
-    deque: Kind(_sequence_open, _rebuild.deque_build, at, exotic=False),
+    deque: Kind(sequence_open, _rebuild.deque_build, at, exotic=False),
     np.ndarray: ARRAY,
     **dict.fromkeys([str, bytes, bytearray, bool, int, float, complex, type(None), range, slice, type], OTHER),
 }
@@ -167,11 +167,11 @@ def _by_class(x: Any, cls: type) -> Any:
     if issubclass(cls, _KEPT):
         return OTHER
     if issubclass(cls, tuple):
-        return Kind(_sequence_open, _rebuild.tuple_build, _namedtuple_name if hasattr(cls, "_fields") else at)
+        return Kind(sequence_open, _rebuild.tuple_build, _namedtuple_name if hasattr(cls, "_fields") else at)
     if issubclass(cls, (list, UserList)):
-        return Kind(_sequence_open, _rebuild.list_build, at)
+        return Kind(sequence_open, _rebuild.list_build, at)
     if issubclass(cls, deque):
-        return Kind(_sequence_open, _rebuild.deque_build, at)
+        return Kind(sequence_open, _rebuild.deque_build, at)
     columns = _tables.opener(x)
     if columns is not None:
         return Kind(columns, DICT.build, exotic=False)

@@ -166,6 +166,18 @@ def test_one_container_at_two_places_of_one_sample_is_like_two(place):
     assert [pair[0].tolist() for pair in found] == [[[0], [1]], [[0], [2]]]
 
 
+def test_plain_dicts_are_matched_by_their_keys_however_these_are_written():
+    batch = tb.collate([{KEYS[0]: 1, KEYS[1]: 2}, {KEYS[1]: 4, KEYS[0]: 3}])
+    assert [column.tolist() for column in batch.values()] == [[1, 3], [2, 4]]
+
+
+def test_a_defaultdict_without_a_key_is_not_given_one():
+    samples = [collections.defaultdict(int, x=1), collections.defaultdict(int, y=1)]
+    with pytest.raises(tb.UnsupportedArrayError, match="sample 1 has no"):
+        tb.collate(samples)
+    assert list(samples[1]) == ["y"]
+
+
 def test_containers_of_two_types_are_alike_if_their_names_are():
     batch = tb.collate([{"x": [1, 2]}, collections.OrderedDict(x=(3, 4))])
     assert [column.tolist() for column in batch["x"]] == [[1, 3], [2, 4]]
@@ -198,6 +210,14 @@ def cyclic() -> Any:
     x: Any = []
     x.append(x)
     return x
+
+
+class Key:
+    def __repr__(self) -> str:
+        return "key"
+
+
+KEYS = Key(), Key()
 
 
 def unheld() -> Any:
@@ -240,6 +260,15 @@ REFUSED: dict[str, Any] = {
     "list and number": ([{"x": [1]}, {"x": 1}], r"batch\['x'\]: sample 0 has list, sample 1 int"),
     "same count, other keys": ([{"x": 1}, {"y": 1}], r"sample 1 has no batch\['x'\]"),
     "fields": ([collections.OrderedDict(x=1), collections.OrderedDict(y=1)], r"sample 1 has no batch\['x'\]"),
+    "keys that are written alike": (
+        [{KEYS[0]: 1, KEYS[1]: 2}, {KEYS[1]: 2, KEYS[0]: 1, "more": 3}],
+        r"sample 1 has batch\['more'\], and sample 0 has not",
+    ),
+    "keys that are written alike, in another order": (
+        [collections.OrderedDict({KEYS[0]: 1, KEYS[1]: 2}), collections.OrderedDict({KEYS[1]: 2, KEYS[0]: 1})],
+        r"^collate: batch has two keys that are written alike.* in sample 1\.\nGive all samples one order",
+    ),
+    "one more key that is written alike": ([{KEYS[0]: 1}, {KEYS[0]: 1, KEYS[1]: 2}], r"two keys that are written"),
     "cycle": ([cyclic(), cyclic()], r"^collate: sample 0: batch\[0\] is batch again"),
     "storage that was freed": (
         [torch.ones(2), unheld()],
