@@ -10,12 +10,16 @@ import math
 import re
 import sys
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from operator import attrgetter
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
-from tensorbridge import _api, _dtypes, _options, _tables, _watch
+import numpy as np
+
+from tensorbridge import _api, _convert, _copy_lanes, _dtypes, _lanes, _options, _tables, _watch
 from tensorbridge._adapters import is_scalar
 from tensorbridge._array import shape_text
-from tensorbridge._containers import Flat, Frame, flatten, is_array
+from tensorbridge._containers import ARRAY, DICT, Kind, at, is_by_class, kind_of, rebuilt, sequence_open
 from tensorbridge._eager import eager, mark
 from tensorbridge._errors import BridgeError, GraphError, UnsupportedArrayError
 
@@ -31,13 +35,13 @@ def collate(samples: Sequence[Any]) -> Any:
     ----------
     samples : sequence of trees of arrays, all of one structure
         Arrays of any framework, numbers, and anything else: for each place in the tree one of these, with one shape
-        and dtype.
+        and dtype. Numbers too: a Python bool is bool, an int int64, a float float64, a complex complex128.
 
     Returns
     -------
     tree of torch.Tensor, shape ``(len(samples), *s)``
         Containers as in the first sample. Arrays and numbers become tensors, which share no memory with the samples
-        and keep their dtype (a Python int is int64, a float float64); what is neither is a list, in order.
+        and keep their dtype; what is neither is a list, in order.
 
     Raises
     ------
@@ -50,8 +54,9 @@ def collate(samples: Sequence[Any]) -> Any:
 
     Cost
     ----
-    Every element is copied once; twice where torch cannot hold the samples as they are (negative strides, swapped
-    bytes). In a worker process the batch lies in shared memory.
+    Every element is copied once; twice where torch cannot hold the samples as they are (swapped bytes; while a trace
+    or a guard is open, negative strides). In a worker process the batch lies in shared memory. Samples that are NumPy
+    arrays, dense tensors or numbers cost a fraction of a microsecond each, others a few.
 
     Examples
     --------
@@ -66,52 +71,168 @@ def collate(samples: Sequence[Any]) -> Any:
         raise TypeError(f"{text}; a DataLoader with batch_size=None gives one sample at a time, and needs no collate")
     if not len(samples):
         raise ValueError("collate: there are no samples")
-    first, *others = [_flat(sample, number) for number, sample in enumerate(samples)]
-    paths = first.paths()
-    columns = zip(first.leaves, *(_aligned(first, flat, paths, i) for i, flat in enumerate(others, 1)), strict=True)
-    results = [_stacked(list(values), f"collate: {path}") for path, values in zip(paths, columns, strict=True)]
-    return first.built(results)
+    _convert.open_lanes()
+    return _batched([*samples], None)
 
 
-def _flat(sample: Any, number: int) -> Flat:
+class _Where(NamedTuple):
+    """A place in the tree of the first sample: a child of `node`, which lies `above`."""
+
+    above: _Where | None
+    node: Any
+    name: Callable[[], str]
+
+
+def _path(where: _Where | None) -> str:
+    names: list[str] = []
+    while where is not None:
+        names.append(where.name())
+        where = where.above
+    return "batch" + "".join(reversed(names))
+
+
+def _batched(values: list[Any], where: _Where | None) -> Any:
+    """One place of the tree, over all samples: what is decided is decided once, not for every sample."""
+    first, cls = values[0], type(values[0])
+    alike = len(set(map(type, values))) == 1
+    kind = kind_of(first)
+    if isinstance(kind, Kind):
+        return _container(values, kind, where, alike)
+    scalars = is_scalar(cls)
+    if not (alike and is_by_class(cls)):
+        for number, value in enumerate(values):
+            if kind_of(value) is not kind or is_scalar(type(value)) is not scalars:
+                _refuse_mixed(values, number, where)
+    if kind is ARRAY:
+        return _arrays(values, where)
+    return _numbers(values, where, alike) if scalars else values
+
+
+def _refuse_mixed(values: list[Any], number: int, where: _Where | None) -> NoReturn:
+    what = f"sample 0 has {type(values[0]).__name__}, sample {number} {type(values[number]).__name__}"
+    cure = "Make them one kind: arrays, numbers, or neither."
+    raise UnsupportedArrayError(f"collate: {_path(where)}: {what}.\n{cure}")
+
+
+# -- Containers
+
+
+def _container(values: list[Any], kind: Kind, where: _Where | None, alike: bool) -> Any:
+    first = values[0]
+    _check_endless(first, where)
+    columns, keys = _columns(values, kind, alike) or _columns_by_name(values, kind, where)
+    if kind.exotic and not columns:
+        return first
+    places = (_Where(where, first, partial(kind.name, first, keys, i)) for i in range(len(columns)))
+    children = [_batched(column, place) for column, place in zip(columns, places, strict=True)]
+    return rebuilt(kind, first, keys, children, lambda: f"collate: {_path(where)}")
+
+
+def _check_endless(first: Any, where: _Where | None) -> None:
+    above = where
+    while above is not None:
+        if above.node is first:
+            text = f"{_path(where)} is {_path(above.above)} again: a tree that contains itself has no end"
+            raise UnsupportedArrayError(f"collate: sample 0: {text}.\nTake the cycle out first.")
+        above = above.above
+
+
+def _columns(values: list[Any], kind: Kind, alike: bool) -> tuple[list[list[Any]], Any] | None:
+    """The children at each place, and their keys, of plain dicts, or sequences of one type, that are alike."""
+    if not alike or not (kind is DICT or kind.open is sequence_open) or len(set(map(len, values))) > 1:
+        return None
+    if kind is not DICT:
+        return [list(column) for column in zip(*values, strict=True)], None
+    keys = list(values[0])
     try:
-        return flatten(sample, everything=True)
-    except UnsupportedArrayError as error:
-        error.args = (f"collate: sample {number}: {error}",)
-        raise
+        return [[value[key] for value in values] for key in keys], keys
+    except KeyError:
+        return None
 
 
-def _aligned(first: Flat, other: Flat, paths: list[str], number: int) -> list[Any]:
-    """The leaves of a sample in the order of the first sample's, which has the same ones."""
-    if [_shape_of(frame) for frame in first.frames] == [_shape_of(frame) for frame in other.frames]:
-        return other.leaves
-    leaves = dict(zip(other.paths(), other.leaves, strict=True))
-    lacks = next((path for path in paths if path not in leaves), None)
-    has = next((path for path in leaves if path not in set(paths)), None)
-    if lacks or has:
-        how = f"sample {number} has no {lacks}" if lacks else f"sample {number} has {has}, and sample 0 has not"
-        cure = "Give all samples one structure, and pad lists to one length."
-        raise UnsupportedArrayError(f"collate: the samples are not alike: {how}.\n{cure}")
-    return [leaves[path] for path in paths]
+def _columns_by_name(values: list[Any], kind: Kind, where: _Where | None) -> tuple[list[list[Any]], Any]:
+    """The children of containers of any type: those with one name belong together."""
+    columns: list[list[Any]] = []
+    place: dict[str, int] = {}
+    keys: Any = None
+    for number, value in enumerate(values):
+        how = kind_of(value)
+        if not isinstance(how, Kind):
+            _refuse_mixed(values, number, where)
+        try:
+            children, its = how.open(value)
+        except UnsupportedArrayError as error:
+            error.args = (f"collate: {_path(where)}: sample {number}: {error}",)
+            raise
+        if not number:
+            place = {kind.name(value, its, i): i for i in range(len(children))}
+            columns, keys, size = [[child] for child in children], its, len(children)
+            by_position = type(its) is list or kind.name is at
+            continue
+        same = by_position and type(value) is type(values[0]) and len(children) == size
+        if same and its == keys:
+            for column, child in zip(columns, children, strict=True):
+                column.append(child)
+            continue
+        named = {how.name(value, its, i): child for i, child in enumerate(children)}
+        lacks = next((name for name in place if name not in named), None)
+        has = next((name for name in named if name not in place), None)
+        if lacks or has:
+            path = _path(where)
+            how_not = f"has no {path}{lacks}" if lacks else f"has {path}{has}, and sample 0 has not"
+            cure = "Give all samples one structure, and pad lists to one length."
+            raise UnsupportedArrayError(f"collate: the samples are not alike: sample {number} {how_not}.\n{cure}")
+        if len(named) < len(children) or len(place) < len(columns):
+            text = f"{_path(where)} has two keys that are written alike, and not the same keys in sample {number}"
+            raise UnsupportedArrayError(f"collate: {text}.\nGive all samples one order of keys.")
+        for name, i in place.items():
+            columns[i].append(named[name])
+    return columns, keys
 
 
-def _shape_of(frame: Frame) -> tuple[Any, ...]:
-    keys = frame.keys if isinstance(frame.keys, list) else None
-    return type(frame.node), keys, frame.size, frame.where, frame.inner
+# -- Numbers
 
 
-def _stacked(values: list[Any], asked: str) -> Any:
-    """One place of the tree, over all samples."""
-    kinds = [_kind(value) for value in values]
-    if len(set(kinds)) > 1:
-        odd = next(i for i, kind in enumerate(kinds) if kind != kinds[0])
-        what = f"sample 0 has {type(values[0]).__name__}, sample {odd} {type(values[odd]).__name__}"
-        raise UnsupportedArrayError(f"{asked}: {what}.\nMake them one kind: arrays, numbers, or neither.")
-    if kinds[0] == "other":
-        return values
-    if kinds[0] == "number":
-        numbers = _converted(values, asked)
-        return _empty(tuple(numbers.shape), numbers.dtype).copy_(numbers) if _in_worker() else numbers
+def _numbers(values: list[Any], where: _Where | None, alike: bool) -> Tensor:
+    if not alike:
+        dtypes = [_dtype_of_number(value) for value in values]
+        odd = next((i for i, dtype in enumerate(dtypes) if dtype != dtypes[0]), None)
+        if odd is not None:
+            text = f"sample 0 has {type(values[0]).__name__}, sample {odd} {type(values[odd]).__name__}"
+            cure = "Cast them to one dtype, in the dataset or in a function around collate."
+            raise UnsupportedArrayError(f"collate: {_path(where)}: {text}: a batch has one dtype.\n{cure}")
+    numbers = None if _watch.watching else _plain_numbers(values)
+    if numbers is None:
+        numbers = _converted(values, f"collate: {_path(where)}")
+    return _empty(tuple(numbers.shape), numbers.dtype).copy_(numbers) if _in_worker() else numbers
+
+
+def _dtype_of_number(x: Any) -> Any:
+    if isinstance(x, np.generic):
+        return x.dtype
+    return next(np.dtype(cls) for cls in (bool, int, float, complex) if isinstance(x, cls))
+
+
+def _plain_numbers(values: list[Any]) -> Tensor | None:
+    """Numbers of one dtype, if NumPy and torch hold them as they are."""
+    dtype = _dtype_of_number(values[0])
+    if dtype not in _lanes._plain_numpy:
+        return None
+    try:
+        return _lanes._from_numpy(np.array(values, dtype))  # type: ignore[no-any-return]
+    except (OverflowError, ValueError, TypeError):  # an int that is too big; C's unsigned long long
+        return None
+
+
+# -- Arrays
+
+
+def _arrays(values: list[Any], where: _Where | None) -> Tensor:
+    if not _watch.watching:
+        made = _plain_arrays(values) if set(map(type, values)) <= _ARRAYS else _plain_tensors(values)
+        if made is not None:
+            return made
+    asked = f"collate: {_path(where)}"
     tensors = [_converted(value, f"{asked}: sample {number}") for number, value in enumerate(values)]
     _check_alike(tensors, asked)
     if _in_worker() and any(t.requires_grad for t in tensors):
@@ -119,7 +240,55 @@ def _stacked(values: list[Any], asked: str) -> Any:
         raise GraphError(f"{asked}: {why}.\nReturn x.detach().")
     if not _watch.watching:
         return _stack(tensors)
-    return _watch.perform(_api.plan(tensors, "torch"), asked, lambda: _stack(tensors))
+    return _watch.perform(_api.plan(tensors, "torch"), asked, lambda: _stack(tensors))  # type: ignore[no-any-return]
+
+
+_ARRAYS = frozenset({np.ndarray, np.memmap})
+
+
+def _plain_arrays(values: list[Any]) -> Tensor | None:
+    """Arrays of one shape and dtype are written into the batch by one call of NumPy, whatever their strides are."""
+    first = values[0]
+    shape, dtype = first.shape, first.dtype
+    for a in values:
+        if a.shape != shape or (a.dtype is not dtype and a.dtype != dtype):
+            return None
+    try:
+        out = _empty((len(values), *shape), _api.to_torch(np.empty(0, dtype)).dtype)
+    except BridgeError:  # to be refused again, by name
+        return None
+    into = _api.to_numpy(out)
+    if into.dtype != dtype:
+        return None
+    if shape and first.size:
+        np.concatenate(values, out=into.reshape(-1, *shape[1:]))
+    else:
+        np.stack(values, out=into)
+    return out
+
+
+def _plain_tensors(values: list[Any]) -> Tensor | None:
+    """Dense tensors on the host, of one shape and dtype; what else torch can stack shows in the result."""
+    tensor = _lanes._Tensor
+    if _lanes._forward_ad._current_level >= 0 or set(map(type, values)) != {tensor}:
+        return None
+    if _in_worker() and any(t.requires_grad for t in values):
+        return None
+    if len(set(map(attrgetter("dtype"), values))) > 1:
+        return None
+    try:
+        if not all(map(tensor.is_contiguous, values)):
+            return None
+        if any(map(tensor.storage_offset, values)):
+            if not all(map(_copy_lanes.is_held, values)):
+                return None
+        elif min(t.untyped_storage().nbytes() for t in values) < values[0].nbytes:
+            return None
+        torch: Any = sys.modules["torch"]
+        made: Any = _stack(values) if _in_worker() else torch.stack(values)
+        return made if made.is_cpu and (made.data_ptr() or not made.numel()) else None
+    except RuntimeError:  # not of one shape; sparse; inside torch.func: the full road says what
+        return None
 
 
 def _converted(value: Any, asked: str) -> Tensor:
@@ -133,12 +302,6 @@ def _converted(value: Any, asked: str) -> Tensor:
             text += " Do so in the dataset, or in a function around collate." if "\n" in text else ""
         error.args = (f"{asked}: {text}",)
         raise
-
-
-def _kind(value: Any) -> str:
-    if is_array(value):
-        return "array"
-    return "number" if is_scalar(type(value)) else "other"
 
 
 def _stack(tensors: list[Tensor]) -> Tensor:

@@ -12,6 +12,7 @@ import sys
 from collections import OrderedDict, UserList, defaultdict, deque
 from collections.abc import Callable, Iterator, Mapping
 from enum import Enum
+from functools import partial
 from mmap import mmap
 from numbers import Number
 from os import PathLike
@@ -33,7 +34,7 @@ class Kind(NamedTuple):
     exotic: bool = True  # kept as it is where nothing in it is an array
 
 
-def _at(node: Any, keys: Any, i: int) -> str:
+def at(node: Any, keys: Any, i: int) -> str:
     return f"[{i}]"
 
 
@@ -63,13 +64,13 @@ def _dict_open(node: Any) -> tuple[list[Any], list[Any]]:
     return list(node.values()), list(node)
 
 
-def _sequence_open(node: Any) -> tuple[list[Any], None]:
+def sequence_open(node: Any) -> tuple[list[Any], None]:
     return list(node), None
 
 
 DICT = Kind(_dict_open, lambda node, keys, children: dict(zip(keys, children, strict=True)), exotic=False)
-LIST = Kind(_sequence_open, lambda node, _, children: children, _at, exotic=False)
-TUPLE = Kind(_sequence_open, lambda node, _, children: tuple(children), _at, exotic=False)
+LIST = Kind(sequence_open, lambda node, _, children: children, at, exotic=False)
+TUPLE = Kind(sequence_open, lambda node, _, children: tuple(children), at, exotic=False)
 MAPPING = Kind(_mapping_open, _rebuild.mapping_build)
 DATACLASS = Kind(_dataclass_open, _rebuild.dataclass_build, _dot)
 ROOT = Kind(
@@ -84,7 +85,7 @@ _exact: dict[type, Any] = {
     tuple: TUPLE,
     OrderedDict: MAPPING._replace(exotic=False),
     defaultdict: MAPPING._replace(exotic=False),
-    deque: Kind(_sequence_open, _rebuild.deque_build, _at, exotic=False),
+    deque: Kind(sequence_open, _rebuild.deque_build, at, exotic=False),
     np.ndarray: ARRAY,
     **dict.fromkeys([str, bytes, bytearray, bool, int, float, complex, type(None), range, slice, type], OTHER),
 }
@@ -100,6 +101,11 @@ def kind_of(x: Any) -> Any:
     if found is None and cls is getattr(sys.modules.get("torch"), "Size", None):
         found = _exact[cls] = OTHER  # a shape, though some torch modules register it as a pytree
     return found or _registered(cls) or _by_class(x, cls)
+
+
+def is_by_class(cls: type) -> bool:
+    """Whether the class alone says what a value is."""
+    return cls in _exact or issubclass(cls, (*_KEPT, tuple, list))
 
 
 def is_array(x: Any) -> bool:
@@ -161,11 +167,11 @@ def _by_class(x: Any, cls: type) -> Any:
     if issubclass(cls, _KEPT):
         return OTHER
     if issubclass(cls, tuple):
-        return Kind(_sequence_open, _rebuild.tuple_build, _namedtuple_name if hasattr(cls, "_fields") else _at)
+        return Kind(sequence_open, _rebuild.tuple_build, _namedtuple_name if hasattr(cls, "_fields") else at)
     if issubclass(cls, (list, UserList)):
-        return Kind(_sequence_open, _rebuild.list_build, _at)
+        return Kind(sequence_open, _rebuild.list_build, at)
     if issubclass(cls, deque):
-        return Kind(_sequence_open, _rebuild.deque_build, _at)
+        return Kind(sequence_open, _rebuild.deque_build, at)
     columns = _tables.opener(x)
     if columns is not None:
         return Kind(columns, DICT.build, exotic=False)
@@ -190,6 +196,16 @@ def _is_array(x: Any, cls: type) -> bool:
     except (TypeError, BufferError, ValueError):
         return False
     return True
+
+
+def rebuilt(kind: Kind, node: Any, keys: Any, children: list[Any], where: Callable[[], str]) -> Any:
+    """The like of a container, with new children."""
+    try:
+        return kind.build(node, keys, children)
+    except (TypeError, ValueError, AttributeError, LookupError, RuntimeError) as error:
+        text = f"{where() or 'batch'}: a {type(node).__name__} cannot be built from converted values"
+        cure = "Register it with torch.utils._pytree.register_pytree_node, or convert its arrays one by one."
+        raise UnsupportedArrayError(f"{text}: {type(error).__name__}: {error}.\n{cure}") from error
 
 
 # -- The walk
@@ -266,13 +282,8 @@ class Flat(NamedTuple):
             elif kind.exotic:
                 frame.built = frame.node
                 continue
-            try:
-                frame.built = kind.build(frame.node, frame.keys, children)
-            except (TypeError, ValueError, AttributeError, LookupError, RuntimeError) as error:
-                name = type(frame.node).__name__
-                text = f"{self._to(number) or 'batch'}: a {name} cannot be built from converted values"
-                cure = "Register it with torch.utils._pytree.register_pytree_node, or convert its arrays one by one."
-                raise UnsupportedArrayError(f"{text}: {type(error).__name__}: {error}.\n{cure}") from error
+            where = partial(self._to, number)
+            frame.built = rebuilt(kind, frame.node, frame.keys, children, where)
         return frames[0].built
 
 
@@ -280,12 +291,23 @@ def _leaf_name(frame: Frame, i: int) -> str:
     return frame.kind.name(frame.node, frame.keys, i if frame.where is None else frame.where[i])
 
 
+_NONE: Iterator[Any] = iter(())
+
+
 def flatten(tree: Any, *, everything: bool = False) -> Flat:
     """Take a tree apart into its arrays; with `everything`, into all values that are no containers."""
     root = Frame(tree, ROOT, -1, 0)
     flat = Flat([], [root], [])
-    stack = [(0, _inner(root, flat.leaves, everything))]
-    seen: dict[int, int] = {}
+    kind = _exact.get(type(tree)) or kind_of(tree)
+    if not isinstance(kind, Kind):
+        _inner(root, flat.leaves, everything)
+        flat.order.append(0)
+        return flat
+    whole = Frame(tree, kind, 0, 0)
+    flat.frames.append(whole)
+    root.inner.append((0, 1))
+    stack = [(0, _NONE), (1, _inner(whole, flat.leaves, everything))]
+    seen = {id(tree): 1}
     while stack:
         number, inner = stack[-1]
         frame = flat.frames[number]
@@ -320,9 +342,9 @@ def _inner(frame: Frame, leaves: list[Any], everything: bool) -> Iterator[tuple[
         if only is ARRAY or (everything and only is OTHER):
             leaves.extend(children)
             frame.size = len(children)
-            return iter(())
+            return _NONE
         if only is OTHER:
-            return iter(())
+            return _NONE
     where: list[int] = []
     inner: list[tuple[int, Kind]] = []
     for place, child in enumerate(children):

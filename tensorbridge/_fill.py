@@ -13,15 +13,14 @@ from tensorbridge._memory import first_meeting
 from tensorbridge._step import Want
 
 
-def checked(flat: Flat, into: Flat, want: Want, *, planning: bool = False) -> tuple[list[Leaf], dict[int, int]]:
-    """The leaves to convert into those of `into`, and for every other place the one that is filled for it too."""
-    aligned(flat, into, want.framework)
+def checked(flat: Flat, outs: list[Any], want: Want, *, planning: bool = False) -> tuple[list[Leaf], dict[int, int]]:
+    """The leaves to convert into `outs`, and for every other place the one that is filled for it too."""
     found: list[Leaf] = []
     same: dict[int, int] = {}
     first_of: dict[Any, int] = {}
     read: dict[int, ArrayInfo] = {}
     written: dict[int, ArrayInfo] = {}
-    for i, (x, out) in enumerate(zip(flat.leaves, into.leaves, strict=True)):
+    for i, (x, out) in enumerate(zip(flat.leaves, outs, strict=True)):
         try:
             leaf = opened(i, x, _options.with_out(want, out), planning=planning)
             traits = leaf.kind.want.out
@@ -51,11 +50,13 @@ def _refuse_meeting(flat: Flat, want: Want, written: dict[int, ArrayInfo], read:
     raise ValueError(f"{flat.path(i)}: to_{want.framework}(out=...): out shares memory with {other}")
 
 
-def aligned(flat: Flat, into: Flat, framework: str) -> None:
-    """Check that the arrays of `into` lie where those of `flat` do."""
+def aligned(flat: Flat, into: Flat, framework: str) -> list[Any]:
+    """The arrays of `into`, each for the one of `flat` that has its name: dicts may have their keys in any order."""
     paths, others = flat.paths(), into.paths()
-    if paths != others:
-        strange = [f"it has {p}" for p in others if p not in paths] + [
-            f"it lacks {p}" for p in paths if p not in others
-        ]
+    if paths == others:
+        return into.leaves
+    known, named = set(paths), dict(zip(others, into.leaves, strict=True))
+    strange = [f"it has {p}" for p in others if p not in known] + [f"it lacks {p}" for p in paths if p not in named]
+    if strange or not len(paths) == len(others) == len(named):
         raise ValueError(f"tree.to_{framework}(out=...): out is another tree: {(strange or ['its order differs'])[0]}")
+    return [named[path] for path in paths]

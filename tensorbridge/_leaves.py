@@ -19,7 +19,7 @@ from tensorbridge import _api, _convert, _lanes, _pack, _watch
 from tensorbridge import _words as words
 from tensorbridge._array import CPU
 from tensorbridge._containers import Flat, flatten
-from tensorbridge._fill import checked
+from tensorbridge._fill import aligned, checked
 from tensorbridge._leaf import FACTS, NAMED, Kind, Leaf, decided, key_of, name, opened
 from tensorbridge._pack import Block
 from tensorbridge._step import Op, Plan, Want, bind
@@ -74,11 +74,11 @@ def _through_decisions(
 
 
 def _filled(flat: Flat, want: Want, out: Any) -> Any:
-    into = flatten(out)
-    leaves, _ = checked(flat, into, want)
+    outs = aligned(flat, flatten(out), want.framework)
+    leaves, _ = checked(flat, outs, want)
     with _allowed(flat, ((leaf, None) for leaf in leaves)):
         for leaf in leaves:
-            _alone(flat, leaf, into.leaves[leaf.place])
+            _alone(flat, leaf, outs[leaf.place])
     return out
 
 

@@ -16,11 +16,11 @@ import sys
 import threading
 import time
 import weakref
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from contextvars import copy_context
-from typing import Any, Literal, NamedTuple, TypeVar
+from queue import Empty, SimpleQueue
+from typing import Any, Literal, NamedTuple, NoReturn, TypeVar
 
 from tensorbridge import _options, _tables, _watch
 from tensorbridge._array import CPU, Traits
@@ -57,8 +57,9 @@ def prefetch(
     transform : callable, optional
         Called by the thread with each batch before it is converted; returns the batch to convert.
     copy : bool or None
-        As for `to_torch`. On the host, None shares batches with the source where that is safe: one that fills a buffer
-        again and again, ahead of the consumer, needs True.
+        As for `to_torch`. On the host, None shares batches with the source where that is safe: an operation in place
+        on a batch (``batch.mul_(2)``) then changes the data set, and a source that fills a buffer again and again
+        overwrites batches that wait. True gives each batch memory of its own.
 
     Returns
     -------
@@ -91,14 +92,10 @@ def prefetch(
     road = road_for(want)
     state = _State(depth)
     where = _watch._caller()[0]
-    worker = threading.Thread(
-        target=copy_context().run,
-        args=(_work, state, source, transform, want, road, _grad_mode(), where),
-        name=f"prefetch {where}",
-        daemon=True,  # a source that hangs must not keep the interpreter from ending
-    )
-    iterator = Prefetch(state, worker, road)
-    _open.add(state)
+    arguments = (_work, state, source, transform, want, road, _grad_mode(), where)
+    worker = _Worker(state, copy_context().run, arguments, where)
+    iterator = Prefetch(worker, road)
+    _workers.add(worker)
     worker.start()
     return iterator
 
@@ -146,68 +143,75 @@ class _Failure(NamedTuple):
 
 
 class _State:
-    """A bounded shelf between the worker and the consumer."""
+    """A bounded shelf between the worker and the consumer.
+
+    Its queues may be used wherever the garbage collector strikes, and cost a batch half of what a condition does.
+    """
 
     def __init__(self, depth: int) -> None:
-        self.changed = threading.Condition()
-        self.ready: deque[Batch | _Failure] = deque()
-        self.room = depth  # batches that may still be read before the consumer takes one
+        self.ready: SimpleQueue[Batch | _Failure | None] = SimpleQueue()  # None: no more
+        self.room: SimpleQueue[None] = SimpleQueue()  # an entry for each batch that may be read
+        for _ in range(depth):
+            self.room.put(None)
         self.closed = False  # the consumer wants no more
-        self.ended = False  # the worker gives no more
         self.failure: BaseException | None = None  # of closing the source
         self.process = os.getpid()
 
     def wait_for_room(self) -> bool:
         """Whether another batch is wanted; waits until one may be read."""
-        with self.changed:
-            self.changed.wait_for(lambda: self.room > 0 or self.closed)
-            self.room -= 1
-            return not self.closed
+        self.room.get()
+        return not self.closed
 
     def put(self, item: Batch | _Failure) -> None:
-        with self.changed:
-            if not self.closed:
-                self.ready.append(item)
-                self.changed.notify_all()
+        self.ready.put(item)
+        if self.closed:
+            self.close()  # it may have looked before this came
 
     def take(self) -> Batch | _Failure | None:
         """The next batch or failure; None at the end."""
         if os.getpid() != self.process:
             raise RuntimeError("prefetch: the worker thread is in the parent process; make the iterator after the fork")
-        with self.changed:
-            self.changed.wait_for(lambda: self.ready or self.ended or self.closed)
-            if self.closed or not self.ready:
-                return None
-            self.room += 1
-            self.changed.notify_all()
-            return self.ready.popleft()
+        item = self.ready.get()
+        if item is None or self.closed:
+            self.ready.put(None)  # for whoever asks again
+            return None
+        self.room.put(None)
+        return item
 
     def close(self) -> None:
-        with self.changed:
-            self.closed = True
-            self.ready.clear()
-            self.changed.notify_all()
-
-    def wait_for_end(self, seconds: float) -> None:
-        with self.changed:
-            self.changed.wait_for(lambda: self.ended, seconds)
+        self.closed = True
+        with suppress(Empty):
+            while True:
+                self.ready.get_nowait()
+        self.ready.put(None)
+        self.room.put(None)
 
     def end(self, failure: BaseException | None) -> None:
-        with self.changed:
-            self.ended, self.failure = True, failure
-            self.changed.notify_all()
+        self.failure = failure
+        self.ready.put(None)
+
+
+class _Worker(threading.Thread):
+    """A daemon: a source that hangs must not keep the interpreter from ending."""
+
+    def __init__(self, state: _State, target: Callable[..., Any], args: tuple[Any, ...], where: str) -> None:
+        super().__init__(target=target, args=args, name=f"prefetch {where}", daemon=True)
+        self.state = state
 
 
 class Prefetch(Iterator[Any]):
     """Batches that were read and converted ahead. Made by `prefetch`; ``close()`` it, or use it in a ``with`` block."""
 
-    def __init__(self, state: _State, worker: threading.Thread, road: Host) -> None:
-        self._state, self._worker, self._road = state, worker, road
-        self._dropped = weakref.finalize(self, _State.close, state)
+    def __init__(self, worker: _Worker, road: Host) -> None:
+        self._state, self._worker, self._road = worker.state, worker, road
+        self._dropped = weakref.finalize(self, _State.close, worker.state)
         self._dropped.atexit = False
 
     @eager
     def __next__(self) -> Any:
+        if self._worker.ident == threading.get_ident():
+            text = "prefetch: its own source or transform asks for the next batch, which would wait for itself"
+            raise RuntimeError(f"{text}; read ahead in the source")
         item = self._state.take()
         if item is None:
             self.close()
@@ -221,8 +225,8 @@ class Prefetch(Iterator[Any]):
         return self._road.handed_over(item)
 
     def close(self) -> None:
-        """Stop the worker and close the source. Waits a moment for a source that is busy, and not for one that hangs:
-        its thread ends when it answers.
+        """Stop the worker and close the source. Waits a second at most for a source that does not answer: then its
+        thread ends when it does.
         """
         self._state.close()
         if self._worker is not threading.current_thread():
@@ -230,6 +234,11 @@ class Prefetch(Iterator[Any]):
         failure, self._state.failure = self._state.failure, None
         if failure is not None:
             raise failure
+
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        """Asked by copy, deepcopy and pickle."""
+        text = "prefetch: an iterator over batches cannot be copied or pickled: one thread of this process fills it"
+        raise TypeError(f"{text}; call prefetch where the batches are used")
 
     def __enter__(self) -> Prefetch:
         return self
@@ -263,7 +272,6 @@ def _work(
             failure = error
         del source
         state.end(failure)
-        _open.discard(state)
 
 
 def _read(state: _State, source: Iterator[Any], transform: Any, want: Want, road: Host, where: str) -> None:
@@ -311,18 +319,22 @@ def _grad_mode() -> Callable[[], AbstractContextManager[Any]]:
     return lambda: torch.set_grad_enabled(enabled)
 
 
-_open: weakref.WeakSet[_State] = weakref.WeakSet()
+_workers: weakref.WeakSet[_Worker] = weakref.WeakSet()
 
 
 @atexit.register
 def _close_all() -> None:
-    """No thread may be in the middle of a framework when the interpreter ends; one whose source hangs is given up."""
-    states = [state for state in _open if state.process == os.getpid()]
-    for state in states:
-        state.close()
+    """No thread may be in the middle of a framework when the interpreter ends; one whose source hangs is given up.
+
+    Threads are joined: one that has given its last batch may still be closing a DataLoader, whose last reference it
+    holds, and the interpreter would end it there, which aborts the process.
+    """
+    workers = [worker for worker in _workers if worker.state.process == os.getpid()]
+    for worker in workers:
+        worker.state.close()
     until = time.monotonic() + PATIENCE
-    for state in states:
-        state.wait_for_end(max(0.0, until - time.monotonic()))
+    for worker in workers:
+        worker.join(max(0.0, until - time.monotonic()))
 
 
 mark()  # torch may be there already

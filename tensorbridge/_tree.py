@@ -9,7 +9,7 @@ from typing import Any, Literal, NamedTuple
 from tensorbridge import _eager, _options
 from tensorbridge._array import ArrayInfo, Traits
 from tensorbridge._containers import flatten, is_array, may_hold_arrays
-from tensorbridge._fill import checked
+from tensorbridge._fill import aligned, checked
 from tensorbridge._leaf import decided
 from tensorbridge._leaves import blocks_of, check_pack, converted, outside, plan_of
 from tensorbridge._pack import Block
@@ -301,7 +301,7 @@ def plan(tree: Any, to: Literal["numpy", "torch", "cupy"], *, pack: bool = True,
         blocks = blocks_of(leaves) if pack else []
         alone = outside(blocks, leaves, flat, want, planning=True)
     else:
-        leaves, same = checked(flat, flatten(out), want, planning=True)
+        leaves, same = checked(flat, aligned(flat, flatten(out), to), want, planning=True)
         alone = leaves
     plans = {leaf.place: plan_of(leaf, None) for leaf in alone}
     plans |= {leaves[i].place: plan_of(leaves[i], block) for block in blocks for i in block.members}

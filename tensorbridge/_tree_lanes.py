@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from tensorbridge import _api, _convert, _dtypes, _lanes
+from tensorbridge import _api, _convert, _copy_lanes, _dtypes, _lanes
 from tensorbridge._array import CPU, LARGE
 from tensorbridge._errors import BridgeError
 from tensorbridge._step import Want
@@ -23,16 +23,19 @@ def through_lanes(leaves: list[Any], want: Want, results: list[Any], seen: dict[
     on_host = want.device is None or want.device == CPU
     if want.framework == "torch" and on_host and want.dtype is None and not want.pin_memory and want.copy is not False:
         if not want.copy:
-            return _shared_arrays(leaves, results)
+            rest = _shared_arrays(leaves, results)
+            return rest if want.share_readonly or not rest else _readonly_arrays(leaves, results, rest)
         if set(map(type, leaves)) == {np.ndarray} and not [a for a in leaves if a.base is not None]:
             return _copied_arrays(leaves, results)
         return _copied_views(leaves, results, seen)
     if want == _WANT_NUMPY:
         return _shared_tensors(leaves, results)
+    if want == _WANT_COPIES:
+        return _copied_tensors(leaves, results)
     return range(len(leaves))
 
 
-_WANT_NUMPY = Want("numpy")
+_WANT_NUMPY, _WANT_COPIES = Want("numpy"), Want("numpy", copy=True)
 
 
 def _shared_arrays(leaves: list[Any], results: list[Any]) -> list[int]:
@@ -83,6 +86,18 @@ def _copied_arrays(leaves: list[Any], results: list[Any]) -> list[int]:
     return rest
 
 
+def _readonly_arrays(leaves: list[Any], results: list[Any], rest: list[int]) -> list[int]:
+    """Of what cannot be shared, the read-only arrays, if all of it owns its memory."""
+    arrays = [leaves[i] for i in rest]
+    if not all(type(a) is np.ndarray and a.base is None and not a.flags.writeable for a in arrays):
+        return rest
+    made: list[Any] = [None] * len(rest)
+    left = _copied_arrays(arrays, made)
+    for i, result in zip(rest, made, strict=True):
+        results[i] = result
+    return [rest[i] for i in left]
+
+
 def _first_of(leaves: list[Any]) -> dict[int, int] | None:
     """The index at which each object comes first; None if none comes twice."""
     if len(set(map(id, leaves))) == len(leaves):
@@ -127,3 +142,25 @@ def _shared_tensors(leaves: list[Any], results: list[Any]) -> list[int]:
         else:
             rest.append(i)
     return rest
+
+
+def _copied_tensors(leaves: list[Any], results: list[Any]) -> Sequence[int]:
+    """Dense tensors of which no two begin at one address: what is the same memory twice takes a closer look."""
+    everything = range(len(leaves))
+    tensor = _lanes._Tensor
+    if tensor is None or set(map(type, leaves)) != {tensor}:
+        return everything
+    try:
+        if len(set(map(tensor.data_ptr, leaves))) < len(leaves):
+            return everything
+    except RuntimeError:  # no memory of its own
+        return everything
+    rest: list[int] = []
+    for i, t in enumerate(leaves):
+        results[i] = _copy_lanes.tensor_to_numpy(t, _COPY)
+        if results[i] is None:
+            rest.append(i)
+    return rest
+
+
+_COPY = {"copy": True}

@@ -56,6 +56,10 @@ LEAVES: dict[str, Any] = {
     "array interface": lambda i: Interface(np.full(3, float(i))),
     "buffer": lambda i: array.array("f", [i, 2]),
     "empty": lambda i: np.zeros((0, 3)),
+    "memory map": lambda i: np.full((2, 3), i, "f4").view(np.memmap),
+    "float8 of NumPy": lambda i: np.full(3, i, ml_dtypes.float8_e4m3fn),
+    "bfloat16, reversed": lambda i: np.arange(float(i), i + 3).astype(ml_dtypes.bfloat16)[::-1],
+    "zero-d bfloat16": lambda i: np.array(i, ml_dtypes.bfloat16),
 }
 
 
@@ -77,7 +81,17 @@ def test_arrays_are_stacked_with_their_dtype_into_memory_of_their_own(name):
 
 @pytest.mark.parametrize(
     ("values", "dtype"),
-    [([1, 2, 3], torch.int64), ([1.0, 2.5], torch.float64), ([True, False], torch.bool), ([1, 2.5], torch.float64)],
+    [
+        ([1, 2, 3], torch.int64),
+        ([1.0, 2.5], torch.float64),
+        ([True, False], torch.bool),
+        ([1j, 2.0 + 0j], torch.complex128),
+        ([2**53 + 1, -(2**63)], torch.int64),
+        ([1, np.int64(2)], torch.int64),
+        ([np.float64(1), 2.5], torch.float64),
+        ([np.uint64(2**63 + 1), np.uint64(1)], torch.uint64),
+        ([np.ulonglong(1), np.ulonglong(2)], torch.uint64),
+    ],
 )
 def test_numbers_become_a_tensor(values, dtype):
     batch = tb.collate([{"y": value} for value in values])
@@ -132,6 +146,57 @@ def test_it_gives_what_torch_gives_where_torch_can():
     assert mine["s"] == torchs["s"]
 
 
+@pytest.mark.parametrize("name", LEAVES)
+def test_batch_is_the_same_while_a_trace_looks_on(name):
+    """Then every sample is converted by itself, and no lane is taken."""
+    samples = [LEAVES[name](i) for i in range(4)]
+    made = tb.collate(samples)
+    with tb.trace():
+        slow = tb.collate(samples)
+    assert (made.dtype, made.stride()) == (slow.dtype, slow.stride())
+    assert np.array_equal(numbers(made), numbers(slow))
+
+
+@pytest.mark.parametrize("place", ["list", "dict", "tuple"])
+def test_one_container_at_two_places_of_one_sample_is_like_two(place):
+    make = {"list": lambda x, y: [x, y], "dict": lambda x, y: {"a": x, "b": y}, "tuple": lambda x, y: (x, y)}[place]
+    twice = [np.zeros(1)]
+    batch = tb.collate([make(twice, twice), make([np.ones(1)], [np.full(1, 2.0)])])
+    found = list(batch.values()) if place == "dict" else list(batch)
+    assert [pair[0].tolist() for pair in found] == [[[0], [1]], [[0], [2]]]
+
+
+def test_plain_dicts_are_matched_by_their_keys_however_these_are_written():
+    batch = tb.collate([{KEYS[0]: 1, KEYS[1]: 2}, {KEYS[1]: 4, KEYS[0]: 3}])
+    assert [column.tolist() for column in batch.values()] == [[1, 3], [2, 4]]
+
+
+def test_a_defaultdict_without_a_key_is_not_given_one():
+    samples = [collections.defaultdict(int, x=1), collections.defaultdict(int, y=1)]
+    with pytest.raises(tb.UnsupportedArrayError, match="sample 1 has no"):
+        tb.collate(samples)
+    assert list(samples[1]) == ["y"]
+
+
+def test_containers_of_two_types_are_alike_if_their_names_are():
+    batch = tb.collate([{"x": [1, 2]}, collections.OrderedDict(x=(3, 4))])
+    assert [column.tolist() for column in batch["x"]] == [[1, 3], [2, 4]]
+
+
+def test_large_batch_of_read_only_and_transposed_samples_is_memory_of_its_own():
+    samples = [frozen(np.full((512, 300), float(i))) for i in range(2)] + [np.full((300, 512), 2.0).T]
+    batch = tb.collate(samples)
+    batch[:, 0, 0].neg_()
+    assert batch.is_contiguous()
+    assert batch[:, 1, 1].tolist() == [0, 1, 2]
+    assert [x[0, 0] for x in samples] == [0, 1, 2]
+
+
+def test_views_of_one_tensor_are_stacked():
+    whole = torch.arange(6.0).reshape(3, 2)
+    assert torch.equal(tb.collate(list(whole)), whole)
+
+
 def test_graph_is_kept_in_the_main_process():
     samples = [torch.ones(2, requires_grad=True) for _ in range(3)]
     tb.collate(samples).sum().backward()
@@ -144,6 +209,21 @@ def test_graph_is_kept_in_the_main_process():
 def cyclic() -> Any:
     x: Any = []
     x.append(x)
+    return x
+
+
+class Key:
+    def __repr__(self) -> str:
+        return "key"
+
+
+KEYS = Key(), Key()
+
+
+def unheld() -> Any:
+    """A tensor whose memory has been given back, as FSDP does it."""
+    x = torch.ones(2)
+    x.untyped_storage().resize_(0)
     return x
 
 
@@ -169,7 +249,37 @@ REFUSED: dict[str, Any] = {
         r'Use tensorbridge\.to_torch\(x, dtype="float64"\): a copy of 16 B\. Do so in the dataset',
     ),
     "big integer": ([{"x": 2**70}, {"x": 1}], r"^collate: batch\['x'\]: list of 2 numbers cannot .* does not fit"),
-    "cycle": ([[1], cyclic()], r"^collate: sample 1: batch\[0\] is batch again"),
+    "int and float": (
+        [{"y": 2**53 + 1}, {"y": 2}, {"y": 0.5}],
+        r"^collate: batch\['y'\]: sample 0 has int, sample 2 float: a batch has one dtype\.\nCast them to one dtype",
+    ),
+    "unsigned and signed": ([np.uint64(2**63 + 1), np.int64(1)], r"batch: sample 0 has uint64, sample 1 int64: a "),
+    "bool and int": ([[True], [2]], r"batch\[0\]: sample 0 has bool, sample 1 int"),
+    "int and narrow int": ([1, np.int32(2)], r"batch: sample 0 has int, sample 1 int32"),
+    "number and 0-d array": ([1, np.array(1)], r"batch: sample 0 has int, sample 1 ndarray"),
+    "list and number": ([{"x": [1]}, {"x": 1}], r"batch\['x'\]: sample 0 has list, sample 1 int"),
+    "same count, other keys": ([{"x": 1}, {"y": 1}], r"sample 1 has no batch\['x'\]"),
+    "fields": ([collections.OrderedDict(x=1), collections.OrderedDict(y=1)], r"sample 1 has no batch\['x'\]"),
+    "keys that are written alike": (
+        [{KEYS[0]: 1, KEYS[1]: 2}, {KEYS[1]: 2, KEYS[0]: 1, "more": 3}],
+        r"sample 1 has batch\['more'\], and sample 0 has not",
+    ),
+    "keys that are written alike, in another order": (
+        [collections.OrderedDict({KEYS[0]: 1, KEYS[1]: 2}), collections.OrderedDict({KEYS[1]: 2, KEYS[0]: 1})],
+        r"^collate: batch has two keys that are written alike.* in sample 1\.\nGive all samples one order",
+    ),
+    "one more key that is written alike": ([{KEYS[0]: 1}, {KEYS[0]: 1, KEYS[1]: 2}], r"two keys that are written"),
+    "cycle": ([cyclic(), cyclic()], r"^collate: sample 0: batch\[0\] is batch again"),
+    "storage that was freed": (
+        [torch.ones(2), unheld()],
+        r"^collate: batch: sample 1: torch float32 \(2,\) .* its storage holds 0 B",
+    ),
+    "tensors of two dtypes": ([torch.ones(2), torch.ones(2, dtype=torch.int32)], r"sample 1 has int32"),
+    "tensors of two shapes": ([torch.ones(2), torch.ones(3)], r"sample 1 has \(3,\)"),
+    "mask": ([np.ma.MaskedArray([1, 2])] * 2, r"^collate: batch: sample 0: masked numpy .* mask .* would be lost"),
+    "mask beside an array": ([np.ones(2), np.ma.MaskedArray([1.0, 2])], r"^collate: batch: sample 1: masked numpy"),
+    "meta": ([torch.ones(2, device="meta")] * 2, r"^collate: batch: sample 0: .*meta"),
+    "sparse": ([torch.eye(2).to_sparse()] * 2, r"^collate: batch: sample 0: .*sparse"),
 }  # fmt: skip
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import collections
+import copy
+import pickle
 import threading
 import time
 import traceback
@@ -150,6 +152,39 @@ def test_error_arrives_at_its_place_with_its_traceback(name):
     assert {"source": "__next__", "transform": "failing_transform"}.get(name, "_read") in names
     assert list(ready) == []
     assert source.closed.is_set()
+
+
+@pytest.mark.parametrize("who", ["source", "transform"])
+def test_worker_that_asks_for_its_own_batches_is_an_error_not_a_deadlock(who):
+    started = threading.Event()
+
+    def ask(batch: Any) -> Any:
+        started.wait(SOON)
+        return next(ready)
+
+    def source() -> Iterator[Any]:
+        yield ask(None)
+
+    ready = on_host(source()) if who == "source" else on_host(Source(3), transform=ask)
+    started.set()
+    with pytest.raises(RuntimeError, match=r"^prefetch: its own source or transform asks for the next batch.*itself"):
+        next(ready)
+
+
+@pytest.mark.parametrize("how", [copy.copy, copy.deepcopy, pickle.dumps])
+def test_iterator_cannot_be_copied_or_pickled(how):
+    with on_host(Source(3)) as ready:
+        with pytest.raises(TypeError, match=r"^prefetch: .* cannot be copied or pickled: .*; call prefetch where"):
+            how(ready)
+        assert next(ready)["x"].tolist() == [0, 0, 0]
+
+
+def test_operation_in_place_reaches_the_source_unless_batches_are_copied():
+    source = np.ones(3)
+    next(on_host([source], copy=True)).mul_(2)
+    assert source.tolist() == [1, 1, 1]
+    next(on_host([source])).mul_(2)
+    assert source.tolist() == [2, 2, 2]
 
 
 def test_generator_that_fails_has_run_its_cleanup():

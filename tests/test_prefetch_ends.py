@@ -70,7 +70,7 @@ class Hanging(Source):
         return super().__next__()
 
 
-def test_source_that_hangs_does_not_keep_close_waiting(monkeypatch):
+def test_close_waits_for_a_source_that_hangs_only_so_long(monkeypatch):
     monkeypatch.setattr(_prefetch, "PATIENCE", 0.05)
     source = Hanging()
     ready = on_host(source)
@@ -129,7 +129,7 @@ def test_batches_that_nobody_took_are_dropped_by_close():
             del a
 
     ready = on_host(source(), depth=3)
-    assert eventually(lambda: len(ready._state.ready) == 3)
+    assert eventually(lambda: ready._state.ready.qsize() == 3)
     ready.close()
     assert all(reference() is None for reference in gone)
     assert list(ready) == []
@@ -167,6 +167,25 @@ def test_interpreter_ends_with_an_open_iterator(source):
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == (["end", "closed"] if source == "endless()" else ["end"])
     assert done.stderr == ""
+
+
+def test_interpreter_waits_until_the_source_is_gone():
+    """A DataLoader ends its processes when its last reference goes: a thread killed at that aborts the process."""
+    done = run("""
+        import time
+        import numpy as np, tensorbridge as tb
+        class Loader:
+            def __iter__(self):
+                return self
+            def __next__(self):
+                return np.zeros(4)
+            def __del__(self):
+                time.sleep(0.3)
+                print("gone", flush=True)
+        ready = tb.prefetch(Loader(), device="cpu")
+        next(ready)
+    """)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "gone\n", "")
 
 
 def test_iterator_taken_into_a_forked_child_says_so():

@@ -71,6 +71,56 @@ def test_leaf_becomes_what_it_becomes_alone(name, to):
             assert tb.shares_memory(leaf, x) == tb.shares_memory(alone, x), options
 
 
+ALL_OF_ONE_KIND: dict[str, Any] = {
+    "read-only": ("torch", {}, lambda i: np.frombuffer(bytes([i] * 8)).copy()),
+    "read-only in Fortran order": ("torch", {}, lambda i: np.full((2, 3), i, order="F")),
+    "read-only, without elements": ("torch", {}, lambda i: np.zeros((0, i))),
+    "tensors, copied": ("numpy", {"copy": True}, lambda i: torch.full((3,), float(i))),
+    "transposed tensors, copied": ("numpy", {"copy": True}, lambda i: torch.full((2, 3), float(i)).T),
+    "tensors that require grad, copied": (
+        "numpy",
+        {"copy": True},
+        lambda i: torch.full((3,), i + 0.5, requires_grad=True),
+    ),
+    "conjugates, copied": ("numpy", {"copy": True}, lambda i: torch.full((3,), i + 1j).conj()),
+    "bfloat16, copied": ("numpy", {"copy": True}, lambda i: torch.full((3,), i, dtype=torch.bfloat16)),
+}
+
+
+@pytest.mark.parametrize("twice", [False, True])
+@pytest.mark.parametrize("name", ALL_OF_ONE_KIND)
+def test_leaves_of_one_kind_become_what_each_becomes_alone(name, twice):
+    """Lanes are for trees of one kind: what they give is what the function for one array gives."""
+    to, options, make = ALL_OF_ONE_KIND[name]
+    leaves = [make(i) for i in range(4)]
+    for leaf in leaves:
+        if name.startswith("read-only"):
+            leaf.setflags(write=False)
+    leaves += leaves[:2] if twice else []
+    convert = {"torch": (tree.to_torch, tb.to_torch), "numpy": (tree.to_numpy, tb.to_numpy)}[to]
+    made = convert[0](leaves, **options)
+    for leaf, result in zip(leaves, made, strict=True):
+        alone = convert[1](leaf, **options)
+        found, wanted = tb.describe(result), tb.describe(alone)
+        assert (found.dtype, found.strides, found.writable, found.order) == (
+            wanted.dtype,
+            wanted.strides,
+            wanted.writable,
+            wanted.order,
+        )
+        assert np.array_equal(numbers(result), numbers(leaf))
+        assert not tb.shares_memory(result, leaf)
+    if twice:
+        assert made[4] is made[0]
+
+
+def test_read_only_array_and_a_view_of_it_become_one_tensor():
+    whole = np.zeros(3)
+    whole.setflags(write=False)
+    first, second = tree.to_torch([whole, whole[:]])
+    assert first.data_ptr() == second.data_ptr()
+
+
 def test_arrays_that_are_decided_alike_are_alike():
     tree.to_torch(np.zeros(1))  # tensors are known from the first conversion on
     kinds: dict[Any, dict[Any, str]] = collections.defaultdict(dict)

@@ -28,6 +28,18 @@ def test_out_is_filled_and_returned(to, a):
     assert np.array_equal(numbers(out["l"][0]), numbers(a[::-1]))
 
 
+def test_keys_of_out_may_have_another_order(a):
+    source = {"x": a, "n": 3, "more": {"y": a + 1, "z": a + 2}}
+    out = {"more": {"z": np.zeros((2, 3)), "y": np.zeros((2, 3))}, "x": np.zeros((2, 3))}
+    assert tree.plan(source, "numpy", out=out).bytes_moved == 3 * a.nbytes
+    assert tree.to_numpy(source, out=out) is out
+    assert np.array_equal(out["x"], a)
+    assert np.array_equal(out["more"]["y"], a + 1)
+    assert np.array_equal(out["more"]["z"], a + 2)
+    with pytest.raises(ValueError, match=r"^batch\['more'\]\['y'\]: .*out has shape \(3,\)"):
+        tree.to_numpy(source, out={"more": {"z": np.zeros((2, 3)), "y": np.zeros(3)}, "x": np.zeros((2, 3))})
+
+
 # -- What is refused is refused before anything is written
 
 
