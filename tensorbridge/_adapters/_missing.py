@@ -149,8 +149,8 @@ _CURES = {
 }
 _SELECT = {
     "pyarrow": 'table.select(["name", ...])',
-    "pandas": 'df.select_dtypes(["number", "bool"])',
-    "polars": "df.select(polars.selectors.numeric() | polars.selectors.boolean())",
+    "pandas": 'df.select_dtypes(["number", "bool"], "timedelta")',
+    "polars": "df.select(polars.selectors.integer() | polars.selectors.float() | polars.selectors.boolean())",
 }
 _KNOWN_AS = {"datetime32": "datetime"}
 _WHY = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import decimal
 import re
 from typing import Any
 
@@ -597,20 +598,33 @@ def test_no_cure_is_said_for_text_in_lists_but_to_leave_it_out(make):
 
 SELECTED = {
     "arrow": (pa.table, 'table.select(["name", ...])', lambda x: x.select(["n", "b"])),
-    "pandas": (pd.DataFrame, 'df.select_dtypes(["number", "bool"])', lambda x: x.select_dtypes(["number", "bool"])),
+    "pandas": (
+        pd.DataFrame,
+        'df.select_dtypes(["number", "bool"], "timedelta")',
+        lambda x: x.select_dtypes(["number", "bool"], "timedelta"),
+    ),
     "polars": (
         pl.DataFrame,
-        "df.select(polars.selectors.numeric() | polars.selectors.boolean())",
-        lambda x: x.select(pl.selectors.numeric() | pl.selectors.boolean()),
+        "df.select(polars.selectors.integer() | polars.selectors.float() | polars.selectors.boolean())",
+        lambda x: x.select(pl.selectors.integer() | pl.selectors.float() | pl.selectors.boolean()),
     ),
 }
 
 
-@pytest.mark.parametrize("values", [["a", "b"], [MOMENT, MOMENT], [datetime.date(2020, 1, 1)] * 2])
+NO_NUMBERS = {
+    "text": ["a", "b"],
+    "moments": [MOMENT, MOMENT],
+    "dates": [datetime.date(2020, 1, 1)] * 2,
+    "durations": [datetime.timedelta(1)] * 2,
+    "decimals": [decimal.Decimal("1.5")] * 2,
+}
+
+
+@pytest.mark.parametrize("column", NO_NUMBERS)
 @pytest.mark.parametrize("name", SELECTED)
-def test_a_table_with_text_or_dates_says_how_to_go_on_without(name, values):
+def test_a_table_with_text_or_dates_says_how_to_go_on_without(name, column):
     make, said, select = SELECTED[name]
-    frame = make({"n": [1, 2], "t": values, "b": [True, False]})
+    frame = make({"n": [1, 2], "t": NO_NUMBERS[column], "b": [True, False]})
     with pytest.raises(
         tb.UnsupportedArrayError, match=rf"^batch\['t'\]: .*\n.*leave the column out: {re.escape(said)}"
     ):
