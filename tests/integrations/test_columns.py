@@ -408,6 +408,15 @@ def test_a_column_that_has_to_be_copied_is_planned_guarded_and_counted_as_a_copy
 
 
 @pytest.mark.parametrize("name", COPIED)
+def test_a_list_of_columns_is_stacked(name):
+    x = COPIED[name]()
+    one = tb.to_numpy(x)
+    for result in (tb.to_numpy([x, x]), tb.to_torch([x, x])):
+        assert str(result.dtype).removeprefix("torch.") == str(one.dtype)
+        assert result.tolist() == [one.tolist()] * 2
+
+
+@pytest.mark.parametrize("name", COPIED)
 def test_what_is_made_of_a_column_is_new_and_writable(name):
     x = COPIED[name]()
     before = tb.to_numpy(x)
