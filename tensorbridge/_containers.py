@@ -188,6 +188,8 @@ def _is_framework_array(cls: type) -> bool:
 
 
 def _is_array(x: Any, cls: type) -> bool:
+    if _tables.is_scalar(x):
+        return False
     own = getattr(x, "__dict__", ())
     if any(hasattr(cls, name) or name in own for name in _PROTOCOLS):
         return True

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from tensorbridge import _convert, _copy_lanes, _lanes, _options, _tables
+from tensorbridge import _convert, _copy_lanes, _lanes, _options
 from tensorbridge import _words as words
 from tensorbridge._adapters import Adapter
 from tensorbridge._array import SMALL, ArrayInfo, Traits, c_strides
@@ -57,7 +57,6 @@ class Leaf:
 
 
 def opened(place: int, x: Any, want: Want, *, planning: bool = False) -> Leaf:
-    x = _tables.leaf(x)
     adapter, handle, traits = _convert.opened(x, want)
     if want.device is not None or want.pin_memory or want.framework == "cupy":
         want = _options.placed(want, traits, planning=planning)

@@ -24,6 +24,11 @@ class Obstacle(Exception):
         self.refusal, self.what = OBSTACLES[name], what
         self.why = detail or self.refusal.why
 
+    def cured(self, cure: str) -> Obstacle:
+        """The same obstacle with a cure of its own."""
+        self.refusal = self.refusal._replace(cure=cure)
+        return self
+
 
 def _unsupported(why: str, cure: str) -> Refusal:
     return Refusal(UnsupportedArrayError, why, cure)

@@ -1,75 +1,169 @@
-"""Columns, tables and indexes of other libraries: what their arrays would not say of them.
+"""Columns, tables and indexes of pandas, polars and pyarrow: seen as arrays where that moves no byte, else to be made.
 
-Known by what they can do, not by name: pyarrow, polars and pandas each count missing values in their own way. As arrays
-they come as NaN where the library may turn integers into floats for it, and as zeros where it may not.
+An array holds what the column holds or there is none: nothing is promoted, no missing value becomes a number. Columns
+that the library would have to copy are `Joined`: a step with bytes, which a plan shows and a guard can forbid.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 
-from tensorbridge._errors import UnsupportedArrayError
+from tensorbridge import _dtypes
+from tensorbridge._adapters import _arrow, _missing
+from tensorbridge._adapters._arrow import Joined, Whole
+from tensorbridge._refuse import Obstacle
 
 
-def refuse_nulls(x: Any) -> None:
-    """Raise if `x` counts values as missing that an array could only hold as numbers. NaN is a number."""
-    if not (hasattr(x, "null_count") or hasattr(x, "isna") or hasattr(x, "itercolumns")):
-        return
-    for name, column in _columns(x):
-        count = _missing(column)
-        if count:
-            raise UnsupportedArrayError(
-                f"{type(x).__name__} cannot be converted: {f'its column {name!r}' if name else 'it'} has {count} "
-                f"missing value{'s' * (count > 1)}, for which arrays have no sign.\n{_FILL[hasattr(column, 'isna')]}"
-            )
+def stand_in(x: Any) -> Any:
+    """What stands for `x` in a conversion: a NumPy view of a column, a `Joined`; all that is no column, as it is.
+
+    A plain Arrow array speaks for itself, and so does the one chunk of a column.
+    """
+    where = _missing.library(x, "column")
+    if where == "pyarrow":
+        _refuse_scalar(x)
+        only = x.chunk(0) if getattr(x, "num_chunks", 0) == 1 else x
+        if not x.null_count and _arrow.is_plain(x.type) and not hasattr(only, "chunks"):
+            return only
+    if where:
+        return _COLUMN[where](x)
+    if _missing.library(x, "table"):
+        return _table(x)
+    _missing.refuse_nulls(x)
+    return x
 
 
-_FILL = {
-    True: "Fill or drop them first: x.fillna(0), x.dropna().",
-    False: "Fill or drop them first: x.fill_null(0), x.drop_null() or x.drop_nulls().",
-}
+def is_scalar(x: Any) -> bool:
+    """Whether `x` is one value of pyarrow: no array, though text of pyarrow speaks the buffer protocol."""
+    return hasattr(type(x), "as_py") and _missing.library(x, "column") == "pyarrow"
 
 
-def _columns(x: Any) -> Iterator[tuple[str, Any]]:
-    if hasattr(x, "itercolumns"):  # pyarrow
-        yield from zip(x.column_names, x.itercolumns(), strict=True)
-    elif hasattr(x, "iter_columns"):  # polars
-        yield from ((column.name, column) for column in x.iter_columns())
-    elif hasattr(x, "items") and hasattr(x, "columns"):  # pandas
-        yield from ((str(name), column) for name, column in x.items())
-    else:
-        yield "", x
+def _table(x: Any) -> Any:
+    """A table of one dtype is a matrix. One of several would be promoted, which is for the caller to say."""
+    _missing.refuse_nulls(x)
+    parts, names = [], []
+    for name, column in _missing.named_columns(x):
+        try:
+            parts.append(_COLUMN[_missing.library(column, "column")](column))
+        except Obstacle as obstacle:
+            obstacle.what = f"{type(x).__name__}, column {name!r}: {obstacle.what}"
+            raise
+        names.append(name)
+    if not parts:
+        raise Obstacle("empty list", type(x).__name__, "a table without columns has no dtype")
+    kinds = {(part.dtype, part.shape[1:]): name for part, name in zip(reversed(parts), reversed(names), strict=True)}
+    if len(kinds) > 1:
+        said = sorted({f"{name!r} is {dtype}{list(shape) or ''}" for (dtype, shape), name in kinds.items()})
+        detail = f"its columns have different dtypes: {', '.join(said[:4])}{', ...' * (len(said) > 4)}"
+        cure = "Convert every column by itself, with tensorbridge.tree, or cast them to one dtype first."
+        raise Obstacle("container", type(x).__name__, detail).cured(cure)
+    shape = (parts[0].shape[0], len(parts), *parts[0].shape[1:])
+    if not any(isinstance(part, Joined) for part in parts):
+        a = _shared(x)
+        if a is not None:
+            return a
+    return Joined(shape, parts[0].dtype, lambda: np.stack([_arrow.made(part) for part in parts], axis=1))
 
 
-def _missing(column: Any) -> int:
-    """How many values are missing by another sign than NaN."""
-    count = getattr(column, "null_count", None)
-    count = count() if callable(count) else count
-    if isinstance(count, int):
-        parts = None if count else _parts(column)
-        return count if parts is None else _missing(parts)
-    dtype = getattr(column, "dtype", None)
-    if not hasattr(column, "isna") or dtype is None or isinstance(dtype, np.dtype):
-        return 0
-    if isinstance(getattr(dtype, "na_value", None), float) and dtype.kind == "f":  # sparse floats: NaN is a value
-        return 0
-    return int(column.isna().sum())
+def _shared(x: Any) -> Any:
+    """The memory of a column or table as NumPy sees it, None where its library would have to copy."""
+    try:
+        return x.__array__(copy=False)
+    except (ValueError, RuntimeError):  # polars refuses to copy by the latter
+        return None
 
 
-def _parts(column: Any) -> Any:
-    """What the rows of a nested column are made of: its own count says nothing of them."""
-    if hasattr(getattr(column, "dtype", None), "inner"):  # polars Array
-        return column.explode()
-    storage: Any = getattr(column, "storage", None)  # pyarrow extension types: fixed-shape tensors
-    return storage.flatten() if hasattr(storage, "flatten") and hasattr(storage, "null_count") else None
+# -- pyarrow
+
+
+def _refuse_scalar(x: Any) -> None:
+    if hasattr(x, "as_py"):
+        detail = "one value of pyarrow is not an array"
+        raise Obstacle("not an array", type(x).__name__, detail).cured("Convert x.as_py() if it is a number.")
+
+
+def _of_pyarrow(x: Any) -> Any:
+    return _arrow.column(x, Whole(x, "pyarrow", x.type))
+
+
+# -- pandas
+
+
+def _of_pandas(x: Any) -> Any:
+    dtype, whole = x.dtype, Whole(x, "pandas", x.dtype)
+    if hasattr(dtype, "pyarrow_dtype"):
+        return _arrow.column(getattr(x, "array", x).__arrow_array__(), whole)
+    _missing.refuse_nulls(x)
+    if dtype.kind in "mM" or hasattr(dtype, "freq"):  # periods count their unit too
+        raise whole.obstacle("datetime")
+    empty = np.asarray(x[:0])
+    if not _dtypes.of_numpy(empty.dtype):
+        text = "string" if hasattr(dtype, "storage") else "object"
+        raise whole.obstacle("categories" if hasattr(dtype, "categories") else text)
+    a = _shared(x)
+    return Joined((len(x),), empty.dtype, lambda: np.array(x)) if a is None else a
 
 
 def is_index(x: Any) -> bool:
     """Whether `x` is the labels of a table: hashed, so that nobody may write to them, yet NumPy gets them writable."""
     return hasattr(type(x), "get_indexer")
+
+
+# -- polars
+
+
+def _of_polars(x: Any) -> Any:
+    whole = Whole(x, "polars", x.dtype)
+    whole.refuse_nulls(x.null_count())
+    return _polars_part(x, whole)
+
+
+def _polars_part(x: Any, whole: Whole) -> Any:
+    dtype = x.dtype
+    if hasattr(dtype, "inner"):
+        chunks = [chunk for chunk in x.get_chunks() if len(chunk)] or [x[:0]]
+        return _arrow.joined([_polars_lists(chunk, whole) for chunk in chunks], whole)
+    kind = _polars_kind(dtype)
+    if kind:
+        raise whole.obstacle(kind)
+    a = _shared(x)
+    return Joined((len(x),), np.asarray(x[:0]).dtype, lambda: np.array(x)) if a is None else a
+
+
+def _polars_lists(x: Any, whole: Whole) -> Any:
+    if hasattr(x.dtype, "shape"):
+        length, fill = x.dtype.shape[0], "x.arr.to_list().list"
+    else:
+        lengths, fill = x.list.len(), "x.list"
+        length = lengths.max() or 0
+        if len(x) and lengths.min() != length:
+            raise _arrow.ragged(whole, (lengths.min(), length))
+    values = x.explode() if length else x[:0].explode()  # which makes nulls of empty lists
+    whole.refuse_nulls(values.null_count(), f"Fill them first: {fill}.eval(polars.element().fill_null(0)).")
+    part = _polars_part(values, whole.inside())
+    return _arrow.shaped(part, len(x), length, *part.shape[1:])
+
+
+def _polars_kind(dtype: Any) -> str:
+    """What is in the way of a type that holds no numbers."""
+    if dtype.is_decimal():
+        return "decimal"
+    if str(dtype) in ("Int128", "UInt128"):
+        return "wide"
+    if dtype.is_numeric() or str(dtype) == "Boolean":
+        return ""
+    if dtype.is_temporal():
+        return "datetime"
+    found = {"String": "string", "Categorical": "categories", "Enum": "categories", "Struct": "structured"}
+    return found.get(str(dtype).partition("(")[0], "unknown dtype")
+
+
+_COLUMN = {"pyarrow": _of_pyarrow, "pandas": _of_pandas, "polars": _of_polars}
+
+
+# -- Whoever else refuses to export
 
 
 def cure(x: Any) -> str:

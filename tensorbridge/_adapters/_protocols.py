@@ -6,6 +6,7 @@ cannot say so (a DLPack without flags), arrives read-only.
 
 from __future__ import annotations
 
+import math
 import sys
 from collections import deque
 from collections.abc import Callable, Mapping, Set
@@ -15,7 +16,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from tensorbridge import _dtypes, _refuse, _streams
-from tensorbridge._adapters import _columns, _dlpack, _numpy, named
+from tensorbridge._adapters import _columns, _dlpack, _numpy, _python, named
+from tensorbridge._adapters._arrow import Joined
 from tensorbridge._adapters._dlpack import malformed
 from tensorbridge._array import ArrayInfo, Device, Traits, c_strides, layout, order_text, size_class
 from tensorbridge._errors import (
@@ -54,7 +56,10 @@ def open(x: Any, want: Want) -> tuple[Any, Traits]:
     cls = type(x)
     if isinstance(x, (str, type, type(None))):
         raise Obstacle("text" if isinstance(x, str) else "not an array", cls.__name__)
-    _asked(lambda: _columns.refuse_nulls(x), x, "its count of missing values")
+    seen = _asked(lambda: _columns.stand_in(x), x, "what it holds")
+    if isinstance(seen, (np.ndarray, Joined)):
+        return _column(seen, x)
+    x = seen
     if _speaks(x, "__dlpack__") and _speaks(x, "__dlpack_device__"):
         via, found = "dlpack", _by_dlpack(x, want)
     elif (facts := _offered(x, "__cuda_array_interface__")) is not None:
@@ -73,6 +78,14 @@ def open(x: Any, want: Want) -> tuple[Any, Traits]:
     return found, _described(found, via, x)
 
 
+def _column(seen: Any, x: Any) -> tuple[Any, Traits]:
+    """A column of a table, as its own library lets it be seen: a view, or an array to be made, as of a list."""
+    if not isinstance(seen, Joined):
+        return _by_array_of(x, seen)
+    size = size_class(math.prod(seen.shape) * seen.dtype.itemsize)
+    return seen, Traits("numpy list", dtype=_dtypes.of_numpy(seen.dtype), size=size)
+
+
 def _described(a: Any, via: str, x: Any) -> Traits:
     try:
         return _numpy.traits(a)._replace(framework=via)
@@ -83,9 +96,7 @@ def _described(a: Any, via: str, x: Any) -> Traits:
 
 def _as_array(obstacle: Obstacle) -> Obstacle:
     """The cures are calls on NumPy arrays, and this is none."""
-    cure = obstacle.refusal.cure.replace("x.", "np.asanyarray(x).").replace("x[", "np.asanyarray(x)[")
-    obstacle.refusal = obstacle.refusal._replace(cure=cure)
-    return obstacle
+    return obstacle.cured(obstacle.refusal.cure.replace("x.", "np.asanyarray(x).").replace("x[", "np.asanyarray(x)["))
 
 
 def _speaks(x: Any, method: str) -> bool:
@@ -101,7 +112,7 @@ def _asked(call: Callable[[], Any], x: Any, what: str) -> Any:
     """What the producer answers; its refusal in our words, with its own as the cause."""
     try:
         return call()
-    except BridgeError:
+    except (BridgeError, Obstacle):
         raise
     except TypeError as error:
         text = f"{type(x).__name__} refuses to export {what}: {error}\n{_columns.cure(x)}"
@@ -280,7 +291,7 @@ def _by_array(x: Any, want: Want) -> tuple[Any, Traits]:
         try:
             return x.__array__(copy=False)
         except (TypeError, ValueError, RuntimeError) as error:
-            if isinstance(error, RuntimeError) and "copy" not in str(error):  # polars refuses to copy by this class
+            if isinstance(error, RuntimeError) and "copy" not in str(error):  # some refuse to copy by this class
                 raise
             raise CopyRequiredError(
                 f"{type(x).__name__} offers only __array__, and does not promise that no byte moves: {error}.\n"
@@ -290,6 +301,11 @@ def _by_array(x: Any, want: Want) -> tuple[Any, Traits]:
     a = _asked(export, x, "__array__")
     if not isinstance(a, np.ndarray):
         raise malformed(x, f"__array__ returned {type(a).__name__}")
+    return _by_array_of(x, a)
+
+
+def _by_array_of(x: Any, a: Any) -> tuple[Any, Traits]:
+    """What `x` gives as its array. The labels of a table come read-only: they are hashed."""
     if _columns.is_index(x):
         a = a.view()
         a.setflags(write=False)
@@ -300,6 +316,8 @@ def _by_array(x: Any, want: Want) -> tuple[Any, Traits]:
 def describe(handle: Any, traits: Traits) -> ArrayInfo:
     if isinstance(handle, np.ndarray):
         return _numpy.describe(handle, traits)
+    if isinstance(handle, Joined):
+        return _python.describe(handle, traits)
     itemsize, count = _dtypes.DTYPES[traits.dtype].itemsize, 1
     for length in handle.shape:
         count *= length

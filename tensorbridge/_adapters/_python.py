@@ -31,7 +31,8 @@ class Parts(NamedTuple):
     def stacked(self, stack: Callable[..., Any], dtype: Any = None) -> Any:
         if self.arrays is None:
             return np.array(self.numbers, dtype=dtype)
-        whole = stack(self.arrays) if dtype is None else stack(self.arrays, dtype=dtype)
+        arrays = [a.stacked(stack, None) if hasattr(a, "stacked") else a for a in self.arrays]  # columns: to be made
+        whole = stack(arrays) if dtype is None else stack(arrays, dtype=dtype)
         return whole.reshape(self.shape)
 
 

@@ -1,0 +1,184 @@
+"""Missing values in columns, tables and indexes of other libraries, and the words for what is no number there.
+
+pyarrow, polars and pandas each count missing values in their own way. As arrays they come as NaN where the library may
+turn integers into floats for it, and as zeros where it may not. Those that are not known by name are known by what they
+can do.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+
+from tensorbridge._errors import UnsupportedArrayError
+from tensorbridge._refuse import OBSTACLES, Obstacle
+
+_CLASSES = {
+    "table": {"pyarrow": ("Table", "RecordBatch"), "pandas": ("DataFrame",), "polars": ("DataFrame",)},
+    "column": {
+        "pyarrow": ("Array", "ChunkedArray", "Scalar"),
+        "pandas": ("Series", "Index", "api.extensions.ExtensionArray"),
+        "polars": ("Series",),
+    },
+}
+
+
+def library(x: Any, kind: str) -> str:
+    """Which of the libraries `x` comes from, if it is a "table" or a "column" of one; none is imported."""
+    cls: Any = type(x)
+    return _library_of(cls, kind)
+
+
+@lru_cache(maxsize=1024)
+def _library_of(cls: type, kind: str) -> str:
+    """Known for good: a class comes after the library of its parents."""
+    for name, paths in _CLASSES[kind].items():
+        loaded = sys.modules.get(name)
+        if loaded is not None and issubclass(cls, tuple(_class(loaded, path) for path in paths)):
+            return name
+    return ""
+
+
+def _class(module: Any, path: str) -> Any:
+    """A class of a module; none where the import of the module is still under way."""
+    for name in path.split("."):
+        module = getattr(module, name, ())
+    return module
+
+
+# -- What is counted as missing
+
+
+def refuse_nulls(x: Any) -> None:
+    """Raise if `x` counts values as missing that an array could only hold as numbers. NaN is a number."""
+    if not (hasattr(x, "null_count") or hasattr(x, "isna") or hasattr(x, "itercolumns")):
+        return
+    for name, column in named_columns(x):
+        refuse_count(_missing(column), f"{type(x).__name__} cannot be converted: ", name, hasattr(column, "isna"))
+
+
+def refuse_count(count: int, start: str, name: object = "", pandas: bool = False, inside: str = "") -> None:
+    """Raise if `count` values are missing, `inside` the rows of the column if the cure for that is said."""
+    if count:
+        raise UnsupportedArrayError(
+            f"{start}{f'its column {name!r}' if name else 'it'} has {count} missing value{'s' * (count > 1)}"
+            f"{' inside its rows' * bool(inside)}, for which arrays have no sign.\n{inside or _FILL[pandas]}"
+        )
+
+
+_FILL = {
+    True: "Fill or drop them first: x.fillna(0), x.dropna().",
+    False: "Fill or drop them first: x.fill_null(0), x.drop_null() or x.drop_nulls().",
+}
+
+
+def named_columns(x: Any) -> Iterator[tuple[str, Any]]:
+    if hasattr(x, "itercolumns"):  # pyarrow
+        yield from zip(x.column_names, x.itercolumns(), strict=True)
+    elif hasattr(x, "iter_columns"):  # polars
+        yield from ((column.name, column) for column in x.iter_columns())
+    elif hasattr(x, "items") and hasattr(x, "columns"):  # pandas
+        yield from ((str(name), column) for name, column in x.items())
+    else:
+        yield "", x
+
+
+def _missing(column: Any) -> int:
+    """How many values are missing by another sign than NaN."""
+    count = getattr(column, "null_count", None)
+    count = count() if callable(count) else count
+    if isinstance(count, int):
+        parts = None if count else _parts(column)
+        return count if parts is None else _missing(parts)
+    dtype = getattr(column, "dtype", None)
+    if not hasattr(column, "isna") or dtype is None or isinstance(dtype, np.dtype):
+        return 0
+    if isinstance(getattr(dtype, "na_value", None), float) and dtype.kind == "f":  # sparse floats: NaN is a value
+        return 0
+    return int(column.isna().sum())
+
+
+def _parts(column: Any) -> Any:
+    """What the rows of a nested column are made of: its own count says nothing of them."""
+    if library(column, "column"):  # which look inside by themselves
+        return None
+    if hasattr(getattr(column, "dtype", None), "inner"):
+        return column.explode()
+    storage: Any = getattr(column, "storage", None)
+    return storage.flatten() if hasattr(storage, "flatten") and hasattr(storage, "null_count") else None
+
+
+# -- What is no number
+
+
+# By library and by what is in the way; {whole} is x, as one array where it is in chunks. What is not here has no cure.
+_CURES = {
+    "pyarrow": {
+        "string": "Convert codes, {whole}.dictionary_encode().indices",
+        "categories": "Convert its codes, {whole}.indices",
+        "datetime": 'Convert x.cast("int64") and keep the unit beside it',
+        "datetime32": 'Convert x.cast("int32") and keep the unit beside it',
+        "decimal": 'Convert x.cast("float64")',
+        "structured": "Convert each field, pyarrow.compute.struct_field(x, name)",
+        "runs": "Convert pyarrow.compute.run_end_decode(x)",
+        "ragged": "Pad its lists to one length",
+    },
+    "pandas": {
+        "string": "Convert codes, pandas.factorize(x)[0]",
+        "categories": "Convert codes, pandas.factorize(x)[0]",
+        "datetime": 'Convert x.astype("int64{arrow}") and keep the unit beside it',
+        "datetime32": 'Convert x.astype("int32{arrow}") and keep the unit beside it',
+        "decimal": 'Convert x.astype("float64")',
+        "structured": "Convert each field, x.struct.field(name)",
+        "object": 'Convert x.astype("float64") if it holds numbers, codes by pandas.factorize(x)[0] if it does not',
+        "ragged": "Pad its lists to one length",
+    },
+    "polars": {
+        "string": "Convert codes, x.cast(polars.Categorical).to_physical()",
+        "categories": "Convert its codes, x.to_physical()",
+        "datetime": "Convert x.to_physical() and keep the unit beside it",
+        "decimal": "Convert x.cast(polars.Float64)",
+        "structured": "Convert its fields, the table x.struct.unnest(), with tensorbridge.tree",
+        "ragged": "Pad its lists to one length",
+        "wide": "Convert x.cast(polars.Int64) if that is wide enough",
+    },
+}
+_SELECT = {
+    "pyarrow": 'table.select(["name", ...])',
+    "pandas": 'df.select_dtypes(["number", "bool"], "timedelta")',
+    "polars": "df.select(polars.selectors.integer() | polars.selectors.float() | polars.selectors.boolean())",
+}
+_KNOWN_AS = {"datetime32": "datetime"}
+_WHY = {
+    "categories": "its categories are not numbers",
+    "object": "its elements are Python objects, not numbers",
+    "structured": "each of its rows is a record of several fields",
+    "runs": "runs of equal values are not elements in a row",
+}
+
+
+def obstacle(x: Any, where: str, kind: str, said: object, detail: str = "", *, nested: bool = False) -> Obstacle:
+    """What stands in the way of a column, with the cure of its own library and the way to go on without it.
+
+    No call on the whole column cures what is `nested` in its rows.
+    """
+    name = _KNOWN_AS.get(kind, kind)
+    found = Obstacle(name if name in OBSTACLES else "unknown dtype", f"{type(x).__name__} of {shorten(said)}")
+    found.why = detail or _WHY.get(kind, found.why)
+    cure = "" if nested and kind != "ragged" else _CURES[where].get(kind, "")
+    cure = cure.format(
+        whole="x.combine_chunks()" if hasattr(x, "combine_chunks") else "x",
+        arrow="[pyarrow]" * hasattr(said, "pyarrow_dtype"),
+    )
+    leave = f"eave the column out: {_SELECT[where]}."
+    return found.cured(f"{cure}; or l{leave}" if cure else f"L{leave}")
+
+
+def shorten(said: object) -> str:
+    """A type in at most a line: categories and records say all that is in them."""
+    text = " ".join(str(said).split())
+    return text if len(text) <= 60 else f"{text[:56]} ..."

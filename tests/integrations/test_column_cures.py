@@ -1,0 +1,223 @@
+"""What an error says to do about a column is said in the words of its own library, and works."""
+
+from __future__ import annotations
+
+import datetime
+import decimal
+import re
+from typing import Any
+
+import pandas as pd
+import polars as pl
+import pyarrow as pa
+import pyarrow.compute as pc
+import pytest
+import torch
+
+import tensorbridge as tb
+from tensorbridge import tree
+
+BIG = 2**53 + 1  # no float64
+
+
+def arrow_pandas(values: Any, kind: Any) -> Any:
+    return pd.Series(values, dtype=pd.ArrowDtype(kind))
+
+
+def tensors(values: Any) -> Any:
+    storage = pa.array(values, pa.list_(pa.float64(), 2))
+    return pa.ExtensionArray.from_storage(pa.fixed_shape_tensor(pa.float64(), [2]), storage)
+
+
+MOMENT = datetime.datetime(2020, 1, 1)
+CURES: dict[str, tuple[Any, str, Any]] = {
+    "arrow text": (
+        lambda: pa.array(["b", "a", "b"]),
+        "x.dictionary_encode().indices",
+        [0, 1, 0],
+    ),
+    "arrow text in chunks": (
+        lambda: pa.chunked_array([["b", "a"], ["b"]]),
+        "x.combine_chunks().dictionary_encode().indices",
+        [0, 1, 0],
+    ),
+    "arrow bytes": (lambda: pa.array([b"b", b"a"], pa.large_binary()), "x.dictionary_encode().indices", [0, 1]),
+    "arrow text views": (lambda: pa.array(["b", "a"], pa.string_view()), "x.dictionary_encode().indices", [0, 1]),
+    "arrow codes": (lambda: pa.array(["b", "a", "b"]).dictionary_encode(), "x.indices", [0, 1, 0]),
+    "arrow codes in chunks": (
+        lambda: pa.chunked_array([pa.array(["b"]).dictionary_encode(), pa.array(["a", "b"]).dictionary_encode()]),
+        "x.combine_chunks().indices",
+        [0, 1, 0],
+    ),
+    "arrow moments": (lambda: pa.array([1, 2], pa.timestamp("s")), 'x.cast("int64")', [1, 2]),
+    "arrow moments in chunks": (lambda: pa.chunked_array([[1], [2]], pa.timestamp("s")), 'x.cast("int64")', [1, 2]),
+    "arrow durations": (lambda: pa.array([1, 2], pa.duration("s")), 'x.cast("int64")', [1, 2]),
+    "arrow times": (lambda: pa.array([1, 2], pa.time64("us")), 'x.cast("int64")', [1, 2]),
+    "arrow short times": (lambda: pa.array([1, 2], pa.time32("s")), 'x.cast("int32")', [1, 2]),
+    "arrow dates": (lambda: pa.array([1, 2], pa.date32()), 'x.cast("int32")', [1, 2]),
+    "arrow long dates": (lambda: pa.array([1, 2], pa.date64()), 'x.cast("int64")', [1, 2]),
+    "arrow decimals": (lambda: pa.array([1, 2], pa.decimal128(3)), 'x.cast("float64")', [1, 2]),
+    "arrow runs": (lambda: pc.run_end_encode(pa.array([1, 1, 2])), "pyarrow.compute.run_end_decode(x)", [1, 1, 2]),
+    "arrow records": (
+        lambda: pa.chunked_array([[{"name": 1}], [{"name": 2}]]),
+        "pyarrow.compute.struct_field(x, name)",
+        [1, 2],
+    ),
+    "arrow null": (lambda: pa.array([1, None]), "x.fill_null(0)", [1, 0]),
+    "arrow null dropped": (lambda: pa.chunked_array([[[1]], [None]]), "x.drop_null()", [[1]]),
+    "arrow null in a list": (
+        lambda: pa.array([[1, None], [3, 4]]),
+        "tensorbridge.to_numpy(pyarrow.compute.fill_null("
+        "pyarrow.compute.list_flatten(x, recursive=True), 0)).reshape(len(x), -1)",
+        [[1, 0], [3, 4]],
+    ),
+    "arrow null in a tensor": (
+        lambda: pa.chunked_array([tensors([[1.0, 2.0], [None, 3.0]])]),
+        "tensorbridge.to_numpy(pyarrow.compute.fill_null("
+        "pyarrow.compute.list_flatten(x.cast(x.type.storage_type), recursive=True), 0)).reshape(len(x), -1)",
+        [[1, 2], [0, 3]],
+    ),
+    "arrow null in a dictionary": (
+        lambda: pa.DictionaryArray.from_arrays(pa.array([0, 1]), pa.array([5, None])),
+        "x.cast(x.type.value_type).fill_null(0)",
+        [5, 0],
+    ),
+    "pandas text": (lambda: pd.Series(["b", "a", "b"]), "pandas.factorize(x)[0]", [0, 1, 0]),
+    "pandas text labels": (lambda: pd.Index(["b", "a", "b"]), "pandas.factorize(x)[0]", [0, 1, 0]),
+    "pandas arrow text": (lambda: arrow_pandas(["b", "a"], pa.string()), "pandas.factorize(x)[0]", [0, 1]),
+    "pandas text categories": (lambda: pd.Series(["b", "a"], dtype="category"), "pandas.factorize(x)[0]", [0, 1]),
+    "pandas objects": (lambda: pd.Series([1, 2], dtype=object), 'x.astype("float64")', [1, 2]),
+    "pandas text objects": (lambda: pd.Series(["b", "a"], dtype=object), "pandas.factorize(x)[0]", [0, 1]),
+    "pandas pairs": (lambda: pd.MultiIndex.from_tuples([(1, 2), (1, 3)]), "pandas.factorize(x)[0]", [0, 1]),
+    "pandas intervals": (lambda: pd.Series(pd.interval_range(0, 2)), "pandas.factorize(x)[0]", [0, 1]),
+    "pandas moments": (lambda: pd.Series([MOMENT]).astype("datetime64[s]"), 'x.astype("int64")', [1577836800]),
+    "pandas zoned moments": (
+        lambda: pd.Series([MOMENT]).astype("datetime64[s]").dt.tz_localize("UTC"),
+        'x.astype("int64")',
+        [1577836800],
+    ),
+    "pandas durations": (lambda: pd.Series(pd.to_timedelta([1], unit="s")), 'x.astype("int64")', None),
+    "pandas periods": (lambda: pd.Series(pd.period_range("1970-01-01", periods=2)), 'x.astype("int64")', [0, 1]),
+    "pandas labels of moments": (lambda: pd.DatetimeIndex([MOMENT]).as_unit("s"), 'x.astype("int64")', [1577836800]),
+    "pandas arrow moments": (
+        lambda: arrow_pandas(pa.array([1], pa.timestamp("s")), pa.timestamp("s")),
+        'x.astype("int64[pyarrow]")',
+        [1],
+    ),
+    "pandas arrow times": (
+        lambda: arrow_pandas(pa.array([1], pa.time64("us")), pa.time64("us")),
+        'x.astype("int64[pyarrow]")',
+        [1],
+    ),
+    "pandas arrow dates": (
+        lambda: arrow_pandas(pa.array([1], pa.date32()), pa.date32()),
+        'x.astype("int32[pyarrow]")',
+        [1],
+    ),
+    "pandas arrow decimals": (
+        lambda: arrow_pandas(pa.array([1], pa.decimal128(3)), pa.decimal128(3)),
+        'x.astype("float64")',
+        [1],
+    ),
+    "pandas records": (
+        lambda: arrow_pandas([{"name": 1}], pa.struct({"name": pa.int64()})),
+        "x.struct.field(name)",
+        [1],
+    ),
+    "pandas null in a list": (
+        lambda: arrow_pandas([[1, None], [3, 4]], pa.list_(pa.int64())),
+        "tensorbridge.to_numpy(x.list.flatten().fillna(0)).reshape(len(x), -1)",
+        [[1, 0], [3, 4]],
+    ),
+    "polars text": (lambda: pl.Series(["b", "a", "b"]), "x.cast(polars.Categorical).to_physical()", None),
+    "polars categories": (lambda: pl.Series(["b", "a"], dtype=pl.Enum(["a", "b"])), "x.to_physical()", [1, 0]),
+    "polars moments": (lambda: pl.Series([MOMENT]), "x.to_physical()", [1577836800000000]),
+    "polars dates": (lambda: pl.Series([datetime.date(1970, 1, 2)]), "x.to_physical()", [1]),
+    "polars times": (lambda: pl.Series([datetime.time(0, 0, 1)]), "x.to_physical()", [10**9]),
+    "polars durations": (lambda: pl.Series([datetime.timedelta(seconds=1)]), "x.to_physical()", [10**6]),
+    "polars decimals": (lambda: pl.Series(["1.5"]).cast(pl.Decimal(3, 1)), "x.cast(polars.Float64)", [1.5]),
+    "polars wide": (lambda: pl.Series([1], dtype=pl.Int128), "x.cast(polars.Int64)", [1]),
+    "polars null": (lambda: pl.Series([1, None]), "x.fill_null(0)", [1, 0]),
+    "polars null list": (lambda: pl.Series([[1], None]), "x.drop_nulls()", [[1]]),
+    "polars null in a list": (
+        lambda: pl.Series([[1, None], [3, 4]]),
+        "x.list.eval(polars.element().fill_null(0))",
+        [[1, 0], [3, 4]],
+    ),
+    "polars null in an array": (
+        lambda: pl.Series([[1, None], [3, 4]], dtype=pl.Array(pl.Int64, 2)),
+        "x.arr.to_list().list.eval(polars.element().fill_null(0))",
+        [[1, 0], [3, 4]],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CURES)
+def test_the_cure_that_is_said_works(name):
+    make, cure, expected = CURES[name]
+    x = make()
+    for convert in (tb.to_numpy, tb.to_torch, lambda x: tree.to_numpy({"c": x})):
+        with pytest.raises(tb.UnsupportedArrayError, match=re.escape(cure)) as caught:
+            convert(x)
+        assert len(str(caught.value).splitlines()) == 2
+    names = {"x": x, "name": "name", "tensorbridge": tb, "pyarrow": pa, "pandas": pd, "polars": pl}
+    cured = eval(cure, names)
+    for a in (tb.to_numpy(cured), tree.to_numpy({"c": cured})["c"]):
+        assert a.dtype.kind in "iuf"
+        assert len(a) == len(cured)
+        if expected is not None:
+            assert a.tolist() == expected
+
+
+def test_the_cure_for_polars_records_works():
+    x = pl.Series("c", [{"id": BIG, "w": 0.5}])
+    with pytest.raises(tb.UnsupportedArrayError, match=r"x\.struct\.unnest\(\), with tensorbridge\.tree"):
+        tree.to_numpy({"c": x})
+    made = tree.to_numpy(x.struct.unnest())
+    assert made["id"].tolist() == [BIG]
+    assert made["w"].tolist() == [0.5]
+
+
+@pytest.mark.parametrize(
+    "make", [lambda: pa.array([["a"], ["b"]]), lambda: pl.Series([["a"], ["b"]])], ids=["arrow", "polars"]
+)
+def test_no_cure_is_said_for_text_in_lists_but_to_leave_it_out(make):
+    with pytest.raises(tb.UnsupportedArrayError, match=r"text is not a number\.\nLeave the column out"):
+        tb.to_numpy(make())
+
+
+SELECTED = {
+    "arrow": (pa.table, 'table.select(["name", ...])', lambda x: x.select(["n", "b"])),
+    "pandas": (
+        pd.DataFrame,
+        'df.select_dtypes(["number", "bool"], "timedelta")',
+        lambda x: x.select_dtypes(["number", "bool"], "timedelta"),
+    ),
+    "polars": (
+        pl.DataFrame,
+        "df.select(polars.selectors.integer() | polars.selectors.float() | polars.selectors.boolean())",
+        lambda x: x.select(pl.selectors.integer() | pl.selectors.float() | pl.selectors.boolean()),
+    ),
+}
+
+
+NO_NUMBERS = {
+    "text": ["a", "b"],
+    "moments": [MOMENT, MOMENT],
+    "dates": [datetime.date(2020, 1, 1)] * 2,
+    "durations": [datetime.timedelta(1)] * 2,
+    "decimals": [decimal.Decimal("1.5")] * 2,
+}
+
+
+@pytest.mark.parametrize("column", NO_NUMBERS)
+@pytest.mark.parametrize("name", SELECTED)
+def test_a_table_with_text_or_dates_says_how_to_go_on_without(name, column):
+    make, said, select = SELECTED[name]
+    frame = make({"n": [1, 2], "t": NO_NUMBERS[column], "b": [True, False]})
+    with pytest.raises(
+        tb.UnsupportedArrayError, match=rf"^batch\['t'\]: .*\n.*leave the column out: {re.escape(said)}"
+    ):
+        tree.to_torch(frame)
+    made = tree.to_torch(select(frame))
+    assert {n: t.dtype for n, t in made.items()} == {"n": torch.int64, "b": torch.bool}
