@@ -57,15 +57,33 @@ def leaves_of(tree: Any) -> list[Any]:
     return [] if isinstance(tree, int) else [tree]
 
 
-def tree_check(source: Any) -> Callable[[Way, Any], None]:
+def tree_check(source: Any, count: int = LEAVES) -> Callable[[Way, Any], None]:
     def check(way: Way, result: Any) -> None:
         import tensorbridge as tb
         from tensorbridge._bench._rows import same_values
 
         pairs = list(zip(leaves_of(source), leaves_of(result), strict=True))
-        expect(len(pairs) == LEAVES, f"{len(pairs)} leaves")
+        expect(len(pairs) == count, f"{len(pairs)} leaves")
         expect(all(same_values(a, b) for a, b in pairs), f"{way.name}: other values")
         expect(all(tb.shares_memory(a, b) == (way.state == SHARED) for a, b in pairs), f"{way.name}: not {way.state}")
+
+    return check
+
+
+def samples(count: int, shape: tuple[int, ...]) -> list[dict[str, Any]]:
+    """What a data set gives a DataLoader: each sample with memory of its own."""
+    return [{"image": a.copy(), "label": i} for i, a in enumerate(random_array("float32", count, *shape))]
+
+
+def batch_check(given: list[dict[str, Any]]) -> Callable[[Way, Any], None]:
+    def check(way: Way, result: Any) -> None:
+        from tensorbridge._bench._rows import same_values
+
+        images = result["image"]
+        expect(list(result["label"]) == [sample["label"] for sample in given], f"{way.name}: other labels")
+        expect(len(images) == len(given), f"{way.name}: {len(images)} images")
+        pairs = zip(images, (sample["image"] for sample in given), strict=True)
+        expect(all(same_values(a, b) for a, b in pairs), f"{way.name}: other values")
 
     return check
 
@@ -126,11 +144,31 @@ def _rows(scope: Scope) -> list[Row]:
         )
         return Case(ways, names, tree_check(names["x"]))
 
+    def small() -> Case:
+        names = with_modules() | {"x": owned(dict(list(flat().items())[:5]))}
+        ways = (
+            Way("tensorbridge", "tree.to_torch(x)", "bridge", SHARED),
+            Way("from_numpy, leaf by leaf", "{k: torch.from_numpy(v) for k, v in x.items()}", "limit", SHARED),
+        )
+        return Case(ways, names, tree_check(names["x"], 5))
+
+    def collated(count: int, shape: tuple[int, ...]) -> Case:
+        names = with_modules() | {"x": samples(count, shape)}
+        names["default_collate"] = import_module("torch.utils.data").default_collate
+        ways = (
+            Way("tensorbridge", "tb.collate(x)", "bridge", FRESH),
+            Way("torch's default_collate", "default_collate(x)", "baseline", FRESH),
+        )
+        return Case(ways, names, batch_check(names["x"]))
+
     return [
         Row("flat dict, copied to torch", copied),
         Row("flat dict, shared with torch", shared),
         Row("flat dict, shared with NumPy", to_numpy),
         Row("list of dicts with tuples and dicts, shared with torch", deep),
+        Row("dict of 5 arrays, shared with torch", small),
+        Row("64 samples of (3, 32, 32) and a label, collated", lambda: collated(64, (3, 32, 32))),
+        Row("256 samples of (8,) and a label, collated", lambda: collated(256, (8,))),
     ]
 
 
@@ -138,8 +176,9 @@ QUESTIONS = (
     Question(
         "B3",
         "What does a tree of many small arrays cost?",
-        "1000 float32 arrays of 1 KiB, each with memory of its own. The comprehensions know that the tree is a flat "
-        "dict; tree.to_torch finds that out, keeps every container's type, and keeps shared leaves shared.",
+        "1000 float32 arrays of 1 KiB (where no other number is said), each with memory of its own. The comprehensions "
+        "know that the tree is a flat dict; tree.to_torch finds that out, keeps every container's type, and keeps "
+        "shared leaves shared.",
         _rows,
     ),
 )
