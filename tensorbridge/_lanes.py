@@ -29,6 +29,9 @@ _forward_ad: Any  # torch's module: inside a dual level a plain-looking tensor m
 _from_numpy: Callable[[Any], Any]
 
 
+opened: Callable[[], None] = lambda: None  # called once, when torch has shown up
+
+
 def open(adapter: Adapter) -> None:
     global _Tensor, _common, _plain_dtypes, _plain_numpy, _forward_ad, _from_numpy
     facts: Any = adapter
@@ -37,6 +40,7 @@ def open(adapter: Adapter) -> None:
     _Tensor = facts.Tensor
     _copy_lanes.open(adapter)
     _eager.mark()
+    opened()
 
 
 def plain_tensor_to_numpy(full: _F) -> _F:
@@ -59,7 +63,8 @@ def plain_tensor_to_numpy(full: _F) -> _F:
                         if _eager.compiling() is not None:
                             return _eager.carried(full(x))
                         a = x.numpy(force=True)
-                        if not a.flags.owndata and a.base.data_ptr() == x.data_ptr():  # else a lazy bit was resolved
+                        base = a.base
+                        if type(base) is _Tensor and base.data_ptr() == x.data_ptr():  # else a lazy bit was resolved
                             a.setflags(False)  # positional: a fifth of the price of .flags.writeable
                             return a
                     else:

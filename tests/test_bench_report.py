@@ -375,3 +375,10 @@ def test_figure_without_a_measurement_is_refused(mark: str, figures: Any) -> Non
     run = run_of(row(80, 100), Result("A3", "peer", "cpu", missing="not installed"))
     with pytest.raises(LookupError):
         figures.filled(f"<!-- {mark} --><!-- end -->", run)
+
+
+def test_what_a_faster_line_leaves_out_stands_in_the_way() -> None:
+    fast = row(90, 100)
+    theirs = [t._replace(way=t.way._replace(unlike="it counts no write")) for t in fast.timings]
+    text = text_of(run_of(fast._replace(timings=tuple(theirs))))
+    assert "it counts no write" in text.split("### Rows below a goal")[1].split("## ")[0]

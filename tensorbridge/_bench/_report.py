@@ -144,15 +144,18 @@ def below(run: Run) -> str:
         row = result.key if v.goal.way == "tensorbridge" else f"{result.key}: {v.goal.way}"
         bound = f"{'at least' if v.goal.sense == 'speed' else 'at most'} {figure(v.goal, v.goal.bound)}"
         limit = "" if v.limit is None else figure(v.goal, v.limit)
-        lines.append((v.goal.name, row, v.theirs, bound, measured(v), duration(extra, sign=True), limit, _way_out(v)))
+        way_out = _way_out(v, result.timing(v.theirs).way.unlike)
+        lines.append((v.goal.name, row, v.theirs, bound, measured(v), duration(extra, sign=True), limit, way_out))
     head = ("goal", "row", "against", "asked", "measured", "difference", "the limit", "what stands in the way")
     return "### Rows below a goal\n\n" + table(head, lines)
 
 
-def _way_out(v: Verdict) -> str:
+def _way_out(v: Verdict, unlike: str) -> str:
     if v.limit is not None and not reaches(v.goal, v.limit):
         return "the limit does not reach it either"
-    return "nothing: its rounds scatter across it" if v.low <= v.goal.bound <= v.high else "tensorbridge's own work"
+    if v.low <= v.goal.bound <= v.high:
+        return "nothing: its rounds scatter across it"
+    return unlike or "tensorbridge's own work"
 
 
 # -- Tables, one a question

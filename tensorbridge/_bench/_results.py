@@ -111,6 +111,7 @@ def _plain(result: Result) -> dict[str, Any]:
             "code": t.way.code,
             "role": t.way.role,
             "state": t.way.state,
+            "unlike": t.way.unlike,
             "calls": t.calls,
             "median_ns": _short(median(t.ns)),
             "min_ns": _short(min(t.ns)),
@@ -139,7 +140,8 @@ def load(path: Path) -> Run:
 
 def _result(plain: dict[str, Any]) -> Result:
     timings = tuple(
-        Timing(Way(w["name"], w["code"], w["role"], w["state"]), w["calls"], tuple(w["ns"])) for w in plain["timings"]
+        Timing(Way(w["name"], w["code"], w["role"], w["state"], unlike=w.get("unlike", "")), w["calls"], tuple(w["ns"]))
+        for w in plain["timings"]
     )
     goals = tuple(Goal(**{**goal, "against": tuple(goal["against"])}) for goal in plain["goals"])
     return Result(**{**plain, "timings": timings, "goals": goals})

@@ -37,6 +37,7 @@ class Way(NamedTuple):
     state: str = SHARED
     sample: Callable[[], int] | None = None  # a measurement of its own, in ns, where a line in this process will not do
     before: Callable[[], Any] | None = None  # called ahead of each round, outside the time
+    unlike: str = ""  # what it does, or leaves out, that we do not: where it is faster, this stands in our way
 
 
 class Goal(NamedTuple):

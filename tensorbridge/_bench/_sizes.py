@@ -30,6 +30,11 @@ FULL_SIZES = tuple(64 * 4**i for i in range(13))  # 64 B to 1 GiB
 QUICK_SIZES = (64, 4 * KIB, 64 * KIB, MIB, 16 * MIB, 64 * MIB)
 
 
+THREADS = "above 32 KiB it starts threads, which wait for any core that is busy (docs/cost.md)"
+UNCOUNTED = "it counts no write for autograd"
+LOCKS = "it makes the storage of the tensor unresizable for good"
+
+
 class Direction(NamedTuple):
     name: str
     make: Callable[[int], dict[str, Any]]  # "x", the source; "w" and "wn", memory in use under both frameworks
@@ -61,11 +66,11 @@ TO_TORCH = Direction(
         Way("share by hand", "torch.from_numpy(x)", "baseline", SHARED),
         Way("copy by hand", "torch.tensor(x)", "baseline", FRESH),
         Way("NumPy's copy", "torch.from_numpy(x.copy())", "baseline", FRESH),
-        Way("torch's copy", "torch.from_numpy(x).clone()", "baseline", FRESH),
+        Way("torch's copy", "torch.from_numpy(x).clone()", "baseline", FRESH, unlike=THREADS),
         Way("NumPy's copy, dropped", "torch.from_numpy(x.copy())", "baseline", REUSED),
-        Way("torch's copy, dropped", "torch.from_numpy(x).clone()", "baseline", REUSED),
-        Way("NumPy's copy into out", "np.copyto(wn, x)", "baseline", WARM),
-        Way("torch's copy into out", "w.copy_(torch.from_numpy(x))", "baseline", WARM),
+        Way("torch's copy, dropped", "torch.from_numpy(x).clone()", "baseline", REUSED, unlike=THREADS),
+        Way("NumPy's copy into out", "np.copyto(wn, x)", "baseline", WARM, unlike=UNCOUNTED),
+        Way("torch's copy into out", "w.copy_(torch.from_numpy(x))", "baseline", WARM, unlike=THREADS),
     ),
 )
 TO_NUMPY = Direction(
@@ -78,12 +83,12 @@ TO_NUMPY = Direction(
         Way("copy into out", "tb.to_numpy(x, out=wn)", "bridge", WARM),
         Way("share by hand", "x.detach().cpu().numpy()", "baseline", SHARED),
         Way("copy by hand", "x.detach().cpu().numpy().copy()", "baseline", FRESH),
-        Way("NumPy's copy", "np.array(x.numpy())", "baseline", FRESH),
-        Way("torch's copy", "x.clone().numpy()", "baseline", FRESH),
-        Way("NumPy's copy, dropped", "np.array(x.numpy())", "baseline", REUSED),
-        Way("torch's copy, dropped", "x.clone().numpy()", "baseline", REUSED),
-        Way("NumPy's copy into out", "np.copyto(wn, x.numpy())", "baseline", WARM),
-        Way("torch's copy into out", "w.copy_(x)", "baseline", WARM),
+        Way("NumPy's copy", "np.array(x.numpy())", "baseline", FRESH, unlike=LOCKS),
+        Way("torch's copy", "x.clone().numpy()", "baseline", FRESH, unlike=THREADS),
+        Way("NumPy's copy, dropped", "np.array(x.numpy())", "baseline", REUSED, unlike=LOCKS),
+        Way("torch's copy, dropped", "x.clone().numpy()", "baseline", REUSED, unlike=THREADS),
+        Way("NumPy's copy into out", "np.copyto(wn, x.numpy())", "baseline", WARM, unlike=LOCKS),
+        Way("torch's copy into out", "w.copy_(x)", "baseline", WARM, unlike=THREADS),
     ),
 )
 SWEEP_GOALS = (
