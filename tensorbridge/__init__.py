@@ -101,8 +101,8 @@ def __getattr__(name: str) -> Any:
 
 
 def _load_all() -> None:
-    """CPython does not cache the names of a module that has a ``__getattr__``: 40 ns for every ``tb.to_numpy(x)``. So it
-    goes with the first conversion that sees torch, whose own import took a hundred times as long.
+    """CPython does not cache the names of a module that has a ``__getattr__``: 40 ns for every ``tb.to_numpy(x)``. So
+    it goes with the first conversion that sees torch, whose own import took a hundred times as long.
     """
     for name in _LATER:
         if name not in globals():

@@ -23,6 +23,7 @@ from tensorbridge._bench._rows import (
     bytes_name,
     floor,
     result_is,
+    threads,
 )
 from tensorbridge._bench._sizes import copied, from_array, with_modules
 
@@ -48,7 +49,7 @@ def _large_rows(scope: Scope) -> list[Row]:
         ways = (
             Way("tensorbridge", "tb.to_torch(x, out=w)", "bridge", WARM),
             Way("NumPy's copy", "np.copyto(wn, x)", "baseline", WARM),
-            Way("torch's copy", "w.copy_(torch.from_numpy(x))", "baseline", WARM),
+            Way("torch's copy", "w.copy_(torch.from_numpy(x))", "baseline", WARM, unlike=threads(nbytes)),
             Way("memcpy", "memmove(to, at, n)", "limit", WARM),
         )
         goals = (Goal("B1", ("memcpy",), "speed", 0.9), floor("NumPy's copy", "torch's copy"))

@@ -88,6 +88,11 @@ class Question(NamedTuple):
 FLOOR = 0.95
 
 
+def threads(nbytes: int) -> str:
+    """What torch's plain copy of so many bytes does that ours does not."""
+    return "it starts threads, which wait for any core that is busy (docs/cost.md)" if nbytes > 32 * KIB else ""
+
+
 def floor(*against: str, way: str = "tensorbridge") -> Goal:
     return Goal("floor", against, "speed", FLOOR, way=way)
 

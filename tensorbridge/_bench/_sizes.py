@@ -24,13 +24,13 @@ from tensorbridge._bench._rows import (
     random_array,
     result_is,
     same_values,
+    threads,
 )
 
 FULL_SIZES = tuple(64 * 4**i for i in range(13))  # 64 B to 1 GiB
 QUICK_SIZES = (64, 4 * KIB, 64 * KIB, MIB, 16 * MIB, 64 * MIB)
 
 
-THREADS = "above 32 KiB it starts threads, which wait for any core that is busy (docs/cost.md)"
 UNCOUNTED = "it counts no write for autograd"
 LOCKS = "it makes the storage of the tensor unresizable for good"
 
@@ -66,11 +66,11 @@ TO_TORCH = Direction(
         Way("share by hand", "torch.from_numpy(x)", "baseline", SHARED),
         Way("copy by hand", "torch.tensor(x)", "baseline", FRESH),
         Way("NumPy's copy", "torch.from_numpy(x.copy())", "baseline", FRESH),
-        Way("torch's copy", "torch.from_numpy(x).clone()", "baseline", FRESH, unlike=THREADS),
+        Way("torch's copy", "torch.from_numpy(x).clone()", "baseline", FRESH),
         Way("NumPy's copy, dropped", "torch.from_numpy(x.copy())", "baseline", REUSED),
-        Way("torch's copy, dropped", "torch.from_numpy(x).clone()", "baseline", REUSED, unlike=THREADS),
+        Way("torch's copy, dropped", "torch.from_numpy(x).clone()", "baseline", REUSED),
         Way("NumPy's copy into out", "np.copyto(wn, x)", "baseline", WARM, unlike=UNCOUNTED),
-        Way("torch's copy into out", "w.copy_(torch.from_numpy(x))", "baseline", WARM, unlike=THREADS),
+        Way("torch's copy into out", "w.copy_(torch.from_numpy(x))", "baseline", WARM),
     ),
 )
 TO_NUMPY = Direction(
@@ -84,11 +84,11 @@ TO_NUMPY = Direction(
         Way("share by hand", "x.detach().cpu().numpy()", "baseline", SHARED),
         Way("copy by hand", "x.detach().cpu().numpy().copy()", "baseline", FRESH),
         Way("NumPy's copy", "np.array(x.numpy())", "baseline", FRESH, unlike=LOCKS),
-        Way("torch's copy", "x.clone().numpy()", "baseline", FRESH, unlike=THREADS),
+        Way("torch's copy", "x.clone().numpy()", "baseline", FRESH),
         Way("NumPy's copy, dropped", "np.array(x.numpy())", "baseline", REUSED, unlike=LOCKS),
-        Way("torch's copy, dropped", "x.clone().numpy()", "baseline", REUSED, unlike=THREADS),
+        Way("torch's copy, dropped", "x.clone().numpy()", "baseline", REUSED),
         Way("NumPy's copy into out", "np.copyto(wn, x.numpy())", "baseline", WARM, unlike=LOCKS),
-        Way("torch's copy into out", "w.copy_(x)", "baseline", WARM, unlike=THREADS),
+        Way("torch's copy into out", "w.copy_(x)", "baseline", WARM),
     ),
 )
 SWEEP_GOALS = (
@@ -104,6 +104,7 @@ def _sweep_rows(scope: Scope) -> list[Row]:
         ways = tuple(
             w for w in direction.ways if w.state != REUSED or nbytes <= LARGEST
         )  # larger ones are fresh anyway
+        ways = tuple(w._replace(unlike=threads(nbytes)) if w.name.startswith("torch's") else w for w in ways)
         told = {way.name for way in ways}
         return Case(ways, names, copied(names), nbytes, tuple(goal for goal in SWEEP_GOALS if goal.way in told))
 
