@@ -8,6 +8,7 @@ from typing import Any
 
 from tensorbridge._bench._rows import (
     FRESH,
+    REUSED,
     SHARED,
     Case,
     Goal,
@@ -156,8 +157,8 @@ def _rows(scope: Scope) -> list[Row]:
         names = with_modules() | {"x": samples(count, shape)}
         names["default_collate"] = import_module("torch.utils.data").default_collate
         ways = (
-            Way("tensorbridge", "tb.collate(x)", "bridge", FRESH),
-            Way("torch's default_collate", "default_collate(x)", "baseline", FRESH),
+            Way("tensorbridge", "tb.collate(x)", "bridge", REUSED),
+            Way("torch's default_collate", "default_collate(x)", "baseline", REUSED),
         )
         return Case(ways, names, batch_check(names["x"]))
 
