@@ -63,8 +63,7 @@ def plain_tensor_to_numpy(full: _F) -> _F:
                         if _eager.compiling() is not None:
                             return _eager.carried(full(x))
                         a = x.numpy(force=True)
-                        base = a.base
-                        if type(base) is _Tensor and base.data_ptr() == x.data_ptr():  # else a lazy bit was resolved
+                        if not a.flags.owndata and a.base.data_ptr() == x.data_ptr():  # else a lazy bit was resolved
                             a.setflags(False)  # positional: a fifth of the price of .flags.writeable
                             return a
                     else:
