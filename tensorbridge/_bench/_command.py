@@ -19,6 +19,7 @@ from tensorbridge._bench import (
     _cuda,
     _cuda_batches,
     _cuda_crossings,
+    _loops,
     _machine,
     _plots,
     _report,
@@ -37,6 +38,7 @@ QUESTIONS: tuple[Question, ...] = (
     *_copies.QUESTIONS,
     *_changes.QUESTIONS,
     *_trees.QUESTIONS,
+    *_loops.QUESTIONS,
     *_cuda_crossings.QUESTIONS,
     *_cuda_batches.QUESTIONS,
     *_cuda.QUESTIONS,  # gibibytes: last, where a session on a card may run out of time
