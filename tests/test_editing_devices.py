@@ -6,12 +6,11 @@ import threading
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from tensorbridge import _editing
 from tensorbridge._editing import editing
 from tensorbridge._errors import DeviceError, GraphError
-
-torch = pytest.importorskip("torch")
 
 STALE = "modified by an inplace operation"
 

@@ -9,11 +9,10 @@ import time
 import xml.etree.ElementTree as ElementTree
 
 import pytest
+import torch
 
 from tensorbridge import _picture, _svg
 from tensorbridge._graph import autograd_graph
-
-torch = pytest.importorskip("torch")
 
 
 def square():
