@@ -10,7 +10,7 @@ import numpy as np
 from tensorbridge import _device_lanes, _lanes, _options
 from tensorbridge import _words as words
 from tensorbridge._array import ArrayInfo
-from tensorbridge._convert import convert, described, moment, opened
+from tensorbridge._convert import convert, described, moment, opened, remembering
 from tensorbridge._eager import eager, mark
 from tensorbridge._memory import infos_share
 from tensorbridge._plan import decide
@@ -50,6 +50,7 @@ def to_numpy(
     out: None = ...,
 ) -> NDArray[Any]: ...
 @_lanes.plain_tensor_to_numpy
+@remembering
 @eager
 def to_numpy(
     x: Any,
@@ -117,6 +118,7 @@ def to_numpy(
 
 @_lanes.plain_array_to_torch
 @_device_lanes.plain_cupy_to_torch
+@remembering
 @eager
 def to_torch(
     x: Any,

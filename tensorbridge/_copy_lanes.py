@@ -23,22 +23,23 @@ _plain_numpy: frozenset[Any] = frozenset()
 _forward_ad: Any
 _from_numpy: Callable[[Any], Any]
 _borrowed: Callable[[Any], Any]
-_is_functional: Callable[[Any], bool]
+_is_plain: Callable[[Any], bool]
 _increment_version: Callable[[Any], None]
 
 
 def open(adapter: Adapter) -> None:
-    global _Tensor, _plain, _plain_numpy, _forward_ad, _from_numpy, _borrowed, _is_functional, _increment_version
+    global _Tensor, _plain, _plain_numpy, _forward_ad, _from_numpy, _borrowed, _is_plain, _increment_version
     facts: Any = adapter
     _plain, _plain_numpy = facts.PLAIN, facts.PLAIN_NUMPY
     _forward_ad, _from_numpy, _borrowed = facts.forward_ad, facts.from_numpy, facts.borrowed
-    _is_functional, _increment_version = facts.is_functional, facts.increment_version
+    _is_plain, _increment_version = facts.is_plain, facts.increment_version
     _Tensor = facts.Tensor
 
 
 def tensor_to_numpy(x: Any, options: dict[str, Any]) -> Any:
     """What `to_numpy` gives for a tensor of exactly that type."""
-    if len(options) != 1 or x.dtype not in _plain:
+    copy, out = options.get("copy") is True, options.get("out")
+    if len(options) != 1 or not (copy or type(out) is _ndarray) or x.dtype not in _plain:
         return None
     try:
         if not _is_dense(x):
@@ -46,14 +47,14 @@ def tensor_to_numpy(x: Any, options: dict[str, Any]) -> Any:
         if x.requires_grad:
             x = x.detach()
         small = x.nbytes <= _SMALL
-        if not small and not _is_as_it_says(x):
+        if not small and not _is_plain(x):
             return None
-        if options.get("copy") is True:
+        if copy:
             # Not x.numpy(): the storage of x must stay resizable.
             made = (x.clone() if small else _from_numpy(_borrowed(x).copy("K"))).numpy()
             return None if made.flags.owndata else made
-        out: Any = options.get("out")
-        if type(out) is not _ndarray or not out.flags.carray or out.dtype not in _plain_numpy:
+        assert out is not None
+        if not out.flags.carray or out.dtype not in _plain_numpy:
             return None
         if out.base is not None and (type(out.base) is not _ndarray or out.base.base is not None):
             return None
@@ -83,7 +84,7 @@ def array_to_torch(x: Any, options: dict[str, Any]) -> Any:
         if not _is_dense(out):
             return None
         fits = out.dtype is source.dtype and out.shape == source.shape and _are_apart(out, source)
-        if not fits or not _is_as_it_says(out) or out.is_inference():
+        if not fits or not _is_plain(out) or out.is_inference():
             return None
         if x.nbytes <= _SMALL:
             return out.copy_(source)
@@ -102,11 +103,6 @@ def _is_dense(t: Any) -> bool:
 def is_held(t: Any) -> bool:
     """Whether the storage of a dense tensor holds all of it. After a ``resize_`` that failed it does not."""
     return bool(t.storage_offset() * t.element_size() + t.nbytes <= t.untyped_storage().nbytes())
-
-
-def _is_as_it_says(t: Any) -> bool:
-    """Whether the elements of a tensor are what its bytes say, and its bytes where it says."""
-    return not (t.is_neg() or t.is_conj() or t._is_zerotensor() or _is_functional(t))
 
 
 def _are_apart(a: Any, b: Any) -> bool:

@@ -88,18 +88,18 @@ _NAMES = {
     "torch": frozenset(row.name for row in DTYPES.values() if row.torch),
     "cupy": frozenset(row.name for row in DTYPES.values() if row.cupy),
 }
-_OF_NUMPY: dict[np.dtype[Any], str] = {row.numpy: row.name for row in DTYPES.values() if row.numpy is not None}
+OF_NUMPY: dict[np.dtype[Any], str] = {row.numpy: row.name for row in DTYPES.values() if row.numpy is not None}
 _OF_DLPACK: dict[tuple[int, int], str] = {row.dlpack: row.name for row in DTYPES.values() if row.dlpack is not None}
 _OF_PYTHON: dict[Any, str] = {bool: "bool", int: "int64", float: "float64", complex: "complex128"}
 
 
 def of_numpy(dtype: np.dtype[Any]) -> str:
     """The name of a NumPy dtype, ``">"`` in front if its bytes are swapped; ``""`` if the table does not hold it."""
-    name = _OF_NUMPY.get(dtype)
+    name = OF_NUMPY.get(dtype)
     if name is not None:
         return name
     if dtype.isbuiltin == 1 and dtype.kind in "iufc":  # a C type with two names: long and long long
-        return _OF_NUMPY.get(np.dtype(f"{dtype.kind}{dtype.itemsize}"), "")
+        return OF_NUMPY.get(np.dtype(f"{dtype.kind}{dtype.itemsize}"), "")
     if not dtype.isnative and dtype.names is None:
         native = of_numpy(dtype.newbyteorder("="))
         return f">{native}" if native else ""
@@ -124,8 +124,11 @@ def parse(dtype: object) -> str:
     TypeError
         It names no element type of the table.
     """
-    if isinstance(dtype, str) and (name := dtype.removeprefix("torch.")) in DTYPES:
-        return name
+    if isinstance(dtype, str):
+        if dtype in DTYPES:
+            return dtype
+        if (name := dtype.removeprefix("torch.")) in DTYPES:
+            return name
     torch = sys.modules.get("torch")
     if torch is not None and isinstance(dtype, getattr(torch, "dtype", ())):
         name = of_torch(dtype)

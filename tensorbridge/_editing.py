@@ -227,7 +227,7 @@ def _as_converted(t: torch.Tensor) -> tuple[str, str] | None:
     """What stands in the way of `to_numpy` stands in the way of writing, and so do two elements that are one."""
     adapter: Any = adapter_of(type(t))
     try:
-        traits = adapter.traits(t)
+        _, traits = adapter.open(t, Want("numpy"))
     except _refuse.Obstacle as obstacle:
         return f"cannot be an array: {obstacle.why}", obstacle.refusal.cure.replace("Convert", "Edit")
     refusal = _refuse.before(traits, Want("numpy"), HERE)

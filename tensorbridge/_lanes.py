@@ -68,9 +68,10 @@ def plain_tensor_to_numpy(full: _F) -> _F:
                             return a
                     else:
                         a = x.numpy()
-                        if a.flags.num & 5 == 1:  # C-contiguous (1), and not owning its data (4)
+                        flags = a.flags.num & 7
+                        if 0 < flags < 4:  # contiguous in C's order (1) or Fortran's (2), and not owning its data (4)
                             return a
-                        if not a.flags.owndata and not layout(a.shape, a.strides, a.itemsize).overlap:
+                        if not flags and not layout(a.shape, a.strides, a.itemsize).overlap:
                             return a
                 except (RuntimeError, TypeError, ValueError, AssertionError):  # lazy bits, FakeTensorMode ...: too rare
                     pass
@@ -106,7 +107,8 @@ def plain_array_to_torch(full: _F) -> _F:
                 if not options:
                     base: Any = x.base
                     if base is None or (type(base) is _ndarray and base.base is None):
-                        if x.flags.carray or (x.flags.behaved and _is_forward(x)):
+                        flags = x.flags
+                        if flags.carray or (flags.behaved and (flags.f_contiguous or _is_forward(x))):
                             return _from_numpy(x)
                     elif type(base) is _Tensor and x.flags.carray and x.size and _is_whole(x, base):
                         return base.detach()

@@ -18,7 +18,14 @@ from tensorbridge._refuse import FORKED, Obstacle
 from tensorbridge._step import Want
 
 
-def want_numpy(dtype: Any, copy: Any, writable: Any, detach: Any, out: Any, call: str = "to_numpy") -> Want:
+def want_numpy(
+    dtype: Any = None,
+    copy: Any = None,
+    writable: Any = None,
+    detach: Any = True,
+    out: Any = None,
+    call: str = "to_numpy",
+) -> Want:
     if not (type(copy) in _OPTIONAL and type(writable) in _OPTIONAL and type(detach) is bool):
         _complain(call, copy=(copy, True), writable=(writable, True), detach=(detach, False))
     want = Want("numpy", None, _dtype(dtype), copy, writable, False, detach)
@@ -26,18 +33,19 @@ def want_numpy(dtype: Any, copy: Any, writable: Any, detach: Any, out: Any, call
 
 
 def want_torch(
-    device: Any,
-    dtype: Any,
-    copy: Any,
-    share_readonly: Any,
-    detach: Any,
-    pin_memory: Any,
-    non_blocking: Any,
-    out: Any,
+    device: Any = None,
+    dtype: Any = None,
+    copy: Any = None,
+    share_readonly: Any = False,
+    detach: Any = False,
+    pin_memory: Any = False,
+    non_blocking: Any = False,
+    out: Any = None,
     call: str = "to_torch",
 ) -> Want:
     if not (
-        type(copy) in _OPTIONAL and {type(share_readonly), type(detach), type(pin_memory), type(non_blocking)} == _BOOL
+        type(copy) in _OPTIONAL
+        and type(share_readonly) is type(detach) is type(pin_memory) is type(non_blocking) is bool
     ):
         _complain(
             call,
@@ -47,7 +55,7 @@ def want_torch(
             pin_memory=(pin_memory, False),
             non_blocking=(non_blocking, False),
         )
-    where = device_named(device, "torch")
+    where = None if device is None else device_named(device, "torch")
     if pin_memory and where is not None and where != CPU:
         raise ValueError(
             f"{call}(pin_memory=True, device={str(where)!r}): pinned memory is host memory; "
@@ -67,7 +75,7 @@ def want_cupy(
     out: Any,
     call: str = "to_cupy",
 ) -> Want:
-    if not (type(copy) in _OPTIONAL and {type(share_readonly), type(detach), type(non_blocking)} == _BOOL):
+    if not (type(copy) in _OPTIONAL and type(share_readonly) is type(detach) is type(non_blocking) is bool):
         _complain(
             call,
             copy=(copy, True),
@@ -100,7 +108,6 @@ def of_plan(call: str, functions: Mapping[str, Callable[..., Any]], to: Any, opt
     raise TypeError(text + nearest(unknown, known))
 
 
-_BOOL = {bool}
 _OPTIONAL = frozenset({bool, type(None)})
 
 

@@ -340,10 +340,8 @@ def _filling(now: Traits, out: Traits, receiver: str, here: Here) -> _engine.Ker
     """Whose kernel writes into `out`: where the engine has the choice, the one that a fresh copy would get."""
     if "numpy" not in (now.framework, receiver) or not _numpy_fills(now, out):
         return _engine.Kernel("torch" if "torch" in (now.framework, receiver) else receiver)
-    if now.framework == "torch":
-        return _engine.of_tensor(now, out.dtype, out.order, here)
-    holds = torch_holds(now) and (receiver == "torch" or torch_holds(out))
-    return _engine.kernel(now, out.dtype, out.order, here) if holds else _engine.NUMPY
+    holds = now.framework == "torch" or (torch_holds(now) and (receiver == "torch" or torch_holds(out)))
+    return _engine.into(now, out, here) if holds else _engine.NUMPY
 
 
 def _make_fillable(steps: _Steps, filler: str, out: Traits) -> None:

@@ -161,6 +161,23 @@ def numbers(x: Any) -> Any:
 REFUSALS = (BridgeError, ValueError, TypeError)
 
 
+def looks(x: Any) -> tuple[Any, ...]:
+    """All that a caller can see of a result, but its values and its address."""
+    if isinstance(x, torch.Tensor):
+        storage = x.untyped_storage()
+        return (
+            type(x),
+            x.dtype,
+            x.shape,
+            x.stride(),
+            x.storage_offset(),
+            x.requires_grad,
+            x._is_view(),
+            storage.nbytes(),
+        )
+    return type(x), x.dtype, x.dtype.isnative, x.shape, x.strides, x.flags.writeable, x.flags.aligned
+
+
 def attempt(call: Callable[[], Any]) -> tuple[Any, Exception | None]:
     """What a call returns, or how it refuses."""
     try:

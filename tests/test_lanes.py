@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from inspect import unwrap
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from arrays import ARRAYS, attempt, numbers
+from arrays import ARRAYS, attempt, looks, numbers
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
 
@@ -26,23 +27,6 @@ def address(x: Any) -> int:
     return x.data_ptr() if isinstance(x, torch.Tensor) else x.__array_interface__["data"][0]
 
 
-def looks(x: Any) -> tuple[Any, ...]:
-    """All that a caller can see of a result, but its values and its address."""
-    if isinstance(x, torch.Tensor):
-        storage = x.untyped_storage()
-        return (
-            type(x),
-            x.dtype,
-            x.shape,
-            x.stride(),
-            x.storage_offset(),
-            x.requires_grad,
-            x._is_view(),
-            storage.nbytes(),
-        )
-    return type(x), x.dtype, x.dtype.isnative, x.shape, x.strides, x.flags.writeable, x.flags.aligned
-
-
 @silent
 @pytest.mark.parametrize("target", CONVERT)
 @pytest.mark.parametrize(
@@ -57,7 +41,7 @@ def test_fast_lanes_give_what_the_full_road_gives(name, how, target, monkeypatch
     options = {"copy": True} if how.startswith("copied") else {}
     array = ARRAYS[name]()
     convert = CONVERT[target]
-    full, refusal = attempt(lambda: convert.__wrapped__(array, **options))
+    full, refusal = attempt(lambda: unwrap(convert)(array, **options))
     result, again = attempt(lambda: convert(array, **options))
     assert str(refusal) == str(again)
     if refusal is not None:
@@ -141,7 +125,7 @@ def test_fast_lanes_fill_what_the_full_road_fills(name, target, kernel, monkeypa
         return looks(result), written, numbers(result).tolist(), numbers(array).tolist()
 
     for kind in (*OUTS[target], "itself"):
-        by_lane, by_road = filled(CONVERT[target], kind), filled(CONVERT[target].__wrapped__, kind)
+        by_lane, by_road = filled(CONVERT[target], kind), filled(unwrap(CONVERT[target]), kind)
         assert repr(by_lane) == repr(by_road), kind
 
 
@@ -198,7 +182,7 @@ def test_copying_lanes_refuse_what_has_no_memory_of_its_own(options, kernel, mon
 @pytest.mark.parametrize("where", NO_MEMORY_OF_ITS_OWN)
 def test_fast_lane_fills_no_tensor_without_memory_of_its_own(where):
     def see(out):
-        for convert in (tb.to_torch, tb.to_torch.__wrapped__):
+        for convert in (tb.to_torch, unwrap(tb.to_torch)):
             with pytest.raises((ValueError, tb.UnsupportedArrayError)):
                 convert(np.ones(out.shape, "float32"), out=out)
         seen.append(out)
@@ -211,7 +195,7 @@ def test_fast_lane_fills_no_tensor_without_memory_of_its_own(where):
 
 @tangents
 @pytest.mark.parametrize("where", NO_MEMORY_OF_ITS_OWN)
-@pytest.mark.parametrize("road", [tb.to_numpy, tb.to_numpy.__wrapped__], ids=["lane", "full road"])
+@pytest.mark.parametrize("road", [tb.to_numpy, unwrap(tb.to_numpy)], ids=["lane", "full road"])
 def test_tensors_without_memory_of_their_own_are_refused_on_either_road(where, road):
     def see(x):
         with pytest.raises(tb.UnsupportedArrayError):
@@ -229,12 +213,12 @@ def test_tensors_without_memory_of_their_own_are_refused_on_either_road(where, r
 def test_tensors_that_outlived_a_derivative_are_plain_again_on_either_road(where):
     leaked: list[Any] = []
     NO_MEMORY_OF_ITS_OWN[where](lambda x: (leaked.append(x), x * 1)[1])
-    for road in (tb.to_numpy, tb.to_numpy.__wrapped__, tb.to_torch):
+    for road in (tb.to_numpy, unwrap(tb.to_numpy), tb.to_torch):
         assert road(leaked[0]).tolist() == [1, 1, 1]
 
 
 @tangents
-@pytest.mark.parametrize("road", [tb.to_numpy, tb.to_numpy.__wrapped__], ids=["lane", "full road"])
+@pytest.mark.parametrize("road", [tb.to_numpy, unwrap(tb.to_numpy)], ids=["lane", "full road"])
 def test_forward_mode_numbers_are_guarded_as_a_graph_is(road):
     with forward_ad.dual_level():
         dual = forward_ad.make_dual(torch.ones(3), torch.ones(3))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any, Literal, TypeAlias, cast
 
 import numpy as np
@@ -21,30 +22,35 @@ def open(x: Array, want: Want) -> tuple[Array, Traits]:
     return x, traits(x)
 
 
+def kind(a: Array) -> Traits | None:
+    """The traits of a plain array, where they are quickly told."""
+    return traits(a) if a.dtype in _dtypes.OF_NUMPY else None
+
+
 def traits(a: Array) -> Traits:
-    dtype = a.dtype
-    name = _dtypes.of_numpy(dtype)
-    cls = type(a)
-    if not name or (cls is not np.ndarray and _is_masked(a)):
+    if type(a) is not np.ndarray and _is_masked(a):
         raise _obstacle(a)
-    flags = a.flags
-    lay = layout_of(a)
-    return Traits(
-        "numpy",
-        CPU,
-        name,
-        lay.order,
-        lay.spacing,
-        lay.overlap,
-        lay.loose,
-        flags.aligned and (dtype.kind != "c" or _is_aligned_whole(a)),
-        flags.writeable,
-        False,
-        "",
-        None,
-        size_class(a.size * dtype.itemsize),
-        _origin(a, name, lay) if a.base is not None else "",
-    )
+    dtype, base, flags = a.dtype, a.base, a.flags.num
+    lay = PLAIN if flags & _IN_C and a.size and 1 not in a.shape else layout_of(a)
+    plain = base is None or (type(base) is np.ndarray and base.base is None)
+    origin = "" if plain else _origin(a, _dtypes.of_numpy(dtype), lay)
+    aligned = dtype.kind != "c" or _is_aligned_whole(a)
+    found = _of_kind(dtype, flags & _FACTS, lay, aligned, size_class(a.nbytes), origin)
+    if found is None:
+        raise _obstacle(a)
+    return found
+
+
+_IN_C, _ALIGNED, _WRITEABLE = 0x1, 0x100, 0x400  # of NumPy's flags
+_FACTS = _ALIGNED | _WRITEABLE
+
+
+@lru_cache(maxsize=1024)
+def _of_kind(dtype: Any, flags: int, lay: Layout, aligned: bool, size: str, origin: str) -> Traits | None:
+    """The kind of arrays with these facts; None if no framework shares their elements."""
+    name = _dtypes.of_numpy(dtype)
+    aligned, writeable = aligned and bool(flags & _ALIGNED), bool(flags & _WRITEABLE)
+    return Traits("numpy", CPU, name, *lay, aligned, writeable, False, "", None, size, origin) if name else None
 
 
 def like(first: Array) -> Callable[[Array], bool] | None:
@@ -64,10 +70,9 @@ def _is_aligned_whole(a: Array) -> bool:
 
 
 def layout_of(a: Array) -> Layout:
-    strides = a.strides
-    if a.flags.c_contiguous and (a.ndim == 0 or (1 not in a.shape and a.size)):
+    if a.flags.c_contiguous and a.size and 1 not in a.shape:
         return PLAIN
-    return layout(a.shape, strides, a.itemsize)
+    return layout(a.shape, a.strides, a.itemsize)
 
 
 def _origin(a: Array, name: str, lay: Layout) -> str:

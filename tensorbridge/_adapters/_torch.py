@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -31,9 +32,10 @@ _CARRIER: dict[str, Any] = {
 
 
 def open(t: Tensor, want: Want) -> tuple[Tensor, Traits]:
-    if _functorch.is_functorch_wrapped_tensor(t):
+    plain = is_plain(t)
+    if not plain and _functorch.is_functorch_wrapped_tensor(t):
         t = _functorch.unwrap_if_dead(t)  # it outlived its transform: what is left is a plain tensor
-    return t, traits(t, ask_pinned=_crosses_bus(t, want))
+    return t, _traits(t, plain, ask_pinned=_crosses_bus(t, want))
 
 
 def _crosses_bus(t: Tensor, want: Want) -> bool:
@@ -41,55 +43,69 @@ def _crosses_bus(t: Tensor, want: Want) -> bool:
     return want.pin_memory or (target is not None and t.is_cpu != (target == CPU))
 
 
-def traits(t: Tensor, *, ask_pinned: bool = False) -> Traits:
-    refuse(t)
-    name = _NAME[t.dtype]
-    device = device_of(t)
-    itemsize = t.element_size()
-    count = t.numel()
-    if t.is_contiguous() and not (t.dim() and 1 in t.shape) and count:
-        lay = DENSE
-    else:
-        lay = layout(tuple(t.shape), tuple([s * itemsize for s in t.stride()]), itemsize)
+# The keys by which torch dispatches tell at once what `refuse` asks for one by one (functorch's, functional, sparse,
+# nested, quantized, mkldnn, meta), and lazy bits. Beside the one of plain memory on the host, these mean nothing here.
+_keys, _Key, _Keys = torch._C._dispatch_keys, torch._C.DispatchKey, torch._C.DispatchKeySet
+_HOST: int = _Keys(_Key.CPU).raw_repr()
+_ASKED = ~sum(_Keys(key).raw_repr() & ~_HOST for key in (_Key.ADInplaceOrView, _Key.AutogradCPU, _Key.AutocastCPU))
+EXACT = frozenset({torch.Tensor, torch.nn.Parameter})
+
+
+def is_plain(t: Tensor) -> bool:
+    """Whether this tensor certainly lies on the host, its values in its bytes, and only its dtype can be in the way."""
+    return _keys(t).raw_repr() & _ASKED == _HOST and type(t) in EXACT and not _modes()
+
+
+def kind(t: Tensor) -> Traits | None:
+    """The traits of a plain tensor on the host, where they are quickly told."""
+    try:
+        return _traits(t, True, ask_pinned=False) if t.dtype in _NAME and is_plain(t) else None
+    except Obstacle:
+        return None
+
+
+def _traits(t: Tensor, plain: bool, *, ask_pinned: bool) -> Traits:
+    name, device, lazy = _NAME.get(t.dtype), CPU, ""
+    if not plain or name is None:
+        refuse(t)
+        name, device = _NAME[t.dtype], device_of(t)
+        lazy = "zero" if t._is_zerotensor() else " ".join(["conj"] * t.is_conj() + ["neg"] * t.is_neg())
+    itemsize, count, dense = t.element_size(), t.numel(), t.is_contiguous()
+    lay = DENSE if dense else layout(tuple(t.shape), tuple([s * itemsize for s in t.stride()]), itemsize)
     if count:
-        _check_storage(t, count if lay is DENSE else _span(t), itemsize)
-    lazy = "zero" if t._is_zerotensor() else " ".join(["conj"] * t.is_conj() + ["neg"] * t.is_neg())
-    return Traits(
-        "torch",
+        _check_storage(t, count if dense else _span(t), itemsize)
+    return _of_kind(
         device,
         name,
-        lay.order,
-        lay.spacing,
-        lay.overlap,
-        False,
+        lay,
         not count or t.data_ptr() % itemsize == 0,
-        True,
-        t.requires_grad or _has_tangent(t),
+        t.requires_grad or (forward_ad._current_level >= 0 and _has_tangent(t)),
         lazy,
         device == CPU and not _streams.forked() and t.is_pinned() if ask_pinned else None,
         size_class(count * itemsize, t.dim()),
     )
 
 
+@lru_cache(maxsize=1024)
+def _of_kind(
+    device: Device, name: str, lay: Layout, aligned: bool, graph: bool, lazy: str, pinned: bool | None, size: str
+) -> Traits:
+    order, spacing, overlap, _ = lay
+    return Traits("torch", device, name, order, spacing, overlap, False, aligned, True, graph, lazy, pinned, size)
+
+
 def like(first: Tensor) -> Callable[[Tensor], bool] | None:
     """A test for tensors that are certainly of the kind and shape of one that was opened; none if that is not plain."""
-    dtype, shape, itemsize = first.dtype, first.shape, first.element_size()
-    if type(first) is not Tensor or not first.is_cpu or not first.is_contiguous() or forward_ad._current_level >= 0:
-        return None
-    if first.requires_grad or first._is_zerotensor() or first.is_neg() or first.is_conj():
-        return None
-    count = first.numel()
+    dtype, shape, count, itemsize = first.dtype, first.shape, first.numel(), first.element_size()
 
     def alike(t: Tensor) -> bool:
-        if type(t) is not Tensor or t.dtype is not dtype or not t.is_cpu or t.requires_grad:
+        if type(t) is not Tensor or t.dtype is not dtype or t.shape != shape or t.requires_grad:
             return False
-        if _functorch.is_functorch_wrapped_tensor(t) or t.layout is not torch.strided or torch._is_functional_tensor(t):
-            return False
-        if t.shape != shape or not t.is_contiguous() or t.is_neg() or t.is_conj() or t._is_zerotensor():
+        if _keys(t).raw_repr() & _ASKED != _HOST or not t.is_contiguous():
             return False
         return bool((t.storage_offset() + count) * itemsize <= t.untyped_storage().nbytes())
 
-    return alike
+    return alike if forward_ad._current_level < 0 and alike(first) else None
 
 
 def _span(t: Tensor) -> int:
@@ -110,8 +126,8 @@ def _check_storage(t: Tensor, span: int, itemsize: int) -> None:
 
 
 def _has_tangent(t: Tensor) -> bool:
-    """Whether forward-mode AD carries a tangent on it, which would be lost like a graph and does not show otherwise."""
-    return forward_ad._current_level >= 0 and forward_ad.unpack_dual(t).tangent is not None  # type: ignore[no-untyped-call]
+    """Whether forward-mode AD, in a dual level, carries a tangent on it, which would be lost like a graph."""
+    return forward_ad.unpack_dual(t).tangent is not None  # type: ignore[no-untyped-call]
 
 
 def device_of(t: Tensor) -> Device:
@@ -337,9 +353,11 @@ def _filler(before: Traits, step: Step, want: Want) -> Callable[..., Any]:
     share = _from_numpy(before) if before.framework == "numpy" else _same
     fill: Any = _torch_cuda.filler(before, want) or Tensor.copy_
     if want.framework == "numpy":
+        assert want.out is not None
+        view = _from_numpy(want.out)
 
         def into_numpy(x: Any, out: Any) -> Any:
-            fill(view_of(out), share(x))
+            fill(view(out), share(x))
             return out
 
         return into_numpy
@@ -363,11 +381,6 @@ def borrowed(t: Any) -> Any:
     return np.asarray(_numpy.Memory(t.data_ptr(), tuple(t.shape), strides, carrier.str, False, t)).view(row.numpy)
 
 
-def view_of(a: Any) -> Tensor:
-    """A tensor over a NumPy array that `torch_holds` allows."""
-    return _from_numpy(_numpy.traits(a)._replace(dtype=_dtypes.of_numpy(a.dtype)))(a)
-
-
 imported, plain_from_cupy = _torch_cuda.imported, _torch_cuda.plain_from_cupy
 
 # -- What the fast lanes ask for
@@ -377,5 +390,5 @@ COMMON, DTYPES = torch.float32, _DTYPE
 PLAIN = frozenset(dtype for name, dtype in _DTYPE.items() if _dtypes.crosses_plainly(name))
 # Not the complex ones, whose alignment has to be asked.
 PLAIN_NUMPY = frozenset(_dtypes.DTYPES[_NAME[dtype]].numpy for dtype in PLAIN if not dtype.is_complex)
-from_numpy, is_functional = torch.from_numpy, torch._is_functional_tensor
+from_numpy = torch.from_numpy
 increment_version = torch.autograd.graph.increment_version

@@ -1,0 +1,196 @@
+"""Arrays of a kind that was converted before take the road that was decided then, and no other array does."""
+
+from __future__ import annotations
+
+import os
+from inspect import unwrap
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from arrays import ARRAYS, attempt, looks, numbers
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import tensorbridge as tb
+from tensorbridge import _convert, _dtypes
+
+# torch says once a process that complex32 is experimental; nothing else may warn.
+silent = pytest.mark.filterwarnings("error", "ignore:ComplexHalf support is experimental")
+
+CONVERT = {"numpy": tb.to_numpy, "torch": tb.to_torch}
+OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
+    "numpy": {
+        "as it is": {},
+        "copied": {"copy": True},
+        "forbidden": {"copy": False},
+        "cast": {"dtype": "float32"},
+        "cast by torch's name": {"dtype": torch.bfloat16},
+        "cast by NumPy's name": {"dtype": np.dtype("int16")},
+        "writable": {"writable": True},
+        "read-only": {"writable": False, "copy": None},
+        "kept in the graph": {"detach": False},
+    },
+    "torch": {
+        "as it is": {},
+        "copied": {"copy": True},
+        "forbidden": {"copy": False},
+        "cast": {"dtype": "float32"},
+        "cast to a type": {"dtype": int},
+        "on the host": {"device": "cpu"},
+        "on my word": {"share_readonly": True},
+        "out of the graph": {"detach": True},
+    },
+}
+
+
+@pytest.fixture(autouse=True)
+def nothing_remembered():
+    tb.to_torch(np.ones(3))  # torch is there from here on
+    _convert._asked.clear()
+    yield
+    _convert._asked.clear()
+
+
+def remembered() -> list[_convert.Road]:
+    return [road for roads in _convert._asked.values() if roads is not None for road in roads.values()]
+
+
+@silent
+@pytest.mark.parametrize(("target", "how"), [(target, how) for target in OPTIONS for how in OPTIONS[target]])
+def test_second_conversion_gives_what_the_full_road_gives(target, how):
+    """All arrays in one go, twice: each finds what the others left behind."""
+    options, convert, again = OPTIONS[target][how], unwrap(CONVERT[target]), CONVERT[target].__wrapped__
+    for _ in range(2):
+        for name in ARRAYS:
+            array = ARRAYS[name]()
+            full, refusal = attempt(lambda array=array: convert(array, **options))
+            result, refused = attempt(lambda array=array: again(array, **options))
+            assert (name, str(refusal)) == (name, str(refused))
+            if refusal is None:
+                assert (name, looks(result)) == (name, looks(full))
+                assert np.array_equal(numbers(result), numbers(full)), name
+                if not name.startswith("python"):
+                    assert tb.shares_memory(array, result) == tb.shares_memory(array, full), name
+    assert remembered()
+
+
+def test_a_kind_is_decided_once(monkeypatch):
+    made: list[Any] = []
+    opened, convert = _convert.opened, _convert.remembering(unwrap(tb.to_numpy))
+    for array in (np.ones(3), np.zeros(30), torch.ones(3), torch.zeros(4, 5)):
+        convert(array, dtype="float32")
+    monkeypatch.setattr(_convert, "opened", lambda x, want: (made.append(x), opened(x, want))[1])
+    assert convert(np.full(7, 2.0), dtype="float32").tolist() == [2.0] * 7
+    assert convert(torch.full((2,), 3.0), dtype="float32").tolist() == [3.0] * 2
+    assert not made
+    convert(torch.ones(3, dtype=torch.float64), dtype="float32")
+    assert made
+
+
+def test_what_equals_true_is_no_flag_still():
+    for _ in range(2):
+        tb.to_numpy(np.ones(3), copy=True)
+        for strange in (1, 1.0, np.True_):
+            with pytest.raises(TypeError, match=r"copy is True, False or None"):
+                tb.to_numpy(np.ones(3), copy=strange)
+
+
+def test_options_that_cannot_be_a_key_are_answered_as_ever():
+    for _ in range(2):
+        with pytest.raises(TypeError, match=r"dtype=\['float32'\]"):
+            tb.to_numpy(np.ones(3), dtype=["float32"])
+        with pytest.raises(TypeError, match="unexpected keyword argument 'dtypes'"):
+            tb.to_numpy(np.ones(3), dtypes="float32")
+        with pytest.raises(TypeError, match="native byte order"):
+            tb.to_numpy(np.ones(3, "float32"), dtype=np.dtype(">f4"))
+
+
+def test_a_guard_and_a_trace_see_what_is_remembered():
+    a = np.ones(3)
+    for _ in range(2):
+        tb.to_torch(a, dtype="float32")
+    with tb.copy_guard("error"), pytest.raises(tb.CopyRequiredError):
+        tb.to_torch(a, dtype="float32")
+    with tb.trace() as seen:
+        tb.to_torch(a, dtype="float32")
+    assert seen.totals.nbytes == 12
+
+
+def test_a_forked_process_decides_anew_where_torch_would_start_threads(monkeypatch):
+    a = np.ones(100_000, "float32")
+    convert = _convert.remembering(unwrap(tb.to_torch))
+    for _ in range(2):
+        assert convert(a, dtype="float16").dtype == torch.float16
+    monkeypatch.setattr(_convert, "_imported_in", os.getpid() + 1)
+    seen: list[Any] = []
+    decided = _convert.road_for
+
+    def road_for(traits: Any, want: Any, here: Any) -> Any:
+        seen.append(here.worker)
+        return decided(traits, want, here)
+
+    monkeypatch.setattr(_convert, "road_for", road_for)
+    convert(a, dtype="float16")
+    assert seen == [torch.get_num_threads() > 1]
+
+
+def test_a_tensor_inside_a_mode_that_computes_no_values_is_refused_all_the_same():
+    t = torch.ones(3)
+    for _ in range(2):
+        tb.to_numpy(t, dtype="float64")
+    with FakeTensorMode(), pytest.raises(tb.UnsupportedArrayError, match="inside FakeTensorMode"):
+        tb.to_numpy(t, dtype="float64")
+
+
+@pytest.mark.parametrize("options", [{"device": "cuda"}, {"device": "cuda:0"}, {"pin_memory": True}], ids=str)
+def test_what_leaves_the_host_is_not_remembered(options):
+    words = ("torch", *options.items())
+    _convert._remember(words, options, tb.plan(np.ones(3), "numpy").target)
+    assert _convert._asked[words] is None
+    assert not remembered()
+
+
+STRANGE = {
+    "conjugate": lambda: torch.ones(3, dtype=torch.complex64).conj(),
+    "negative": lambda: torch.ones(3, dtype=torch.complex64).conj().imag,
+    "zero": lambda: torch._efficientzerotensor((3,)),
+    "sparse": lambda: torch.ones(3).to_sparse(),
+    "compressed": lambda: torch.eye(3).to_sparse_csr(),
+    "meta": lambda: torch.ones(3, device="meta"),
+    "mkldnn": lambda: torch.ones(3).to_mkldnn(),
+    "functional": lambda: torch._to_functional_tensor(torch.ones(3)),
+    "a subclass": lambda: torch.ones(3).as_subclass(type("Sub", (torch.Tensor,), {})),
+}
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta")
+@pytest.mark.parametrize("name", STRANGE)
+def test_the_keys_of_dispatch_tell_what_is_no_plain_tensor(name):
+    assert not _convert.adapter_of(torch.Tensor).is_plain(STRANGE[name]())
+
+
+def test_the_keys_of_dispatch_tell_a_transform_from_a_plain_tensor():
+    is_plain = _convert.adapter_of(torch.Tensor).is_plain
+    seen: list[bool] = []
+
+    def see(x: Any) -> Any:
+        seen.append(is_plain(x))
+        return x.sum()
+
+    torch.func.vmap(see)(torch.ones(2, 3))
+    torch.func.grad(see)(torch.ones(3))
+    torch.func.functionalize(see)(torch.ones(3))
+    assert seen == [False] * 3
+
+
+def test_the_keys_of_dispatch_find_nothing_strange_in_ordinary_tensors():
+    is_plain = _convert.adapter_of(torch.Tensor).is_plain
+    x = torch.ones(3, requires_grad=True)
+    with torch.inference_mode():
+        inferred = torch.ones(3)
+    for t in (x, x * 2, x.detach(), inferred, torch.nn.Parameter(torch.ones(3)), torch.ones(3, 4).T, torch.ones(0)):
+        assert is_plain(t)
+    for name, row in _dtypes.DTYPES.items():
+        if row.torch and hasattr(torch, row.torch):
+            assert is_plain(torch.zeros(2, dtype=getattr(torch, row.torch))), name
