@@ -10,10 +10,11 @@ import numpy as np
 from tensorbridge import _device_lanes, _lanes, _options
 from tensorbridge import _words as words
 from tensorbridge._array import ArrayInfo
-from tensorbridge._convert import convert, described, moment, opened, remembering
+from tensorbridge._convert import convert, described, moment, opened
 from tensorbridge._eager import eager, mark
 from tensorbridge._memory import infos_share
 from tensorbridge._plan import decide
+from tensorbridge._remember import remembering
 from tensorbridge._step import Plan, bind
 
 if TYPE_CHECKING:

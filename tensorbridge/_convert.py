@@ -5,16 +5,12 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable
-from functools import wraps
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
-import numpy as np
-
-from tensorbridge import _device_lanes, _dtypes, _lanes, _options, _streams, _watch
+from tensorbridge import _device_lanes, _lanes, _options, _streams, _watch
 from tensorbridge import _words as words
 from tensorbridge._adapters import Adapter, adapter_of, named, performer
 from tensorbridge._array import CPU, ArrayInfo, Traits
-from tensorbridge._eager import eager
 from tensorbridge._errors import BridgeError, UnsupportedArrayError
 from tensorbridge._plan import decide
 from tensorbridge._refuse import Obstacle, holder
@@ -30,8 +26,8 @@ class Road(NamedTuple):
 
 _roads: dict[tuple[Traits, Want, Here], Road] = {}
 _ROADS_KEPT = 4096
-_WITH_TORCH = HERE._replace(torch=True)
-_imported_in = os.getpid()
+WITH_TORCH = HERE._replace(torch=True)
+imported_in = os.getpid()
 
 
 def convert(x: Any, want: Want, out: Any = None) -> Any:
@@ -104,12 +100,11 @@ def open_lanes() -> None:
     tensor = getattr(sys.modules.get("torch"), "Tensor", None)
     if tensor is not None and _lanes._Tensor is None:
         _lanes.open(adapter_of(tensor))
-        open_memory(adapter_of(tensor))
     if tensor is not None and "cupy" in sys.modules and _device_lanes._Tensor is None:
         _device_lanes.open(adapter_of(tensor), named("cupy"))
 
 
-_THREADED = frozenset({"medium", "large"})
+THREADED = frozenset({"medium", "large"})
 
 
 def _starts_threads() -> bool:
@@ -120,8 +115,8 @@ def _starts_threads() -> bool:
 
 def moment(traits: Traits, want: Want) -> Here:
     """Facts of the moment: a constant on the CPU, read once a call where a GPU or a forked process is involved."""
-    on_host = _WITH_TORCH if want.framework == "torch" or "torch" in sys.modules else HERE
-    if traits.size in _THREADED and os.getpid() != _imported_in:
+    on_host = WITH_TORCH if want.framework == "torch" or "torch" in sys.modules else HERE
+    if traits.size in THREADED and os.getpid() != imported_in:
         on_host = on_host._replace(worker=_starts_threads())
     if traits.device == CPU and (want.device is None or want.device == CPU):
         return on_host
@@ -139,64 +134,3 @@ def moment(traits: Traits, want: Want) -> Here:
         torch="torch" in sys.modules,
         per_thread=lent and "cupy" in sys.modules and _streams.per_thread(index),
     )
-
-
-# -- What was converted before
-
-_F = TypeVar("_F", bound=Callable[..., Any])
-_kinds: dict[type, Callable[[Any], Traits | None]] = {}  # of the types that have plain arrays
-_asked: dict[tuple[Any, ...], dict[Traits, Road] | None] = {}  # by the options in the caller's words; None: not kept
-_NOTHING: dict[Traits, Road] = {}
-_WORDS: set[type] = {bool, type(None), str, type}  # types of options that say the same whenever they are equal
-
-
-def remembering(full: _F) -> _F:
-    """In front of a public function: a plain array of a kind that was converted before, asked for in the same words,
-    takes the road that was decided then. Only on the host, where decisions rest on nothing of the moment.
-    """
-    framework = full.__name__.removeprefix("to_")
-
-    @wraps(full)
-    def convert_again(x: Any, **options: Any) -> Any:
-        kind = _kinds.get(type(x))
-        if kind is None or _watch.watching:
-            return full(x, **options)
-        for value in options.values():
-            if type(value) not in _WORDS:
-                return full(x, **options)
-        words = (framework, *options.items())
-        roads = _asked.get(words, _NOTHING)
-        if roads is None:
-            return full(x, **options)
-        traits = kind(x)
-        road = roads.get(traits)  # type: ignore[arg-type]
-        if road is None or (traits.size in _THREADED and os.getpid() != _imported_in):  # type: ignore[union-attr]
-            result = full(x, **options)
-            if road is None and traits is not None:
-                _remember(words, options, traits)
-            return result
-        if len(road.functions) == 1:
-            return road.functions[0](x)
-        return perform(road, x, None)
-
-    return eager(convert_again)  # type: ignore[return-value]
-
-
-def _remember(words: tuple[Any, ...], options: dict[str, Any], traits: Traits) -> None:
-    """Keep the road of a conversion that has just been done."""
-    if len(_asked) >= _ROADS_KEPT:
-        _asked.clear()
-    want = _options.WANTS[words[0]](**options)
-    if want.device not in (None, CPU) or want.pin_memory:
-        _asked[words] = None
-        return
-    roads = _asked.setdefault(words, {})
-    if roads is not None and moment(traits, want) is _WITH_TORCH:
-        roads[traits] = road_for(traits, want, _WITH_TORCH)
-
-
-def open_memory(adapter: Any) -> None:
-    """From now on plain arrays are remembered: torch is there, and what is decided stays so."""
-    _kinds[np.ndarray] = named("numpy").kind  # type: ignore[attr-defined]
-    _kinds.update(dict.fromkeys(adapter.EXACT, adapter.kind))
-    _WORDS.update({type(adapter.COMMON), *map(type, _dtypes.OF_NUMPY)})

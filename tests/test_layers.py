@@ -30,6 +30,7 @@ LAYERS = [
     {"_memory", "_lanes", "_device_lanes", "_editing"},
     {"_options", "_graph"},
     {"_convert", "_pool"},
+    {"_remember"},
     {"_api"},
     {"_tables", "_pack", "_tree_lanes"},
     {"_containers"},

@@ -13,7 +13,7 @@ from arrays import ARRAYS, attempt, looks, numbers
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import tensorbridge as tb
-from tensorbridge import _convert, _dtypes
+from tensorbridge import _convert, _dtypes, _remember
 
 # torch says once a process that complex32 is experimental; nothing else may warn.
 silent = pytest.mark.filterwarnings("error", "ignore:ComplexHalf support is experimental")
@@ -46,14 +46,15 @@ OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
 
 @pytest.fixture(autouse=True)
 def nothing_remembered():
-    tb.to_torch(np.ones(3))  # torch is there from here on
-    _convert._asked.clear()
+    for _ in range(2):
+        tb.to_torch([1.0])  # torch is there from here on
+    _remember._asked.clear()
     yield
-    _convert._asked.clear()
+    _remember._asked.clear()
 
 
 def remembered() -> list[_convert.Road]:
-    return [road for roads in _convert._asked.values() if roads is not None for road in roads.values()]
+    return [road for roads in _remember._asked.values() if roads is not None for road in roads.values()]
 
 
 @silent
@@ -77,7 +78,7 @@ def test_second_conversion_gives_what_the_full_road_gives(target, how):
 
 def test_a_kind_is_decided_once(monkeypatch):
     made: list[Any] = []
-    opened, convert = _convert.opened, _convert.remembering(unwrap(tb.to_numpy))
+    opened, convert = _convert.opened, _remember.remembering(unwrap(tb.to_numpy))
     for array in (np.ones(3), np.zeros(30), torch.ones(3), torch.zeros(4, 5)):
         convert(array, dtype="float32")
     monkeypatch.setattr(_convert, "opened", lambda x, want: (made.append(x), opened(x, want))[1])
@@ -119,10 +120,10 @@ def test_a_guard_and_a_trace_see_what_is_remembered():
 
 def test_a_forked_process_decides_anew_where_torch_would_start_threads(monkeypatch):
     a = np.ones(100_000, "float32")
-    convert = _convert.remembering(unwrap(tb.to_torch))
+    convert = _remember.remembering(unwrap(tb.to_torch))
     for _ in range(2):
         assert convert(a, dtype="float16").dtype == torch.float16
-    monkeypatch.setattr(_convert, "_imported_in", os.getpid() + 1)
+    monkeypatch.setattr(_convert, "imported_in", os.getpid() + 1)
     seen: list[Any] = []
     decided = _convert.road_for
 
@@ -146,8 +147,8 @@ def test_a_tensor_inside_a_mode_that_computes_no_values_is_refused_all_the_same(
 @pytest.mark.parametrize("options", [{"device": "cuda"}, {"device": "cuda:0"}, {"pin_memory": True}], ids=str)
 def test_what_leaves_the_host_is_not_remembered(options):
     words = ("torch", *options.items())
-    _convert._remember(words, options, tb.plan(np.ones(3), "numpy").target)
-    assert _convert._asked[words] is None
+    _remember._remember(words, options, tb.plan(np.ones(3), "numpy").target)
+    assert _remember._asked[words] is None
     assert not remembered()
 
 

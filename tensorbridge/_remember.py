@@ -1,0 +1,90 @@
+"""Memory of decisions: an array of a kind that was converted before, asked for in the same words, takes the same road.
+
+Only plain arrays on the host, and only once torch is there: then a decision rests on nothing of the moment. The kind of
+an array is its `Traits`, told by its adapter in a few questions; options are taken as the caller wrote them.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from functools import wraps
+from typing import Any, TypeVar
+
+import numpy as np
+
+from tensorbridge import _convert, _dtypes, _lanes, _options, _watch
+from tensorbridge._adapters import adapter_of
+from tensorbridge._array import CPU, Traits
+from tensorbridge._eager import eager
+
+_F = TypeVar("_F", bound=Callable[..., Any])
+_Roads = dict[Traits, _convert.Road]
+
+_kinds: dict[type, Callable[[Any], Traits | None]] = {}  # of the types that have plain arrays
+_asked: dict[tuple[Any, ...], _Roads | None] = {}  # by the options in the caller's words; None: leads off the host
+_NOTHING: _Roads = {}
+_WORDS: set[type] = {bool, type(None), str, type, *map(type, _dtypes.OF_NUMPY)}  # types of options that may be a key
+_KEPT = 1024
+
+
+def remembering(full: _F) -> _F:
+    """A memory in front of a public function."""
+    framework = full.__name__.removeprefix("to_")
+
+    @wraps(full)
+    def convert_again(x: Any, **options: Any) -> Any:
+        kind = _kinds.get(type(x))
+        if kind is None:
+            result = full(x, **options)
+            if not _kinds and _lanes._Tensor is not None:
+                _open()
+            return result
+        if _watch.watching:
+            return full(x, **options)
+        for value in options.values():
+            if type(value) not in _WORDS:
+                return full(x, **options)
+        words = (framework, *options.items())
+        roads = _asked.get(words, _NOTHING)
+        if roads is None:
+            return full(x, **options)
+        traits = kind(x)
+        road = roads.get(traits)  # type: ignore[arg-type]
+        if road is None or _may_start_threads(traits):
+            result = full(x, **options)
+            if road is None and traits is not None:
+                _remember(words, options, traits)
+            return result
+        if len(road.functions) == 1:
+            return road.functions[0](x)
+        return _convert.perform(road, x, None)
+
+    return eager(convert_again)  # type: ignore[return-value]
+
+
+def _may_start_threads(traits: Any) -> bool:
+    """Whether a kernel might use threads in a process that was forked since, and so has to be chosen anew."""
+    return traits.size in _convert.THREADED and os.getpid() != _convert.imported_in
+
+
+def _remember(words: tuple[Any, ...], options: dict[str, Any], traits: Traits) -> None:
+    """Keep the road of a conversion that has just been done."""
+    if len(_asked) >= _KEPT:
+        _asked.clear()
+    want = _options.WANTS[words[0]](**options)
+    if want.device not in (None, CPU) or want.pin_memory:
+        _asked[words] = None
+        return
+    roads = _asked.setdefault(words, {})
+    if roads is not None and _convert.moment(traits, want) is _convert.WITH_TORCH:
+        roads[traits] = _convert.road_for(traits, want, _convert.WITH_TORCH)
+
+
+def _open() -> None:
+    """torch is there."""
+    numpy: Any = adapter_of(np.ndarray)
+    torch: Any = adapter_of(_lanes._Tensor)
+    _WORDS.add(type(torch.COMMON))
+    _kinds[np.ndarray] = numpy.kind
+    _kinds.update(dict.fromkeys(torch.EXACT, torch.kind))
