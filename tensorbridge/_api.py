@@ -11,7 +11,7 @@ from tensorbridge import _device_lanes, _lanes, _options
 from tensorbridge import _words as words
 from tensorbridge._array import ArrayInfo
 from tensorbridge._convert import convert, described, moment, opened
-from tensorbridge._eager import eager, mark
+from tensorbridge._eager import eager, mark, told
 from tensorbridge._memory import infos_share
 from tensorbridge._plan import decide
 from tensorbridge._remember import remembering
@@ -298,7 +298,7 @@ def describe(x: Any) -> ArrayInfo:
     return described(x)
 
 
-@eager
+@told
 def plan(x: Any, to: Literal["numpy", "torch", "cupy"], **options: Any) -> Plan:
     """Return the very steps that ``to_numpy``, ``to_torch`` or ``to_cupy`` would perform, and perform none.
 

@@ -11,6 +11,7 @@ from tensorbridge import _device_lanes, _lanes, _options, _streams, _watch
 from tensorbridge import _words as words
 from tensorbridge._adapters import Adapter, adapter_of, named, performer
 from tensorbridge._array import CPU, ArrayInfo, Traits
+from tensorbridge._eager import is_inside
 from tensorbridge._errors import BridgeError, UnsupportedArrayError
 from tensorbridge._plan import decide
 from tensorbridge._refuse import Obstacle, holder
@@ -118,6 +119,8 @@ def moment(traits: Traits, want: Want) -> Here:
     on_host = WITH_TORCH if want.framework == "torch" or "torch" in sys.modules else HERE
     if traits.size in THREADED and os.getpid() != imported_in:
         on_host = on_host._replace(worker=_starts_threads())
+    if is_inside():
+        on_host = on_host._replace(compiled=True)
     if traits.device == CPU and (want.device is None or want.device == CPU):
         return on_host
     forked = _streams.forked()

@@ -1,4 +1,8 @@
-"""Inside ``torch.compile``, conversions run eagerly: a graph break, the same result, no warning.
+"""Inside ``torch.compile``, conversions run eagerly: a graph break, the same values, no warning, and no shared memory.
+
+Around a graph break Dynamo takes an array for a tensor of its own: it drops the read-only flag (of the caller's own
+array too), and code compiled behind the break may write to the array before or after it reads the tensor that stands on
+the same memory. So a conversion that compiled code has called is decided as such: `is_inside`.
 
 Dynamo is told so about our own functions only: an attribute keeps it from tracing a call, and a mark on the code, made
 as soon as torch is there, from compiling the frame. ``torch.compiler.disable`` does the same, but would import Dynamo
@@ -8,13 +12,13 @@ Dynamo compiles one frame of ours and may warn; the result is the same.)
 
 from __future__ import annotations
 
-import ctypes
 import sys
 from collections.abc import Callable
+from contextvars import ContextVar
+from functools import wraps
+from inspect import unwrap
 from types import CodeType
 from typing import Any, TypeVar
-
-import numpy as np
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 unmarked: list[tuple[CodeType, bool]] = []  # code, and whether all that it calls is meant too
@@ -52,19 +56,28 @@ def mark() -> None:
     unmarked.clear()
 
 
-@eager
-def carried(result: Any) -> Any:
-    """A result that Dynamo can carry over the graph break.
+_inside: ContextVar[bool] = ContextVar("tensorbridge_compiled", default=False)
+is_inside = _inside.get  # whether compiled code has called the conversion that is being decided
 
-    It takes a read-only array only if it can make it writable for a moment (to clone it), and fails otherwise. NumPy
-    allows that if a writable buffer stands behind the array, so one is put there.
-    """
-    if type(result) is not np.ndarray or result.flags.writeable or not result.size:
-        return result
-    low = sum((n - 1) * s for n, s in zip(result.shape, result.strides, strict=True) if s < 0)
-    span = sum((n - 1) * abs(s) for n, s in zip(result.shape, result.strides, strict=True)) + result.itemsize
-    buffer = (ctypes.c_char * span).from_address(result.__array_interface__["data"][0] + low)
-    buffer.owner = result
-    view: Any = np.ndarray(result.shape, result.dtype, buffer, -low, result.strides)
-    view.setflags(write=False)
-    return view
+
+@eager
+def inside(function: Callable[..., Any], /, *args: Any, **options: Any) -> Any:
+    """Call, by the road that decides, a function that compiled code has called."""
+    before = _inside.set(True)
+    try:
+        return unwrap(function)(*args, **options)
+    finally:
+        _inside.reset(before)
+
+
+def told(function: _F) -> _F:
+    """Hide a function, and decide in it as for compiled code where compiled code has called it."""
+    hidden = eager(function)
+
+    @wraps(function)
+    def call(*args: Any, **options: Any) -> Any:
+        if unmarked:
+            mark()
+        return hidden(*args, **options) if compiling() is None else inside(hidden, *args, **options)
+
+    return outermost(call)  # type: ignore[return-value]

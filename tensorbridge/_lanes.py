@@ -27,19 +27,21 @@ _plain_dtypes: frozenset[Any] = frozenset()  # torch dtypes that NumPy has as th
 _plain_numpy: frozenset[Any] = frozenset()
 _forward_ad: Any  # torch's module: inside a dual level a plain-looking tensor may carry a tangent
 _from_numpy: Callable[[Any], Any]
+_compiling: Callable[[], Any] = lambda: None  # not None: compiled code is calling, and nothing is shared with it
 
 
 opened: Callable[[], None] = lambda: None  # called once, when torch has shown up
 
 
 def open(adapter: Adapter) -> None:
-    global _Tensor, _common, _plain_dtypes, _plain_numpy, _forward_ad, _from_numpy
+    global _Tensor, _common, _plain_dtypes, _plain_numpy, _forward_ad, _from_numpy, _compiling
     facts: Any = adapter
     _common, _plain_dtypes, _plain_numpy = facts.COMMON, facts.PLAIN, facts.PLAIN_NUMPY
     _forward_ad, _from_numpy = facts.forward_ad, facts.from_numpy
+    _eager.mark()
+    _compiling = _eager.compiling
     _Tensor = facts.Tensor
     _copy_lanes.open(adapter)
-    _eager.mark()
     opened()
 
 
@@ -52,7 +54,7 @@ def plain_tensor_to_numpy(full: _F) -> _F:
 
     @wraps(full)
     def to_numpy(x: Any, **options: Any) -> Any:
-        if type(x) is _Tensor and not _watch.watching:
+        if type(x) is _Tensor and not _watch.watching and _compiling() is None:
             dtype = x.dtype
             if options:
                 if (made := _copy_lanes.tensor_to_numpy(x, options)) is not None:
@@ -60,8 +62,6 @@ def plain_tensor_to_numpy(full: _F) -> _F:
             elif (dtype is _common or dtype in _plain_dtypes) and x.is_cpu and _forward_ad._current_level < 0:
                 try:
                     if x.requires_grad:
-                        if _eager.compiling() is not None:
-                            return _eager.carried(full(x))
                         a = x.numpy(force=True)
                         if not a.flags.owndata and a.base.data_ptr() == x.data_ptr():  # else a lazy bit was resolved
                             a.setflags(False)  # positional: a fifth of the price of .flags.writeable
@@ -77,7 +77,7 @@ def plain_tensor_to_numpy(full: _F) -> _F:
                     pass
         if _eager.unmarked:
             _eager.mark()
-        return full(x, **options) if _eager.compiling() is None else _eager.carried(full(x, **options))
+        return full(x, **options) if _eager.compiling() is None else _eager.inside(full, x, **options)
 
     return _eager.outermost(to_numpy)  # type: ignore[return-value]
 
@@ -102,7 +102,7 @@ def plain_array_to_torch(full: _F) -> _F:
 
     @wraps(full)
     def to_torch(x: Any, **options: Any) -> Any:
-        if type(x) is _ndarray and not _watch.watching and x.dtype in _plain_numpy:
+        if type(x) is _ndarray and not _watch.watching and x.dtype in _plain_numpy and _compiling() is None:
             try:
                 if not options:
                     base: Any = x.base
@@ -118,6 +118,6 @@ def plain_array_to_torch(full: _F) -> _F:
                 pass
         if _eager.unmarked:
             _eager.mark()
-        return full(x, **options)
+        return full(x, **options) if _eager.compiling() is None else _eager.inside(full, x, **options)
 
     return _eager.outermost(to_torch)  # type: ignore[return-value]

@@ -19,6 +19,7 @@ from tensorbridge import _api, _convert, _lanes, _pack, _watch
 from tensorbridge import _words as words
 from tensorbridge._array import CPU
 from tensorbridge._containers import Flat, flatten
+from tensorbridge._eager import is_inside
 from tensorbridge._fill import aligned, checked
 from tensorbridge._leaf import FACTS, NAMED, Kind, Leaf, decided, key_of, name, opened
 from tensorbridge._pack import Block
@@ -26,10 +27,7 @@ from tensorbridge._step import Op, Plan, Want, bind
 from tensorbridge._tree_lanes import through_lanes
 
 
-def converted(
-    tree: Any, want: Want, *, out: Any = None, pack: bool = True, finish: Callable[[Any], Any] | None = None
-) -> Any:
-    """The tree, converted; `finish` has the last word on each result."""
+def converted(tree: Any, want: Want, *, out: Any = None, pack: bool = True) -> Any:
     if pack is not True:
         check_pack(pack, f"tree.to_{want.framework}")
     flat = flatten(tree)
@@ -38,12 +36,10 @@ def converted(
     results: list[Any] = [None] * len(flat.leaves)
     seen: dict[Any, int] = {}
     rest: Sequence[int] = range(len(results))
-    if rest and not _watch.watching:
+    if rest and not _watch.watching and not is_inside():
         rest = through_lanes(flat.leaves, want, results, seen)
     if rest:
         _through_decisions(flat, want, rest, results, seen, pack)
-    if finish is not None:
-        results = [finish(result) for result in results]
     return flat.built(results)
 
 

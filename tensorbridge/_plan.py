@@ -178,6 +178,9 @@ def _keep_promises(steps: _Steps, want: Want, here: Here, guarded: bool, source:
     on_your_word = guarded and now.writable and not now.overlap
     if want.copy:
         _copy(steps, Op.COPY, "copy=True: fresh memory", here)
+    elif here.compiled and "numpy" in (now.framework, receiver):
+        why = "compiled code takes an array for a tensor of its own, and may write to it unseen"
+        _copy(steps, Op.COPY, why, here, cure="convert in a function marked torch.compiler.disable")
     elif frozen and receiver == "numpy" and want.writable and not on_your_word:
         _copy(steps, Op.COPY, f"writable=True, and {frozen}", here, cure="take a read-only view with writable=None")
     elif frozen and receiver not in ("numpy", source) and not _is_alias(now, receiver) and not want.share_readonly:

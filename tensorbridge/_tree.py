@@ -16,7 +16,7 @@ from tensorbridge._pack import Block
 from tensorbridge._step import Plan, bytes_text, step_lines
 
 
-@_eager.outermost
+@_eager.told
 def to_numpy(
     tree: Any,
     *,
@@ -65,20 +65,11 @@ def to_numpy(
     >>> to_numpy(batch)
     {'obs': (array([0., 0., 0.], dtype=float32), array([1., 1.], dtype=float32)), 'name': 'a'}
     """
-    if _eager.unmarked:
-        _eager.mark()
-    return _to_numpy(tree, dtype, copy, writable, detach, out, pack, _eager.compiling() is not None)
-
-
-@_eager.eager
-def _to_numpy(
-    tree: Any, dtype: Any, copy: Any, writable: Any, detach: Any, out: Any, pack: bool, compiling: bool
-) -> Any:
     want = _options.want_numpy(dtype, copy, writable, detach, None, "tree.to_numpy")
-    return converted(tree, want, out=out, pack=pack, finish=_eager.carried if compiling else None)
+    return converted(tree, want, out=out, pack=pack)
 
 
-@_eager.eager
+@_eager.told
 def to_torch(
     tree: Any,
     *,
@@ -249,7 +240,7 @@ def _some(names: list[str]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
-@_eager.eager
+@_eager.told
 def plan(tree: Any, to: Literal["numpy", "torch", "cupy"], *, pack: bool = True, **options: Any) -> TreePlan:
     """Return the very steps that ``tree.to_numpy``, ``to_torch`` or ``to_cupy`` would perform, and perform none.
 

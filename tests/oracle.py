@@ -109,7 +109,7 @@ def expect(traits: Traits, want: Want, here: Here) -> Verdict:
     pins = want.pin_memory and traits.pinned is not True
     # A scalar is wrapped as fresh memory, which no step has to make again.
     fresh = want.copy is True and not is_list and not is_scalar
-    kept = keeps_promises(traits, want, holder) or is_scalar or is_list
+    kept = (keeps_promises(traits, want, holder) and not is_strange(holder, want, here)) or is_scalar or is_list
     reasons = [cast, swapped, is_list, resolves, not fits, pins, fresh, not kept, want.out is not None, crosses, hops]
     reasons.append(askew)
     moves = any(reasons)
@@ -221,6 +221,11 @@ def keeps_promises(traits: Traits, want: Want, holder: str) -> bool:
     if want.framework == "torch" and traits.origin == "tensor":
         return True
     return traits.writable and not traits.overlap and not traits.graph
+
+
+def is_strange(holder: str, want: Want, here: Here) -> bool:
+    """torch.compile treats an array as a tensor that no other memory belongs to, so none may."""
+    return here.compiled and "numpy" in (holder, want.framework)
 
 
 def is_writable(traits: Traits, want: Want, shares: bool) -> bool:

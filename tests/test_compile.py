@@ -12,7 +12,6 @@ import pytest
 import torch
 
 import tensorbridge as tb
-from tensorbridge import _eager
 
 
 def there_and_back(x):
@@ -22,7 +21,7 @@ def there_and_back(x):
 
 
 def with_everything(x):
-    assert tb.plan(x, "numpy").zero_copy
+    assert tb.plan(x, "torch").zero_copy
     assert tb.describe(x).shape == tuple(x.shape)
     with tb.copy_guard("allow"), tb.trace() as seen:
         stacked = tb.to_torch([x, x])
@@ -73,11 +72,98 @@ assert torch.equal(torch.compile(f, backend="eager")(x), f(x))
     assert done.returncode == 0
 
 
-def test_carried_array_is_the_same_memory_and_read_only():
-    base = np.arange(12.0).reshape(3, 4)[::-1, ::2]
-    base.setflags(write=False)
-    carried = _eager.carried(base)
-    assert np.array_equal(carried, base)
-    assert not carried.flags.writeable
-    assert np.shares_memory(carried, base)
-    carried.flags.writeable = True  # what Dynamo does
+# Compiled code takes an array for a tensor of its own: it drops the read-only flag, and may write to the array before
+# or after it reads the tensor that stands on the same memory. So nothing is shared with it.
+
+
+def writes_a_saved_value(q):
+    y = q * 2
+    z = (y**2).sum()
+    tb.to_numpy(y)[:] = 0
+    return z
+
+
+def writes_a_weight(p):
+    tb.to_numpy(p)[0] = 9
+    return (p * 1).sum()
+
+
+def writes_and_reads(q):
+    z = q * 2
+    n = tb.to_numpy(z)
+    n[0] = 0
+    return z.sum() + n[1]
+
+
+def writes_a_leaf_of_a_tree(q):
+    z = q * 2
+    tb.tree.to_numpy({"z": z})["z"][:] = 0
+    return (z**2).sum()
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@pytest.mark.parametrize("function", [writes_a_saved_value, writes_a_weight, writes_and_reads, writes_a_leaf_of_a_tree])
+def test_what_compiled_code_writes_to_an_array_changes_no_tensor(function, backend):
+    torch.compiler.reset()
+    q = torch.tensor([1.0, 2.0], requires_grad=function is not writes_and_reads)
+    values = {writes_a_saved_value: 20.0, writes_a_weight: 3.0, writes_and_reads: 10.0, writes_a_leaf_of_a_tree: 20.0}
+    result = torch.compile(function, backend=backend)(q)
+    assert result.item() == values[function]
+    assert q.tolist() == [1.0, 2.0]
+    if q.requires_grad:
+        result.backward()
+        assert q.grad.tolist() == ([1.0, 1.0] if function is writes_a_weight else [8.0, 16.0])
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@pytest.mark.parametrize("convert", [tb.to_torch, lambda a: tb.tree.to_torch([a])[0]], ids=["array", "tree"])
+def test_what_compiled_code_writes_to_a_tensor_changes_no_array(convert, backend):
+    torch.compiler.reset()
+
+    def function(q, a):
+        t = convert(a)
+        t += 1
+        return t * q
+
+    a = np.ones(2, "float32")
+    a.flags.writeable = False
+    assert torch.compile(function, backend=backend)(torch.ones(2), a).tolist() == [2.0, 2.0]
+    assert a.tolist() == [1.0, 1.0]
+
+
+def test_sharing_with_compiled_code_is_refused_where_it_is_asked_for():
+    torch.compiler.reset()
+    says = "compiled code takes an array for a tensor of its own"
+    function = torch.compile(lambda q: tb.to_numpy(q, copy=False)[0], backend="eager")
+    with pytest.raises(tb.CopyRequiredError, match=says):
+        function(torch.ones(2))
+    with tb.copy_guard("error"), pytest.raises(tb.CopyRequiredError, match=says):
+        torch.compile(lambda q: tb.to_numpy(q * 2)[0], backend="eager")(torch.ones(2))
+
+
+def test_a_plan_made_by_compiled_code_shows_the_copy():
+    torch.compiler.reset()
+    made = []
+
+    def function(x):
+        made.extend([tb.plan(x, "numpy"), tb.tree.plan([x], "numpy"), tb.plan(x, "torch")])
+        return x * 2
+
+    torch.compile(function, backend="eager")(torch.ones(3))
+    assert [plan.bytes_moved for plan in made] == [12, 12, 0]
+
+
+def test_a_function_that_is_not_compiled_shares_though_compiled_code_calls_it():
+    torch.compiler.reset()
+    shared = []
+
+    @torch.compiler.disable
+    def by_hand(t):
+        shared.append(tb.shares_memory(tb.to_numpy(t), t))
+
+    def function(q):
+        by_hand(q)
+        return q * 2
+
+    torch.compile(function, backend="eager")(torch.ones(2))
+    assert shared == [True]

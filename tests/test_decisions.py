@@ -204,6 +204,13 @@ def test_every_source_and_option_is_decided_as_the_oracle_says(source):
             assert_as_expected(traits, want, HERE)
 
 
+@pytest.mark.parametrize("source", ["numpy", "torch on the host", "foreign on the host", "numbers and lists"])
+def test_every_source_and_option_inside_compiled_code_is_decided_as_the_oracle_says(source):
+    for traits in SOURCES[source]:
+        for want in wants(CPU):
+            assert_as_expected(traits, want, HERE._replace(compiled=True))
+
+
 @pytest.mark.parametrize("source", SOURCES)
 def test_every_out_is_decided_as_the_oracle_says(source):
     for traits in SOURCES[source]:
@@ -225,7 +232,14 @@ def test_capture_fork_and_streams_are_decided_as_the_oracle_says(source):
 
 WISHES = {on_host: [*wants(CPU if on_host else CUDA0), *outs()] for on_host in (True, False)}
 MOMENTS = st.sampled_from(
-    [HERE, HERE._replace(forked=True), HERE._replace(worker=True), HERE._replace(gpu="cupy"), HERE._replace(torch=True)]
+    [
+        HERE,
+        HERE._replace(forked=True),
+        HERE._replace(worker=True),
+        HERE._replace(gpu="cupy"),
+        HERE._replace(torch=True),
+        HERE._replace(compiled=True),
+    ]
 )
 
 
