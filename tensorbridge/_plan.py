@@ -247,7 +247,8 @@ def _why_frozen(steps: _Steps, guarded: bool) -> str:
 
 def _is_alias(now: Traits, receiver: str) -> bool:
     """A NumPy view of a tensor goes back to torch as an alias of that tensor, with its version counter."""
-    return now.framework == "numpy" and now.origin == "tensor" and receiver == "torch"
+    held = now.spacing in ("dense", "strided") and _dtypes.exists_in(now.dtype, "torch")
+    return now.framework == "numpy" and now.origin == "tensor" and receiver == "torch" and held
 
 
 def _share(steps: _Steps, receiver: str, here: Here) -> None:

@@ -51,7 +51,7 @@ def host_arrays(framework: str) -> Iterator[Traits]:
 
 def numpy_arrays() -> Iterator[Traits]:
     yield from host_arrays("numpy")
-    for facts, writable in itertools.product(LAYOUTS.values(), (True, False)):
+    for facts, writable in itertools.product((LAYOUTS | LAYOUTS_BEYOND_TORCH).values(), (True, False)):
         yield Traits("numpy", CPU, "float32", origin="tensor", writable=writable, **facts)
     for writable, spacing in itertools.product((True, False), ("dense", "strided", "reversed", "odd")):
         yield Traits("numpy", CPU, "int64", origin="memmap", writable=writable, spacing=spacing)
@@ -205,9 +205,7 @@ def possible(traits: Traits) -> Traits:
         traits = traits if traits.device == CPU else traits._replace(pinned=False)
     if name in ("torch", "cupy"):
         traits = traits._replace(writable=True)
-    if name != "numpy" or (traits.origin == "tensor" and traits.spacing in ("reversed", "odd")):
-        traits = traits._replace(origin="")
-    if traits.origin == "tensor" and dtype not in HAS["torch"]:
+    if name != "numpy":
         traits = traits._replace(origin="")
     if traits.framework.endswith(" list"):
         traits = Traits(traits.framework, traits.device, graph=traits.graph, size=traits.size)

@@ -102,7 +102,7 @@ def expect(traits: Traits, want: Want, here: Here) -> Verdict:
         source, cast = target, False  # a number is no memory yet: it becomes an element of the dtype asked for
     swapped = not native and (want.framework != "numpy" or want.dtype is not None)
     resolves = bool(traits.lazy) and want.framework != "torch"
-    fits = staying or traits.origin == "tensor" or layout_fits(traits, want.framework)
+    fits = staying or is_alias(traits) or layout_fits(traits, want.framework)
     # No kernel may touch such elements on a device: they are made whole before anything else. A caller's own are his.
     askew = traits.device != CPU and holder == "cupy" and (traits.spacing == "odd" or not traits.aligned)
     askew = askew and traits.framework != want.framework
@@ -218,9 +218,14 @@ def keeps_promises(traits: Traits, want: Want, holder: str) -> bool:
         return not (want.writable is True and (traits.overlap or not traits.writable))
     if want.framework == traits.framework or want.share_readonly:
         return True
-    if want.framework == "torch" and traits.origin == "tensor":
+    if want.framework == "torch" and is_alias(traits):
         return True
     return traits.writable and not traits.overlap and not traits.graph
+
+
+def is_alias(traits: Traits) -> bool:
+    """Whether the tensor behind a NumPy view can itself be seen so: `as_strided` takes whole steps forward."""
+    return traits.origin == "tensor" and traits.spacing in ("dense", "strided") and traits.dtype in HAS["torch"]
 
 
 def is_strange(holder: str, want: Want, here: Here) -> bool:

@@ -194,6 +194,9 @@ VIEWS = {
     "of a window": lambda a: np.lib.stride_tricks.sliding_window_view(a, (1, 2))[0, 0],
     "by as_strided": lambda a: np.lib.stride_tricks.as_strided(a, (2,), (a.strides[0],)),
     "of a memoryview": lambda a: np.asarray(memoryview(a.view(f"int{8 * a.itemsize}"))),
+    "bytes": lambda a: a.view("uint8"),
+    "bytes, strided": lambda a: a.view("uint8")[:, 1::3],
+    "twice the width": lambda a: a.reshape(-1)[2:].view(f"int{16 * a.itemsize}"),
 }
 
 
@@ -209,6 +212,34 @@ def test_view_of_a_tensor_comes_back_as_its_alias_with_its_version_counter(view,
     version = t._version
     back.zero_()
     assert t._version > version
+
+
+@pytest.mark.parametrize("part", ["real", "imag"])
+def test_a_part_of_a_complex_tensor_comes_back_as_its_alias_too(part):
+    t = torch.complex(tensor(3), tensor(3))
+    back = tb.to_torch(getattr(tb.to_numpy(t), part), copy=False)
+    version = t._version
+    back.zero_()
+    assert t._version > version
+    assert getattr(t, part).tolist() == [0, 0, 0]
+
+
+@pytest.mark.parametrize("how", ["reversed", "bytes", "real"])
+def test_filling_any_view_of_a_tensor_is_counted(how):
+    t = torch.ones(4, dtype=torch.complex64)
+    a = tb.to_numpy(t)
+    out = {"reversed": a[::-1], "bytes": a.view("uint8"), "real": a.real}[how]
+    version = t._version
+    tb.to_numpy(np.zeros(out.shape, out.dtype), out=out)
+    assert t._version > version
+    assert not out.any()
+
+
+def test_reversed_view_of_a_tensor_is_packed_as_any_other():
+    t = tensor(3)
+    back = tb.to_torch(tb.to_numpy(t)[::-1])
+    assert back.tolist() == [3, 2, 1]
+    assert not tb.shares_memory(back, t)
 
 
 def test_writing_through_the_alias_is_caught_by_backward():

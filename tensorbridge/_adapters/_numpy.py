@@ -33,7 +33,7 @@ def traits(a: Array) -> Traits:
     dtype, base, flags = a.dtype, a.base, a.flags.num
     lay = PLAIN if flags & _IN_C and a.size and 1 not in a.shape else layout_of(a)
     plain = base is None or (type(base) is np.ndarray and base.base is None)
-    origin = "" if plain else _origin(a, _dtypes.of_numpy(dtype), lay)
+    origin = "" if plain else _origin(a)
     aligned = dtype.kind != "c" or _is_aligned_whole(a)
     found = _of_kind(dtype, flags & _FACTS, lay, aligned, size_class(a.nbytes), origin)
     if found is None:
@@ -75,8 +75,8 @@ def layout_of(a: Array) -> Layout:
     return layout(a.shape, a.strides, a.itemsize)
 
 
-def _origin(a: Array, name: str, lay: Layout) -> str:
-    """Who stands behind a view: "tensor" where torch can have the tensor itself back, "memmap"."""
+def _origin(a: Array) -> str:
+    """Who stands behind a view: "tensor" (all of the view lies in its storage), "memmap"."""
     base: Any = owner_of(a)
     if type(base) is np.ndarray:
         return ""
@@ -85,19 +85,11 @@ def _origin(a: Array, name: str, lay: Layout) -> str:
     torch = sys.modules.get("torch")
     if torch is None or not isinstance(base, getattr(torch, "Tensor", ())):
         return ""
-    base = cast(Any, base)
-    storage = base.untyped_storage()
-    first = a.__array_interface__["data"][0]
-    offset = first - storage.data_ptr()
-    whole = (
-        _dtypes.exists_in(name, "torch")
-        and a.itemsize == base.element_size()
-        and lay.spacing in ("dense", "strided")
-        and offset >= 0
-        and offset % a.itemsize == 0
-        and offset + _span(a) <= storage.nbytes()
-    )
-    return "tensor" if whole else ""
+    storage = cast(Any, base).untyped_storage()
+    first: int = a.__array_interface__["data"][0] - storage.data_ptr()
+    low, high = _reach(a)
+    within = first + low >= 0 and first + high <= storage.nbytes()
+    return "tensor" if within and first % a.itemsize == 0 else ""
 
 
 def owner_of(a: Any) -> Any:
@@ -112,11 +104,12 @@ def owner_of(a: Any) -> Any:
         owner = below
 
 
-def _span(a: Array) -> int:
+def _reach(a: Array) -> tuple[int, int]:
+    """How far the bytes of an array lie from its first element: from where, and up to where."""
     if not a.size:
-        return 0
-    last: int = sum((n - 1) * s for n, s in zip(a.shape, a.strides, strict=True))
-    return last + int(a.itemsize)
+        return 0, 0
+    steps = [(n - 1) * s for n, s in zip(a.shape, a.strides, strict=True)]
+    return sum(s for s in steps if s < 0), sum(s for s in steps if s > 0) + int(a.itemsize)
 
 
 def _is_masked(a: Array) -> bool:

@@ -285,7 +285,8 @@ def _alias(a: Any) -> Tensor:
     """The tensor behind a NumPy view of it: the same memory and the same version counter."""
     base: Tensor = _numpy.owner_of(a)
     dtype = _DTYPE[_dtypes.of_numpy(a.dtype)]
-    base = base if base.dtype == dtype else base.view(dtype)
+    if base.dtype != dtype:
+        base = base.view(dtype) if base.element_size() == a.itemsize else _reread(base, dtype)
     itemsize = a.itemsize
     offset = (a.__array_interface__["data"][0] - base.untyped_storage().data_ptr()) // itemsize
     # A length-1 axis may carry any stride; as_strided wants none that is negative.
@@ -293,6 +294,12 @@ def _alias(a: Any) -> Tensor:
     if (a.shape, strides, offset) == (base.shape, base.stride(), base.storage_offset()) and not base.requires_grad:
         return base.detach()
     return base.as_strided(a.shape, strides, offset)
+
+
+def _reread(t: Tensor, dtype: torch.dtype) -> Tensor:
+    """All of the storage as elements of another width, by views, which share the version counter."""
+    flat = t.as_strided((t.untyped_storage().nbytes() // t.element_size(),), (1,), 0).view(torch.uint8)
+    return flat[: flat.numel() // dtype.itemsize * dtype.itemsize].view(dtype)
 
 
 def _array_copied(before: Traits, after: Traits) -> Callable[[Any], Any]:
@@ -390,5 +397,4 @@ COMMON, DTYPES = torch.float32, _DTYPE
 PLAIN = frozenset(dtype for name, dtype in _DTYPE.items() if _dtypes.crosses_plainly(name))
 # Not the complex ones, whose alignment has to be asked.
 PLAIN_NUMPY = frozenset(_dtypes.DTYPES[_NAME[dtype]].numpy for dtype in PLAIN if not dtype.is_complex)
-from_numpy = torch.from_numpy
-increment_version = torch.autograd.graph.increment_version
+from_numpy, increment_version = torch.from_numpy, torch.autograd.graph.increment_version
