@@ -79,7 +79,6 @@ READ_ONLY = {  # sources of 1.0, 2.0, 3.0, 4.0 that must not be written
     "array method": lambda file: array_method(frozen(np.arange(1.0, 5.0))),
     "index": lambda file: Index([1.0, 2.0, 3.0, 4.0]),
     "bfloat16": lambda file: frozen(np.arange(1, 5).astype(ml_dtypes.bfloat16)),
-    "bytes of a tensor in a graph": lambda file: tb.to_numpy(torch.arange(1.0, 5.0).requires_grad_()).view("uint8"),
     "broadcast": lambda file: np.broadcast_to(np.float64(1), (4,)),
     "reversed": lambda file: frozen(np.arange(1.0, 5.0))[::-1],
     "big-endian": lambda file: frozen(np.arange(1.0, 5.0).astype(">f8")),
