@@ -32,6 +32,16 @@ def to_numpy(
 ) -> _Out: ...
 @overload
 def to_numpy(
+    x: NDArray[_Scalar],
+    *,
+    dtype: None = ...,
+    copy: bool | None = ...,
+    writable: bool | None = ...,
+    detach: bool = ...,
+    out: None = ...,
+) -> NDArray[_Scalar]: ...
+@overload
+def to_numpy(
     x: Any,
     *,
     dtype: type[_Scalar] | np.dtype[_Scalar],

@@ -14,7 +14,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, ContextDecorator, contextmanager
-from contextvars import ContextVar, Token
+from contextvars import ContextVar
 from typing import Any, Literal, NamedTuple, TypeAlias, TypeVar, get_args
 
 from tensorbridge._block import Block
@@ -47,7 +47,12 @@ class _Policy(NamedTuple):
     kinds: frozenset[str]
 
 
-_policy: ContextVar[_Policy | None] = ContextVar("tensorbridge_copy_guard", default=None)
+# The guards open in this context, the innermost last. Not tokens of the guard: one object may be open in many threads.
+_policies: ContextVar[tuple[_Policy, ...]] = ContextVar("tensorbridge_copy_guard", default=())
+
+
+def _policy() -> _Policy | None:
+    return (_policies.get() or (None,))[-1]
 
 
 class copy_guard(ContextDecorator):
@@ -106,9 +111,13 @@ class copy_guard(ContextDecorator):
         if not chosen:
             raise ValueError('copy_guard(kinds=[]): guards nothing; leave kinds out for all, or say mode="allow"')
         self._policy = _Policy(mode, min_bytes, chosen)
-        self._tokens: list[Token[_Policy | None]] = []
 
     def __call__(self, function: _F) -> _F:
+        if inspect.isclass(function):
+            raise TypeError(
+                f"copy_guard as a decorator of a class would guard only the making of {function.__name__}, not its "
+                "methods; decorate those"
+            )
         if (
             inspect.iscoroutinefunction(function)
             or inspect.isgeneratorfunction(function)
@@ -131,20 +140,20 @@ class copy_guard(ContextDecorator):
 
     @eager
     def __enter__(self) -> copy_guard:
-        self._tokens.append(_policy.set(self._policy))
+        _policies.set((*_policies.get(), self._policy))
         _watch(+1)
         return self
 
     @eager
     def __exit__(self, *exc: object) -> None:
         _watch(-1)
-        _policy.reset(self._tokens.pop())
+        _policies.set(_policies.get()[:-1])
 
 
 @contextmanager
 def inherited() -> Iterator[None]:
     """Keep a guard of this context in force for a worker that outlives the ``with`` block it was started in."""
-    more = 1 if _policy.get() is not None else 0
+    more = 1 if _policy() is not None else 0
     _watch(+more)
     try:
         yield
@@ -154,13 +163,13 @@ def inherited() -> Iterator[None]:
 
 def guarded_kinds() -> frozenset[str]:
     """The kinds of moves for which this context's guard has a limit."""
-    policy = _policy.get()
+    policy = _policy()
     return frozenset() if policy is None or policy.mode == "allow" else policy.kinds
 
 
 def allow(plan: Plan, asked: str) -> None:
     """Raise or warn if this context's guard forbids what the plan would move."""
-    policy = _policy.get()
+    policy = _policy()
     if policy is None or policy.mode == "allow":
         return
     nbytes = sum(step.nbytes for step in plan.steps if step.kind in policy.kinds)

@@ -235,6 +235,11 @@ def test_filling_any_view_of_a_tensor_is_counted(how):
     assert not out.any()
 
 
+def test_view_of_a_tensor_between_two_of_its_elements_keeps_its_values():
+    a = tb.to_numpy(torch.arange(9, dtype=torch.uint8))[1:9].view("int32")
+    assert tb.to_torch(a).tolist() == a.tolist()
+
+
 def test_reversed_view_of_a_tensor_is_packed_as_any_other():
     t = tensor(3)
     back = tb.to_torch(tb.to_numpy(t)[::-1])

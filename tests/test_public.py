@@ -115,6 +115,8 @@ x: Any = 1
 out = np.zeros(3, dtype=np.int16)
 assert_type(tb.to_numpy(x), NDArray[Any])
 assert_type(tb.to_numpy(x, dtype="float32"), NDArray[Any])
+assert_type(tb.to_numpy(out), NDArray[np.int16])
+assert_type(tb.to_numpy([1, 2]), NDArray[Any])
 assert_type(tb.to_numpy(x, dtype=np.float32), NDArray[np.float32])
 assert_type(tb.to_numpy(x, dtype=np.dtype("int8"), copy=True), NDArray[np.int8])
 filled: np.ndarray[tuple[int], np.dtype[np.int16]] = tb.to_numpy(x, out=out)

@@ -291,6 +291,8 @@ def test_guard_refuses_to_decorate_what_it_could_not_guard():
     for function in (coroutine, generator):
         with pytest.raises(TypeError, match="with block inside"):
             tb.copy_guard("error")(function)
+    with pytest.raises(TypeError, match="only the making of Sample, not its methods; decorate those"):
+        tb.copy_guard("error")(type("Sample", (), {}))
 
 
 def test_what_a_prefetch_worker_does_is_told_of_the_line_that_started_it(reversed_array):
@@ -308,3 +310,39 @@ def line_before():
     import sys
 
     return sys._getframe(1).f_lineno - 1
+
+
+def test_one_guard_object_serves_threads_and_tasks_at_once():
+    guard, inside = tb.copy_guard("error"), threading.Barrier(2, timeout=10)
+    after: list[bool] = []
+
+    def work() -> None:
+        with guard:
+            inside.wait()  # both are open
+            with pytest.raises(tb.CopyRequiredError):
+                tb.to_torch(np.zeros(3)[::-1])
+            inside.wait()
+        after.append(tb.to_torch(np.zeros(3)[::-1]).tolist() == [0, 0, 0])
+
+    threads = [threading.Thread(target=work) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert after == [True, True]
+
+    async def task() -> None:
+        with guard:
+            await asyncio.sleep(0)
+            with guard, tb.copy_guard("allow"):
+                tb.to_torch(np.zeros(3)[::-1])
+                await asyncio.sleep(0)
+            with pytest.raises(tb.CopyRequiredError):
+                tb.to_torch(np.zeros(3)[::-1])
+        tb.to_torch(np.zeros(3)[::-1])
+
+    async def both() -> None:
+        await asyncio.gather(task(), task())
+
+    asyncio.run(both())
+    assert not _watch.watching
