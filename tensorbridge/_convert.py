@@ -23,6 +23,7 @@ class Road(NamedTuple):
 
     decision: Decision
     functions: tuple[Callable[..., Any], ...]
+    moves: bool = True  # any byte, so that a guard is asked
 
 
 _roads: dict[tuple[Traits, Want, Here], Road] = {}
@@ -41,7 +42,7 @@ def convert(x: Any, want: Want, out: Any = None) -> Any:
     road = road_for(traits, want, here)
     if road.decision.refusal is not None:
         raise words.refused(road.decision, adapter.describe(handle, traits), want)
-    if _watch.watching:
+    if _watch.watching and (road.moves or _watch.is_traced()):
         plan = bind(road.decision.steps, adapter.describe(handle, traits), want)
         return _watch.perform(plan, words.call(want), lambda: perform(road, handle, out))
     return perform(road, handle, out)
@@ -87,7 +88,8 @@ def road_for(traits: Traits, want: Want, here: Here) -> Road:
     open_lanes()
     if len(_roads) >= _ROADS_KEPT:
         _roads.clear()
-    road = _roads[traits, want, here] = Road(decision, functions)
+    moves = any(step.kind for step in decision.steps)
+    road = _roads[traits, want, here] = Road(decision, functions, moves)
     return road
 
 

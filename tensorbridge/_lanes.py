@@ -25,6 +25,7 @@ _Tensor: Any = None
 _common: Any = None  # the dtype asked first: float32
 _plain_dtypes: frozenset[Any] = frozenset()  # torch dtypes that NumPy has as themselves
 _plain_numpy: frozenset[Any] = frozenset()
+_host: frozenset[Any] = frozenset()  # its names, as `device`
 _forward_ad: Any  # torch's module: inside a dual level a plain-looking tensor may carry a tangent
 _from_numpy: Callable[[Any], Any]
 _compiling: Callable[[], Any] = lambda: None  # not None: compiled code is calling, and nothing is shared with it
@@ -34,10 +35,10 @@ opened: Callable[[], None] = lambda: None  # called once, when torch has shown u
 
 
 def open(adapter: Adapter) -> None:
-    global _Tensor, _common, _plain_dtypes, _plain_numpy, _forward_ad, _from_numpy, _compiling
+    global _Tensor, _common, _plain_dtypes, _plain_numpy, _forward_ad, _from_numpy, _compiling, _host
     facts: Any = adapter
     _common, _plain_dtypes, _plain_numpy = facts.COMMON, facts.PLAIN, facts.PLAIN_NUMPY
-    _forward_ad, _from_numpy = facts.forward_ad, facts.from_numpy
+    _forward_ad, _from_numpy, _host = facts.forward_ad, facts.from_numpy, facts.HOST
     _eager.mark()
     _compiling = _eager.compiling
     _Tensor = facts.Tensor
@@ -104,7 +105,7 @@ def plain_array_to_torch(full: _F) -> _F:
     def to_torch(x: Any, **options: Any) -> Any:
         if type(x) is _ndarray and not _watch.watching and x.dtype in _plain_numpy and _compiling() is None:
             try:
-                if not options:
+                if not options or (len(options) == 1 and options.get("device") in _host):
                     base: Any = x.base
                     if base is None or (type(base) is _ndarray and base.base is None):
                         flags = x.flags

@@ -40,8 +40,6 @@ def remembering(full: _F) -> _F:
             if not _kinds and _lanes._Tensor is not None:
                 _open()
             return result
-        if _watch.watching:
-            return full(x, **options)
         for value in options.values():
             if type(value) not in _WORDS:
                 return full(x, **options)
@@ -51,7 +49,8 @@ def remembering(full: _F) -> _F:
             return full(x, **options)
         traits = kind(x)
         road = roads.get(traits)  # type: ignore[arg-type]
-        if road is None or _may_start_threads(traits):
+        watched = _watch.watching and (road is None or road.moves or _watch.is_traced())
+        if road is None or watched or _may_start_threads(traits):
             result = full(x, **options)
             if road is None and traits is not None:
                 _remember(words, options, traits)
@@ -85,6 +84,6 @@ def _open() -> None:
     """torch is there."""
     numpy: Any = adapter_of(np.ndarray)
     torch: Any = adapter_of(_lanes._Tensor)
-    _WORDS.add(type(torch.COMMON))
+    _WORDS.update(map(type, {torch.COMMON, *torch.HOST}))
     _kinds[np.ndarray] = numpy.kind
     _kinds.update(dict.fromkeys(torch.EXACT, torch.kind))

@@ -167,6 +167,10 @@ def guarded_kinds() -> frozenset[str]:
     return frozenset() if policy is None or policy.mode == "allow" else policy.kinds
 
 
+def is_traced() -> bool:
+    return bool(_traces)
+
+
 def allow(plan: Plan, asked: str) -> None:
     """Raise or warn if this context's guard forbids what the plan would move."""
     policy = _policy()

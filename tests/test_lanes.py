@@ -31,7 +31,7 @@ def address(x: Any) -> int:
 @pytest.mark.parametrize("target", CONVERT)
 @pytest.mark.parametrize(
     ("name", "how"),
-    [(name, how) for name in ARRAYS for how in ("as it is", "copied")]
+    [(name, how) for name in ARRAYS for how in ("as it is", "copied", "on the host")]
     # Whose copies differ from torch's in the strides of axes of length 1, which mean nothing.
     + [(name, "copied by NumPy") for name in ARRAYS if "length-1" not in name],
 )
@@ -39,6 +39,8 @@ def test_fast_lanes_give_what_the_full_road_gives(name, how, target, monkeypatch
     if how == "copied by NumPy":
         monkeypatch.setattr(_copy_lanes, "_SMALL", -1)
     options = {"copy": True} if how.startswith("copied") else {}
+    if how == "on the host" and target == "torch":
+        options = {"device": torch.device("cpu") if "tensor" in name else "cpu"}
     array = ARRAYS[name]()
     convert = CONVERT[target]
     full, refusal = attempt(lambda: unwrap(convert)(array, **options))

@@ -38,6 +38,7 @@ OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
         "cast": {"dtype": "float32"},
         "cast to a type": {"dtype": int},
         "on the host": {"device": "cpu"},
+        "on torch's host": {"device": torch.device("cpu")},
         "on my word": {"share_readonly": True},
         "out of the graph": {"detach": True},
     },

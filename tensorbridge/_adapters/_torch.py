@@ -393,7 +393,7 @@ imported, plain_from_cupy = _torch_cuda.imported, _torch_cuda.plain_from_cupy
 # -- What the fast lanes ask for
 
 
-COMMON, DTYPES = torch.float32, _DTYPE
+COMMON, DTYPES, HOST = torch.float32, _DTYPE, frozenset({"cpu", torch.device("cpu")})
 PLAIN = frozenset(dtype for name, dtype in _DTYPE.items() if _dtypes.crosses_plainly(name))
 # Not the complex ones, whose alignment has to be asked.
 PLAIN_NUMPY = frozenset(_dtypes.DTYPES[_NAME[dtype]].numpy for dtype in PLAIN if not dtype.is_complex)
