@@ -5,6 +5,7 @@ A capsule is made up field by field (see _producers.py); what it describes is ne
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import warnings
 
@@ -168,6 +169,7 @@ class OnCuda(Producer):
 @pytest.fixture
 def stream_seven(monkeypatch):
     monkeypatch.setattr("tensorbridge._streams.current", lambda framework, index: 7)
+    monkeypatch.setattr("tensorbridge._streams.on_device", lambda index: contextlib.nullcontext())
 
 
 def test_a_capsule_on_a_device_is_read_without_one_and_asked_for_on_a_stream(stream_seven):
@@ -176,6 +178,16 @@ def test_a_capsule_on_a_device_is_read_without_one_and_asked_for_on_a_stream(str
     assert (info.framework, info.device, info.shape, info.strides) == ("dlpack", "cuda:3", (2, 3), (-24, 8))
     assert (info.order, info.writable, info.address) == ("reversed C", False, address(producer.made.memory))
     assert producer.asked == [{"max_version": (1, 0), "stream": 7}]
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "int16", "float32", "complex128"])
+def test_negative_strides_that_cupy_divided_as_unsigned_numbers_are_negative(stream_seven, dtype):
+    """CuPy 14.2 exports -4 bytes of float32 as 2**62 - 1 elements; in bytes both are the same 64 bits."""
+    memory = np.zeros((4, 6), dtype)[::-2, ::-2]
+    itemsize = memory.itemsize
+    divided = tuple(s if itemsize == 1 else (s + 2**64) // itemsize for s in memory.strides)
+    info = tb.describe(OnCuda(memory, device=(2, 3), strides=divided))
+    assert info.strides == memory.strides == (-12 * itemsize, -2 * itemsize)
 
 
 @pytest.mark.parametrize(

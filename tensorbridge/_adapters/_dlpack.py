@@ -127,6 +127,8 @@ def facts(x: Any, tensor: _DLTensor) -> tuple[str, tuple[int, ...], tuple[int, .
     itemsize = _dtypes.DTYPES[name].itemsize
     if tensor.strides:
         strides = tuple(tensor.strides[i] * itemsize for i in range(tensor.ndim))
+        if max(strides, default=0) >> 63 == 1:  # CuPy divides a negative stride as if it were unsigned
+            strides = tuple(s - (1 << 64) if s >> 63 == 1 else s for s in strides)
     else:
         strides = c_strides(shape, itemsize)
     address = (tensor.data or 0) + tensor.byte_offset
