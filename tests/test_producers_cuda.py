@@ -148,7 +148,14 @@ def test_without_cupy_torch_is_asked_where_an_address_is(monkeypatch, index):
 
     cuda = types.SimpleNamespace(device=lambda i: contextlib.nullcontext(), device_count=lambda: 2)
     monkeypatch.setattr(_torch_cuda, "torch", types.SimpleNamespace(as_tensor=as_tensor, cuda=cuda))
-    assert _torch_cuda.device_of(0x5000) == (-1 if index is None else index)
+    monkeypatch.setattr(_streams, "usable", lambda framework: framework == "torch")
+    monkeypatch.setattr(_streams, "capturing", lambda: False)
+    x = Interface(np.arange(6, dtype=np.float32), data=(0x5000, False))
+    if index is None:
+        with pytest.raises(tb.ProducerError, match="no device has memory at 0x5000"):
+            tb.describe(x)
+    else:
+        assert tb.describe(x).device == f"cuda:{index}"
 
 
 # -- Alignment

@@ -229,7 +229,7 @@ def _device_of(x: Any, address: int) -> int:
     if not address:
         return _streams.current_device()
     _refuse_capture(x)
-    framework: Any = named(asked)
+    framework: Any = named(asked if asked == "cupy" else "torch_cuda")
     index: int = framework.device_of(address)
     if index < 0:
         raise malformed(x, f"no device has memory at {address:#x}")
