@@ -158,6 +158,21 @@ def test_without_cupy_torch_is_asked_where_an_address_is(monkeypatch, index):
         assert tb.describe(x).device == f"cuda:{index}"
 
 
+def test_a_device_that_cupy_does_not_have_is_a_device_error(machine, monkeypatch):
+    """torch has an error for it, CuPy a list of streams."""
+
+    def current(framework, index):
+        return [1][index]
+
+    class Elsewhere(OnDevice):
+        def __dlpack_device__(self):
+            return 2, 3
+
+    monkeypatch.setattr(_streams, "current", current)
+    with pytest.raises(tb.DeviceError, match="Elsewhere lies on cuda:3, which cupy cannot use here"):
+        _protocols.open(Elsewhere(np.zeros(3)), Want("cupy"))
+
+
 # -- Alignment
 
 

@@ -156,7 +156,7 @@ def _stream(what: str, reader: str, index: int) -> int:
     """The stream current in the framework that will read it; an error of ours where there is no such device."""
     try:
         return _streams.current(reader, index)
-    except (AssertionError, KeyError, RuntimeError) as error:  # no CUDA in this build; not imported; no device
+    except (AssertionError, LookupError, RuntimeError) as error:  # no CUDA in this build; not imported; no device
         raise DeviceError(f"{what} lies on cuda:{index}, which {reader} cannot use here: {error}") from error
 
 
