@@ -246,14 +246,14 @@ def _as_converted(t: torch.Tensor) -> tuple[str, str] | None:
 
 def _refuse_moment(torch: Any, tensor: torch.Tensor) -> None:
     """A device must be free to copy: at the call, when the block begins and when it ends."""
+    if tensor.device.type == "cuda" and torch.cuda._is_in_bad_fork():
+        raise DeviceError(
+            f"editing: {_what(tensor, 'cannot be reached from a forked process')}. Start workers with the spawn method."
+        )
     if _is_capturing(torch, tensor):
         raise DeviceError(
             f"editing: {_what(tensor, 'cannot be copied to the host and back while a CUDA graph is captured')}: "
             "the copies would break the capture. Edit it before or after, outside the capture."
-        )
-    if tensor.device.type == "cuda" and torch.cuda._is_in_bad_fork():
-        raise DeviceError(
-            f"editing: {_what(tensor, 'cannot be reached from a forked process')}. Start workers with the spawn method."
         )
 
 

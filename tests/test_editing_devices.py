@@ -169,7 +169,7 @@ def test_editing_inside_a_cuda_graph_capture_is_refused_and_the_capture_survives
 
 def test_in_a_forked_process_a_cuda_tensor_is_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "_is_in_bad_fork", lambda: True)
-    monkeypatch.setattr(_editing, "_is_capturing", lambda torch, tensor: False)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: pytest.fail("CUDA was asked"))
     like_cuda = SimpleNamespace(
         device=torch.device("cuda", 0), layout=torch.strided, is_nested=False, dtype=torch.float32, shape=(3,)
     )
