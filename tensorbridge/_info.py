@@ -6,7 +6,7 @@ import platform
 import sys
 from typing import Any, NamedTuple
 
-from tensorbridge import _matrix
+from tensorbridge import _matrix, _streams
 
 _DISTRIBUTIONS = {
     "numpy": ("numpy",),
@@ -94,6 +94,8 @@ def _version(name: str) -> str:
 
 def _devices() -> tuple[str, ...]:
     torch: Any = sys.modules.get("torch")
+    if _streams.forked():
+        return ()
     if torch is not None and torch.cuda.is_available():
         return tuple(f"cuda:{i} {torch.cuda.get_device_name(i)}" for i in range(torch.cuda.device_count()))
     cupy: Any = sys.modules.get("cupy")
@@ -111,7 +113,7 @@ def _pools() -> tuple[str, ...]:
     torch: Any = sys.modules.get("torch")
     cupy: Any = sys.modules.get("cupy")
     found = []
-    if torch is not None and torch.cuda.is_available() and torch.cuda.is_initialized():
+    if torch is not None and not _streams.forked() and torch.cuda.is_available() and torch.cuda.is_initialized():
         used, held = torch.cuda.memory_allocated(), torch.cuda.memory_reserved()
         found.append(f"torch: {used} B in use, {held} B held")
     if cupy is not None and _devices():

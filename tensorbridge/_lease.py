@@ -162,6 +162,8 @@ def used_on(x: Any, stream: Any) -> None:
     TypeError, ValueError
         `x` is no array on a CUDA device, or one whose memory came from elsewhere without `to_torch` or `to_cupy`;
         `stream` is no CUDA stream.
+    DeviceError
+        This is a forked process that cannot use CUDA.
 
     Cost
     ----
@@ -183,6 +185,7 @@ def used_on(x: Any, stream: Any) -> None:
     if is_tensor and not x.is_cuda:
         raise ValueError(f"used_on: the tensor is on {x.device}, where no CUDA stream uses it")
     number, index = _streams.identify(stream)
+    _streams.refuse_fork()
     _streams.hold(number, index, stream)
     if is_tensor:
         _tensor_used_on(x, number, index)

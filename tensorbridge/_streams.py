@@ -12,8 +12,6 @@ What it knows of the two frameworks:
   that the event has when it is asked for, so the event can be recorded again at once.
 
 Specification of the numbers: ``__dlpack__`` in the array API, and ``__cuda_array_interface__`` version 3.
-For the other GPU modules: `side_stream(index)` is the one stream a device has for transfers that nobody waits for;
-`link(first, then, index)` lets one stream wait for another; `mark(number, index)` is an event recorded now.
 """
 
 from __future__ import annotations
@@ -37,14 +35,17 @@ _cupy_in_parent = False
 _lock = threading.Lock()
 _thread = threading.local()
 _NO_DEVICE = "there is no usable CUDA device here, or neither torch nor CuPy is imported."
+_FORKED = "CUDA cannot be used in a forked process.\nStart workers with the spawn method, or do it in the main process."
 _usable: set[str] = set()  # frameworks that have been seen to have a device: they keep it
+in_child = False  # of a fork, whatever the parent did: the lanes leave everything to the full roads
 
 
 def current(framework: str, index: int) -> int:
     """The number of the stream current in `framework` on CUDA device `index`."""
     if framework == "torch":
         torch = sys.modules["torch"]
-        torch.cuda.init()
+        if not torch.cuda._is_in_bad_fork():  # where a tensor can still be described
+            torch.cuda.init()
         return torch._C._cuda_getCurrentRawStream(index) or LEGACY_DEFAULT  # 20 times cheaper than current_stream()
     return int(sys.modules["cupy"].cuda.get_current_stream(index).ptr) or LEGACY_DEFAULT
 
@@ -81,9 +82,14 @@ def forked() -> bool:
     return (torch is not None and bool(torch.cuda._is_in_bad_fork())) or (_cupy_in_parent and not usable("cupy"))
 
 
+def refuse_fork() -> None:
+    if forked():
+        raise DeviceError(_FORKED)
+
+
 def _after_fork() -> None:
-    global _cupy_in_parent, _lock
-    _cupy_in_parent, _lock = "cupy" in _usable, threading.Lock()
+    global _cupy_in_parent, _lock, in_child
+    _cupy_in_parent, _lock, in_child = "cupy" in _usable, threading.Lock(), True
     _usable.clear()
 
 
@@ -92,6 +98,7 @@ os.register_at_fork(after_in_child=_after_fork)
 
 def current_device() -> int:
     """The index of the current CUDA device of this thread."""
+    refuse_fork()
     if usable("torch"):
         return int(sys.modules["torch"].cuda.current_device())
     if usable("cupy"):
@@ -128,9 +135,7 @@ def capturing_on(number: int, index: int) -> bool:
 
 
 def _asked(question: Callable[[], Any]) -> bool:
-    """Both frameworks raise where CUDA cannot answer: the default stream, asked while a blocking stream is captured; a
-    capture that an error has broken. A capture it is.
-    """
+    """Both raise where CUDA cannot answer: of the default stream beside a blocking capture; of a broken capture."""
     try:
         return bool(question())
     except RuntimeError as error:
@@ -142,9 +147,7 @@ def _asked(question: Callable[[], Any]) -> bool:
 # -- Streams as objects
 
 
-class _Handle:
-    """A raw handle under the CUDA stream protocol."""
-
+class _Handle:  # under the CUDA stream protocol
     def __init__(self, number: int) -> None:
         self.number = number
 
@@ -168,9 +171,7 @@ def wrapped(framework: str, number: int, index: int) -> Any:
 
 
 def hold(number: int, index: int, stream: object) -> None:
-    """Keep a stream for the life of the process: torch records on the streams that a block was used on when the block
-    is freed, and CuPy destroys a stream with its object.
-    """
+    """Keep a stream for life: torch records on it when a block that was used on it is freed, and CuPy destroys it."""
     if number > PER_THREAD_DEFAULT:
         _held.setdefault((index, number), stream)
 
@@ -210,8 +211,7 @@ def identify(stream: Any) -> tuple[int, int]:
     if torch is not None and isinstance(stream, torch.Stream) and not hasattr(stream, "cuda_stream"):
         if stream.device.type != "cuda":
             raise ValueError(f"{stream!r} is no CUDA stream")
-        ids = {name: getattr(stream, name) for name in ("stream_id", "device_index", "device_type")}
-        stream = torch.cuda.Stream(**ids)
+        stream = torch.cuda.Stream(**{k: getattr(stream, k) for k in ("stream_id", "device_index", "device_type")})
     index: Any = None
     if isinstance(stream, int):
         number = stream
@@ -354,7 +354,7 @@ def use_stream(stream: Any) -> Iterator[Any]:
     TypeError, ValueError
         It is no CUDA stream, or the per-thread default stream, which is another one in every thread.
     DeviceError
-        There is no usable CUDA device.
+        There is no usable CUDA device, or this is a forked process that cannot use it.
 
     Cost
     ----
@@ -375,6 +375,7 @@ def use_stream(stream: Any) -> Iterator[Any]:
     TypeError: None is no CUDA stream; give a stream of torch, CuPy or cuda.core, or its raw handle
     """
     number, index = identify(stream)
+    refuse_fork()
     if not (usable("torch") or usable("cupy")):
         raise DeviceError(_NO_DEVICE)
     hold(number, index, stream)

@@ -6,7 +6,7 @@ from fake_frameworks import cupy_adapter
 from races import ON_CUPY, ON_TORCH, SHAPE, Race, address, plays, with_adapters
 
 import tensorbridge as tb
-from tensorbridge import _device_lanes, _lease
+from tensorbridge import _device_lanes, _lease, _streams
 from tensorbridge._adapters import _torch_cuda
 
 ONE = 0x60  # the stream that is current in both
@@ -44,6 +44,14 @@ def test_a_lane_makes_what_the_full_road_makes_and_asks_cuda_for_the_same(machin
     assert type(by_lane) is type(by_road)
     assert [call for call in machine.calls if call[0] != "is_capturing"] == asked
     assert len(_lease._leases) == (2 if isinstance(x, machine.cupy.ndarray) else 0)
+
+
+def test_in_a_forked_child_a_lane_leaves_all_to_the_full_road_and_asks_cuda_nothing(machine, crossing, monkeypatch):
+    x, lane, _ = crossing
+    machine.calls.clear()
+    monkeypatch.setattr(_streams, "in_child", True)
+    assert lane(x) is None
+    assert machine.calls == []
 
 
 @pytest.mark.parametrize("owner", ["torch", "cupy"])

@@ -158,6 +158,14 @@ def test_without_cupy_torch_is_asked_where_an_address_is(monkeypatch, index):
         assert tb.describe(x).device == f"cuda:{index}"
 
 
+def test_in_a_forked_child_no_producer_is_asked(machine, monkeypatch):
+    monkeypatch.setattr(_streams, "forked", lambda: True)
+    x = OnDevice(np.zeros(3))
+    with pytest.raises(tb.DeviceError, match=r"OnDevice cannot be asked for device memory: CUDA .* forked"):
+        _protocols.open(x, Want("cupy"))
+    assert x.asked_on == machine.calls == []
+
+
 def test_a_device_that_cupy_does_not_have_is_a_device_error(machine, monkeypatch):
     """torch has an error for it, CuPy a list of streams."""
 

@@ -299,6 +299,7 @@ def test_nothing_is_asked_of_cupy_where_it_sees_no_device(monkeypatch):
 
 def test_a_fork_after_cupy_used_cuda_is_known_even_where_torch_did_not(machine, cupy, monkeypatch):
     monkeypatch.setattr(_streams, "_cupy_in_parent", False)
+    monkeypatch.setattr(_streams, "in_child", False)
     assert _streams.usable("cupy")
     _streams._after_fork()  # what the child does first
     assert not _streams.forked(), "CUDA still works: the parent had not really used it"
@@ -317,6 +318,43 @@ def test_the_hook_runs_in_a_real_child():
     code += "print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), s._cupy_in_parent)"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=dict(os.environ), check=True)
     assert run.stdout.split() == ["41", "False"], run.stderr
+
+
+@pytest.fixture
+def forked(machine, monkeypatch):
+    """A forked child whose parent used CUDA: torch refuses to start, and the driver answers nothing."""
+
+    def broken(*_):
+        raise RuntimeError("Cannot re-initialize CUDA in forked subprocess")
+
+    cuda = machine.torch.cuda
+    monkeypatch.setattr(cuda, "_is_in_bad_fork", lambda: True)
+    for name in ("init", "current_device", "is_current_stream_capturing", "get_device_name"):
+        monkeypatch.setattr(cuda, name, broken, raising=False)
+    return machine
+
+
+def test_in_a_forked_child_what_needs_cuda_says_so_in_our_words(forked):
+    t = forked.torch.full((3,), 1.0)
+    for call in (
+        lambda: tb.use_stream(0x50).__enter__(),
+        lambda: tb.use_stream(forked.torch.cuda.Stream(0, 0x50)).__enter__(),
+        lambda: tb.used_on(t, 0x50),
+        lambda: tb.used_on(t, forked.torch.cuda.Stream(0, 0x50)),
+        _streams.current_device,
+    ):
+        with pytest.raises(tb.DeviceError, match="CUDA cannot be used in a forked process"):
+            call()
+    assert forked.calls == []
+
+
+def test_in_a_forked_child_a_stream_can_still_be_named_for_a_description(forked):
+    assert _streams.current("torch", 0) == _streams.LEGACY_DEFAULT
+
+
+def test_in_a_forked_child_info_asks_no_device(forked):
+    found = tb.info()
+    assert (found.devices, found.pools) == ((), ())
 
 
 # The picture

@@ -139,6 +139,7 @@ def _by_dlpack(x: Any, want: Want) -> Any:
             "Copy it to the host with its own library first."
         )
     reader = want.framework if want.framework != "numpy" else "torch" if "torch" in sys.modules else "cupy"
+    _refuse_fork(x)
     number = _stream(type(x).__name__, reader, index)
     _refuse_capture(x)  # the producer may record an event
     with _streams.on_device(index):
@@ -146,10 +147,18 @@ def _by_dlpack(x: Any, want: Want) -> Any:
     return _device_array(x, capsule, number)
 
 
+def _refuse_fork(x: Any) -> None:
+    if _streams.forked():
+        raise _not_asked(x, _refuse.FORKED)
+
+
 def _refuse_capture(x: Any) -> None:
     if _streams.capturing():
-        refusal = _refuse.CAPTURING
-        raise DeviceError(f"{type(x).__name__} cannot be asked for device memory: {refusal.why}.\n{refusal.cure}")
+        raise _not_asked(x, _refuse.CAPTURING)
+
+
+def _not_asked(x: Any, refusal: Any) -> DeviceError:
+    return DeviceError(f"{type(x).__name__} cannot be asked for device memory: {refusal.why}.\n{refusal.cure}")
 
 
 def _stream(what: str, reader: str, index: int) -> int:

@@ -51,7 +51,7 @@ def plain_from_cupy(x: Any) -> Tensor | None:
         return None
     index = data.device_id
     number = _streams.current("torch", index)
-    if number != _streams.current("cupy", index) or _streams.capturing():
+    if number != _streams.current("cupy", index) or _streams.in_child or _streams.capturing():
         return None
     _lease.settle()
     t = _imported(x.__dlpack__(stream=-1, max_version=(1, 0)), index)

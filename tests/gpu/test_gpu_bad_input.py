@@ -62,6 +62,29 @@ if not pid:
     os._exit(0)
 os.waitpid(pid, 0)
 """,
+    "a forked worker with arrays of its parent": """
+import os, torch, cupy, numpy as np, tensorbridge as tb
+t, c = torch.ones(3, device="cuda"), cupy.ones(3, cupy.float32)
+class Exporter:
+    def __dlpack_device__(self): return t.__dlpack_device__()
+    def __dlpack__(self, **options): return t.__dlpack__(**options)
+tb.to_numpy_async([tb.to_torch(c), tb.to_cupy(t)]).result()
+calls = [
+    lambda: tb.to_cupy(t), lambda: tb.to_torch(c), lambda: tb.to_numpy(t), lambda: tb.to_numpy(c),
+    lambda: tb.to_numpy(Exporter()), lambda: tb.to_numpy_async(t).result(), lambda: tb.editing(t),
+    lambda: tb.used_on(t, 0), lambda: tb.used_on(c, 0), lambda: tb.use_stream(0).__enter__(),
+]
+pid = os.fork()
+if not pid:
+    told = 0
+    for call in calls:
+        try: call()
+        except tb.DeviceError as error: told += "forked" in str(error)
+    described = [tb.describe(x).device for x in (t, c)] == ["cuda:0"] * 2
+    print(told == len(calls) and described and tb.info().devices == (), flush=True)
+    os._exit(0)
+os.waitpid(pid, 0)
+""",
     "a device lost from view": """
 import os
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
