@@ -33,7 +33,7 @@ _held: dict[tuple[int, int], Any] = {}  # (index, number): streams that must out
 _side: dict[int, Any] = {}
 _cupy_in_parent = False
 _lock = threading.Lock()
-_thread = threading.local()
+_events: dict[tuple[int, bool, int], Any] = {}  # not thread-local: a forked child would destroy those of other threads
 _NO_DEVICE = "there is no usable CUDA device here, or neither torch nor CuPy is imported."
 _FORKED = "CUDA cannot be used in a forked process.\nStart workers with the spawn method, or do it in the main process."
 _usable: set[str] = set()  # frameworks that have been seen to have a device: they keep it
@@ -268,16 +268,15 @@ def link(first: int, then: int, index: int, then_index: int | None = None) -> No
 def _event(index: int) -> Any:
     """This thread's event for ordering on device `index`."""
     cupy = sys.modules.get("cupy")
-    events: dict[tuple[bool, int], Any] = _thread.__dict__.setdefault("events", {})
-    key = (cupy is not None, index)
-    found = events.get(key)
+    key = (threading.get_ident(), cupy is not None, index)
+    found = _events.get(key)
     if found is None:
         if cupy is not None:
             with cupy.cuda.Device(index):
                 found = cupy.cuda.Event(disable_timing=True)
         else:
             found = sys.modules["torch"].cuda.Event()
-        events[key] = found
+        _events[key] = found
     return found
 
 

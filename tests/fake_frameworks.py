@@ -31,7 +31,7 @@ def installed(monkeypatch, *, devices=1, without=()):
         (_streams, "_held", {}),
         (_streams, "_side", {}),
         (_streams, "_usable", set()),
-        (_streams, "_thread", threading.local()),
+        (_streams, "_events", {}),
         (_lease, "_leases", {}),
         (_lease, "_pending", deque()),
         (_staging, "_ring", None),

@@ -1,10 +1,12 @@
 """Which stream is current, how one waits for another, and what a capture allows: on a recorded fake of CUDA."""
 
+import gc
 import os
 import re
 import subprocess
 import sys
 import threading
+import weakref
 from pathlib import Path
 
 import fake_frameworks
@@ -346,6 +348,21 @@ def test_in_a_forked_child_what_needs_cuda_says_so_in_our_words(forked):
         with pytest.raises(tb.DeviceError, match="CUDA cannot be used in a forked process"):
             call()
     assert forked.calls == []
+
+
+def test_the_event_of_a_thread_outlives_it_and_serves_the_next_of_its_number(machine):
+    """A forked child drops what its parent's other threads held, and CuPy cannot destroy an event there."""
+    kept = []
+
+    def work():
+        _streams.link(0x50, 0x60, 0)
+        kept.append(weakref.ref(_streams._event(0)))
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    gc.collect()
+    assert kept[0]() is not None
 
 
 def test_in_a_forked_child_a_stream_can_still_be_named_for_a_description(forked):
