@@ -5,7 +5,7 @@ What it knows of the two frameworks:
 * Both report 0 for the legacy default stream, whose protocol number is 1 (0 is not allowed in DLPack and in the array
   interface). 2 is the per-thread default stream: another thread cannot name it, so it is refused where memory is lent.
 * torch compares streams by id: a pool stream and an `ExternalStream` of its handle differ. Handles are compared here.
-  `ExternalStream(0)` is a fresh stream and `ExternalStream(1)` a stream of torch's pool, so neither is ever built.
+  `ExternalStream(0)` is a fresh stream up to torch 2.12, and `ExternalStream(1)` none at all: neither is ever built.
 * CuPy's ``with stream`` forgets a stream that ``.use()`` made current: it is entered here, and ``.use()`` restores.
 * `ndarray.__dlpack__` and `Tensor.__dlpack__` order by streams of the *current* device and, where streams differ,
   through wrappers that are slow. Here one event, kept per thread and device, orders two handles: a wait takes the state

@@ -52,9 +52,15 @@ def test_cupys_default_stream_is_0_and_a_foreign_one_belongs_to_no_device_and_is
         assert torch.ones(3, device="cuda").sum().item() == 3
 
 
-def test_an_external_stream_of_0_is_not_the_default_stream(torch):
-    """pytorch#182960"""
-    assert torch.cuda.ExternalStream(0).cuda_stream != 0
+def test_an_external_stream_of_0_is_the_default_stream_from_2_13_on(torch):
+    """Before, it is a fresh one: pytorch#182960."""
+    version = tuple(map(int, torch.__version__.split(".")[:2]))
+    assert (torch.cuda.ExternalStream(0).cuda_stream == 0) is (version >= (2, 13))
+
+
+def test_an_external_stream_of_1_is_no_stream_at_all(torch):
+    with pytest.raises(RuntimeError, match="invalid StreamId"):
+        torch.cuda.ExternalStream(1).cuda_stream  # noqa: B018
 
 
 def test_torch_takes_a_pool_stream_and_its_handle_for_two_streams(torch):
