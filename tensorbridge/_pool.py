@@ -35,7 +35,8 @@ class share_memory_pool:
     ValueError
         Another `owner`; or inside ``cupy.cuda.using_allocator``, which CuPy itself does not allow.
     MissingFrameworkError, DeviceError
-        torch or CuPy is not installed; there is no usable CUDA device.
+        torch or CuPy is not installed; there is no usable CUDA device; and, when CuPy allocates, its current stream is
+        the per-thread default stream (CUPY_CUDA_PER_THREAD_DEFAULT_STREAM=1).
 
     Cost
     ----
@@ -77,6 +78,11 @@ class share_memory_pool:
 def _allocate(nbytes: int, index: int) -> int:
     torch = sys.modules["torch"]
     number = _streams.current("cupy", index)
+    if number == _streams.PER_THREAD_DEFAULT:  # one stream to torch, and another in every thread
+        raise DeviceError(
+            "share_memory_pool: CuPy's current stream is the per-thread default stream, and torch would give its "
+            "blocks to other threads.\nMake a stream of your own current, with tensorbridge.use_stream."
+        )
     try:
         raw = 0 if number == _streams.LEGACY_DEFAULT else number  # torch's allocator knows the default stream as 0
         return int(torch.cuda.caching_allocator_alloc(nbytes, index, raw))

@@ -43,6 +43,14 @@ def test_a_block_belongs_to_the_stream_that_is_current_in_cupy(machine, cuda, nu
     assert machine.current["torch"][1] == 0x50
 
 
+def test_no_block_is_allocated_on_the_per_thread_default_stream(machine, cuda):
+    """torch knows it as one stream, and would give the block out to another thread, whose stream it is not."""
+    machine.current["cupy"][0] = 2
+    with tb.share_memory_pool(), pytest.raises(tb.DeviceError, match="per-thread default stream"):
+        cuda.alloc(64)
+    assert machine.torch_memory.used == 0
+
+
 def test_a_freed_block_is_reused_on_its_own_stream_only(machine, cuda):
     with tb.share_memory_pool():
         machine.current["cupy"][0] = 0x60
