@@ -46,6 +46,19 @@ def test_a_lane_makes_what_the_full_road_makes_and_asks_cuda_for_the_same(machin
     assert len(_lease._leases) == (2 if isinstance(x, machine.cupy.ndarray) else 0)
 
 
+def test_a_lane_leaves_a_tensor_without_memory_of_its_own_to_be_refused(machine, monkeypatch):
+    """Compressed sparse tensors are not even contiguous or not: torch raises."""
+
+    def raises(self):
+        raise RuntimeError("Sparse CSR tensors do not have is_contiguous")
+
+    t = machine.torch.full(SHAPE, 1.0)
+    for name in ("is_contiguous", "data_ptr"):
+        with monkeypatch.context() as patched:
+            patched.setattr(machine.torch.Tensor, name, raises)
+            assert to_cupy(t) is None
+
+
 def test_in_a_forked_child_a_lane_leaves_all_to_the_full_road_and_asks_cuda_nothing(machine, crossing, monkeypatch):
     x, lane, _ = crossing
     machine.calls.clear()

@@ -169,11 +169,13 @@ def _at(address: int, shape: Any, strides: Any, dtype: Any, owner: object, index
 def plain_from_torch(t: Any) -> Any:
     """The lane of `to_cupy`: a plain tensor, of exactly torch's type, on one stream with CuPy; None for others."""
     dtype = _SHARED.get(t.dtype)
-    if dtype is None or t.requires_grad or t.is_neg() or t.is_nested or not t.is_contiguous():
+    if dtype is None or t.requires_grad or t.is_neg() or t.is_nested:
         return None
     try:
-        address, index = t.data_ptr(), t.get_device()
-    except RuntimeError:  # of torch.func, or functional: it has no memory of its own
+        dense, address, index = t.is_contiguous(), t.data_ptr(), t.get_device()
+    except RuntimeError:  # of torch.func, functional or sparse: it has no memory of its own
+        return None
+    if not dense:
         return None
     stream = cupy.cuda.get_current_stream(index)
     number = int(stream.ptr) or _streams.LEGACY_DEFAULT
