@@ -194,7 +194,14 @@ def used_on(x: Any, stream: Any) -> None:
 
 
 def _tensor_used_on(t: Any, number: int, index: int) -> None:
-    storage = t.untyped_storage()
+    try:
+        storage = t.untyped_storage()
+    except NotImplementedError:
+        raise ValueError(
+            "used_on: a sparse tensor has no storage of its own; name its indices and its values"
+        ) from None
+    if t._is_zerotensor():  # torch knows the zeros by name only
+        return
     lease = _leases.get(storage._cdata)
     if lease is not None:
         lease.uses.add((number, index))

@@ -59,7 +59,8 @@ class Cuda(Host):
         with suppress(UnsupportedArrayError):  # a transform may make a tree of what is none yet; if not, it is refused
             for leaf in flatten(batch).leaves:
                 if getattr(leaf, "is_cuda", False):
-                    found[leaf.untyped_storage()._cdata] = leaf
+                    with suppress(NotImplementedError):  # sparse: the conversion refuses it
+                        found[leaf.untyped_storage()._cdata] = leaf
                 elif isinstance(leaf, cupy_array):
                     found[id(leaf)] = leaf
         return list(found.values())

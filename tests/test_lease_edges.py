@@ -304,3 +304,11 @@ def test_used_on_refuses_host_memory_and_foreign_memory_whose_owner_is_unknown(m
 def test_used_on_checks_the_stream(machine, torch):
     with pytest.raises(ValueError, match="per-thread"):
         tb.used_on(torch.full(SHAPE, 1.0), 2)
+
+
+def test_tensors_without_a_storage_of_their_own_have_nothing_to_keep():
+    import torch
+
+    with pytest.raises(ValueError, match="sparse tensor has no storage of its own; name its indices and its values"):
+        _lease._tensor_used_on(torch.eye(3).to_sparse(), 0x50, 0)
+    _lease._tensor_used_on(torch._efficientzerotensor((3,)), 0x50, 0)

@@ -103,6 +103,12 @@ def test_batches_that_were_on_the_device_are_let_go_once_they_were_read(machine)
     assert kept[:-2] == [False] * 18
 
 
+def test_a_tensor_without_a_storage_is_left_to_the_conversion_to_refuse(monkeypatch):
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+    sparse = torch.eye(3).to_sparse()
+    assert _prefetch_roads.Cuda.on_device(None, [sparse]) == []
+
+
 def test_batch_that_is_no_tree_before_its_transform_goes_to_a_device_too(machine):
     strange: Any = [np.ones(3, "f4")]
     strange.append(strange)
@@ -111,6 +117,14 @@ def test_batch_that_is_no_tree_before_its_transform_goes_to_a_device_too(machine
     assert made.array().tolist() == [1, 1, 1]
     with pytest.raises(tb.UnsupportedArrayError, match="contains itself"):
         list(tb.prefetch([strange], to="cupy"))
+
+
+@pytest.mark.gpu
+def test_what_has_no_storage_of_its_own_is_refused_or_passed_on():
+    with pytest.raises(tb.UnsupportedArrayError, match="sparse"):
+        list(tb.prefetch([torch.eye(3).to_sparse().cuda()]))
+    (zero,) = tb.prefetch([torch._efficientzerotensor((3,), device="cuda")])
+    assert tb.to_numpy(zero).tolist() == [0, 0, 0]
 
 
 @pytest.mark.gpu
