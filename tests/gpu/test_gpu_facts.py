@@ -12,6 +12,7 @@ import weakref
 
 import numpy as np
 import pytest
+from _facts_probes import read_capsule
 from holding import Handle, twice
 
 pytestmark = pytest.mark.gpu
@@ -229,6 +230,12 @@ def test_cupys_export_with_minus_1_orders_nothing(torch, cupy, gate):
             return event.query() and (not really or not held.done)
 
     assert twice(body) is True
+
+
+def test_cupys_export_divides_negative_strides_as_unsigned_numbers(cupy):
+    """So a reader of capsules has to take strides in bytes modulo 2**64, as an address plus a stride does."""
+    capsule = read_capsule(cupy.zeros(4, cupy.float32)[::-1].__dlpack__(stream=-1, max_version=(1, 0)))
+    assert capsule.strides == (2**62 - 1,)
 
 
 @pytest.mark.parametrize("framework", ["torch", "cupy"])
