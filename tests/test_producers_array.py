@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import collections
+import gc
 import types
 import warnings
+import weakref
 
 import numpy as np
 import pytest
@@ -263,3 +265,14 @@ def test_a_set_has_no_order_in_which_it_could_become_an_array(make):
 def test_what_is_no_array_at_all_is_refused(x):
     with pytest.raises(tb.UnsupportedArrayError, match=r"^to_numpy: "):
         tb.to_numpy(x)
+
+
+def test_classes_that_are_thrown_away_are_not_kept_for_having_been_seen():
+    seen = []
+    for _ in range(500):
+        cls = type("Throwaway", (Array,), {})
+        assert tb.to_numpy(cls(np.arange(2.0)))[1] == 1
+        seen.append(weakref.ref(cls))
+    del cls
+    gc.collect()
+    assert sum(cls() is not None for cls in seen) <= 200

@@ -31,13 +31,17 @@ class Adapter(Protocol):
 
 
 _of_type: dict[type, Adapter] = {}
+_KEPT = 128  # classes: a program may make them by the call, and what is kept here lives
 
 
 def adapter_of(cls: type) -> Adapter:
     """The adapter for arrays of type `cls`: one dict lookup, after the first."""
     found = _of_type.get(cls)
     if found is None:
-        found = _of_type[cls] = named(_name_of(cls))
+        found = named(_name_of(cls))
+        if len(_of_type) >= _KEPT:
+            _of_type.clear()
+        _of_type[cls] = found
     return found
 
 

@@ -33,7 +33,7 @@ def library(x: Any, kind: str) -> str:
     return _library_of(cls, kind)
 
 
-@lru_cache(maxsize=1024)
+@lru_cache(maxsize=256)  # it keeps the classes alive
 def _library_of(cls: type, kind: str) -> str:
     """Known for good: a class comes after the library of its parents."""
     for name, paths in _CLASSES[kind].items():
