@@ -276,3 +276,18 @@ def test_classes_that_are_thrown_away_are_not_kept_for_having_been_seen():
     del cls
     gc.collect()
     assert sum(cls() is not None for cls in seen) <= 200
+
+
+def test_an_object_with_half_of_dlpack_is_told_which_half_is_missing():
+    half = type("Half", (), {"__dlpack__": lambda self, **keywords: None})()
+    with pytest.raises(tb.UnsupportedArrayError, match="it has __dlpack__ and no __dlpack_device__") as caught:
+        tb.to_numpy(half)
+    assert "has no __dlpack__" not in str(caught.value)
+    other = type("OtherHalf", (), {"__dlpack_device__": lambda self: (1, 0)})()
+    with pytest.raises(tb.UnsupportedArrayError, match="has no __dlpack__"):
+        tb.to_numpy(other)
+
+
+def test_half_of_dlpack_does_not_hide_the_protocol_that_is_whole():
+    half = type("Half", (Array,), {"__dlpack__": lambda self, **keywords: None})
+    assert tb.to_numpy(half(np.arange(2.0))).tolist() == [0, 1]

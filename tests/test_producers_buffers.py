@@ -7,6 +7,7 @@ import ctypes
 import gc
 import io
 import mmap
+import re
 import warnings
 import weakref
 from multiprocessing.shared_memory import SharedMemory
@@ -117,6 +118,9 @@ def test_a_garbled_array_interface_is_a_malformed_producer(fault, target):
         TARGETS[target](producer)
     if fault in ("no dict", "no shape", "no typestr"):  # asked before NumPy is, which dies of it up to 2.2
         assert "no dict with a shape and a typestr" in str(caught.value)
+    if fault == "no data at all":  # NumPy would speak of scalars
+        assert str(caught.value).endswith('lacks "data", and the object has no buffer to take for it.')
+    assert re.search(r"[^.]\.$", str(caught.value)), "one full stop, NumPy's own or ours"
 
 
 MEANT = {

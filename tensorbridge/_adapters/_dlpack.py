@@ -49,7 +49,7 @@ class _Versioned(ctypes.Structure):
 
 
 def malformed(x: Any, what: str) -> ProducerError:
-    return ProducerError(f"{type(x).__name__} is a malformed producer: {what}.")
+    return ProducerError(f"{type(x).__name__} is a malformed producer: {what.rstrip('.')}.")
 
 
 def request(x: Any, **stream: int) -> Any:

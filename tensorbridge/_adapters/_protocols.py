@@ -70,6 +70,10 @@ def open(x: Any, want: Want) -> tuple[Any, Traits]:
         via, found = "buffer", _by_buffer(x, view)
     elif _speaks(x, "__array__"):
         return _by_array(x, want)
+    elif _speaks(x, "__dlpack__"):
+        detail = "it has __dlpack__ and no __dlpack_device__, nor an array interface, buffer or __array__"
+        cure = "Give it a __dlpack_device__ that says where its memory is: (1, 0) is the host."
+        raise Obstacle("not an array", cls.__name__, detail).cured(cure)
     else:
         container = isinstance(x, (Mapping, deque)) or hasattr(cls, "__dataclass_fields__")
         raise Obstacle("container" if container else "set" if isinstance(x, Set) else "not an array", cls.__name__)
@@ -187,8 +191,11 @@ def _by_array_interface(x: Any, facts: Any) -> Any:
         raise malformed(x, "__array_interface__ is no dict with a shape and a typestr")
     if facts.get("mask") is not None:
         raise Obstacle("masked", type(x).__name__)
-    if facts.get("data") is None and (view := _buffer(x)) is not None:
-        facts = {**facts, "data": view}  # "then the buffer of the object is used", says the protocol
+    if facts.get("data") is None:
+        view = _buffer(x)  # "then the buffer of the object is used", says the protocol
+        if view is None:
+            raise malformed(x, '__array_interface__ lacks "data", and the object has no buffer to take for it')
+        facts = {**facts, "data": view}
     try:
         return np.asarray(_Interface(x, facts))
     except (TypeError, ValueError, OverflowError, BufferError) as error:
