@@ -332,7 +332,7 @@ def plan(x: Any, to: Literal["numpy", "torch", "cupy"], **options: Any) -> Plan:
 
     Cost
     ----
-    No element is read; waits for nothing.
+    No element is read; waits for nothing. A foreign object is asked for its array, and may copy to give it.
 
     Examples
     --------

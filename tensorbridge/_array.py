@@ -56,14 +56,15 @@ class Traits(NamedTuple):
     lazy: str = ""  # "conj", "neg", "conj neg", "zero": values that are not what the bytes say
     pinned: bool | None = None  # page-locked host memory; None: not asked
     size: str = "small"  # "empty", "small" (< 64 KiB), "medium", "large" (>= 4 MiB), "beyond" what NumPy can hold
-    origin: str = ""  # who stands behind a view: "tensor" (a NumPy view of one), "memmap", "unknown" (`__array__`)
+    origin: str = ""  # who stands behind a view: "tensor" (a NumPy view of one), "memmap", "unknown" (`__array__`);
+    # "copied": nobody, the producer has made a copy for us and says so
 
 
 class ArrayInfo(NamedTuple):
     """One array, described. No element was read.
 
     Bytes for strides and sizes, as NumPy counts them; `stream` is the CUDA stream current for the array's framework,
-    None off the GPU; `address` is the first element's, on its device.
+    None off the GPU; `address` is the first element's, on its device, 0 where there is no memory to share.
     """
 
     framework: str

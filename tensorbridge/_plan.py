@@ -33,10 +33,11 @@ class _Steps(list[Step]):
         kind = ""
         if op in MOVING:
             self.fresh = True
-            after = after._replace(
-                spacing="dense", overlap=False, loose=False, aligned=True, writable=True, lazy="", origin="",
-                pinned=changes.get("pinned"),
-            )  # fmt: skip
+            if op != Op.EXPORT:  # its layout is the producer's choice
+                after = after._replace(
+                    spacing="dense", overlap=False, loose=False, aligned=True, writable=True, lazy="", origin="",
+                    pinned=changes.get("pinned"),
+                )  # fmt: skip
             if op == Op.FILL:
                 after = after._replace(**{field: changes[field] for field in _OF_OUT})
             if before.size != "empty":
@@ -132,7 +133,12 @@ def _make_array(steps: _Steps, want: Want, here: Here) -> None:
     if traits.framework in PROTOCOLS:
         reader = _refuse.holder(traits, want, here)
         can_say = traits.writable or reader != "numpy"  # torch and CuPy arrays have no read-only flag
-        then(Op.IMPORT, _IMPORT_WHY[traits.framework], framework=reader, writable=can_say)
+        if traits.origin == "copied":
+            why = "the producer gave a copy, and says so"
+            then(Op.EXPORT, why, framework=reader, writable=can_say, origin="")
+            steps.fresh = traits.writable and not traits.overlap
+        else:
+            then(Op.IMPORT, _IMPORT_WHY[traits.framework], framework=reader, writable=can_say)
 
 
 def _leave_graph(steps: _Steps, want: Want, dtype: str) -> None:

@@ -223,7 +223,7 @@ def after(steps: Sequence[Step], here: Here) -> Refusal | None:
         return None
     on_device = any(step.after.device != CPU for step in steps) or any("d" in step.kind for step in steps)
     # Nobody knows which stream the work of a foreign producer is on.
-    foreign = any(step.op == "import" and step.after.device != CPU for step in steps)
+    foreign = any(step.op in ("import", "export") and step.after.device != CPU for step in steps)
     if on_device and (not here.same_stream or foreign or any(step.kind for step in steps)):
         return CAPTURING
     return None

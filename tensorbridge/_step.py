@@ -19,6 +19,7 @@ class Op:
     ORDER = "order"  # the consumer's stream waits for the producer's
     SHARE = "share"  # the same memory under the other framework
     PROTECT = "protect"  # a read-only view
+    EXPORT = "export"  # a foreign array that its producer has copied for us, seen through its protocol
     STACK = "stack"  # a list into one array
     RESOLVE = "resolve"  # lazy conjugate, negative and zero bits made real
     BYTESWAP = "byteswap"  # native byte order
@@ -32,7 +33,7 @@ class Op:
 
 
 MOVING = frozenset(
-    {Op.STACK, Op.RESOLVE, Op.BYTESWAP, Op.CAST, Op.PACK, Op.COPY, Op.PIN, Op.FILL, Op.TO_HOST, Op.TO_DEVICE}
+    {Op.EXPORT, Op.STACK, Op.RESOLVE, Op.BYTESWAP, Op.CAST, Op.PACK, Op.COPY, Op.PIN, Op.FILL, Op.TO_HOST, Op.TO_DEVICE}
 )
 PROTOCOLS = frozenset({"dlpack", "cuda_array_interface", "array_interface", "buffer", "__array__"})
 

@@ -127,6 +127,15 @@ class OldDlpack(Dlpack):
         return self.inner.__dlpack__()
 
 
+class CopyingDlpack(Dlpack):
+    """Gives copies, says so by the flag of the capsule, and refuses where it may not."""
+
+    def __dlpack__(self, copy: bool | None = None, **keywords: Any) -> Any:
+        if copy is False:
+            raise BufferError("its memory is not laid out like this")
+        return self.inner.__dlpack__(copy=True, **keywords)
+
+
 class Interface(Speaker):
     @property
     def __array_interface__(self) -> Any:
@@ -347,6 +356,9 @@ FOREIGN: dict[str, Build] = {
     "dlpack-of-tensor": lambda: Dlpack(tensor(*SIX).T),
     "dlpack-old": lambda: OldDlpack(digits(*SIX)),
     "dlpack-old-of-tensor": lambda: OldDlpack(tensor(*SIX)),
+    "dlpack-copied": lambda: CopyingDlpack(digits(*SIX)),
+    "dlpack-copied-reversed": lambda: CopyingDlpack(digits(6)[::-1]),
+    "dlpack-copied-fortran": lambda: CopyingDlpack(digits(*SIX).T),
     "interface": lambda: Interface(digits(*SIX)),
     "interface-read-only": lambda: Interface(frozen(digits(*SIX))),
     "interface-big-endian": lambda: Interface(digits(6, dtype=">i4")),

@@ -38,8 +38,7 @@ TORCH_DTYPES = ["float32", "float64", "uint8", "bfloat16", "float8_e4m3fn", "com
 CUPY_DTYPES = ["float32", "float64", "uint8", "bfloat16", "complex64"]
 
 
-def host_arrays(framework: str) -> Iterator[Traits]:
-    origin = "unknown" if framework == "__array__" else ""
+def host_arrays(framework: str, origin: str = "") -> Iterator[Traits]:
     for facts, writable in itertools.product((LAYOUTS | LAYOUTS_BEYOND_TORCH).values(), (True, False)):
         yield Traits(framework, CPU, "float64", writable=writable, origin=origin, **facts)
     for dtype, size in itertools.product(HOST_DTYPES, ("small", "large", "empty")):
@@ -73,12 +72,12 @@ def tensors(device: Device) -> Iterator[Traits]:
         yield Traits("torch", device, "float32", pinned=pinned, spacing="strided", graph=True)
 
 
-def cupy_arrays(device: Device, framework: str = "cupy") -> Iterator[Traits]:
+def cupy_arrays(device: Device, framework: str = "cupy", origin: str = "") -> Iterator[Traits]:
     writables = (True,) if framework == "cupy" else (True, False)
     for facts, writable in itertools.product((LAYOUTS | LAYOUTS_BEYOND_TORCH).values(), writables):
-        yield Traits(framework, device, "float32", writable=writable, **facts)
+        yield Traits(framework, device, "float32", writable=writable, origin=origin, **facts)
     for dtype, size, spacing in itertools.product(CUPY_DTYPES, ("small", "large", "empty"), ("dense", "reversed")):
-        yield Traits(framework, device, dtype, size=size, spacing=spacing)
+        yield Traits(framework, device, dtype, size=size, spacing=spacing, origin=origin)
 
 
 def lists(framework: str, device: Device, dtypes: list[str]) -> Iterator[Traits]:
@@ -95,16 +94,22 @@ SOURCES = {
     "cupy": [*cupy_arrays(CUDA0), *cupy_arrays(CUDA1)],
     "foreign on the host": [
         *host_arrays("dlpack"),
+        *host_arrays("dlpack", "copied"),
         *(
-            Traits(
-                protocol, CPU, dtype, spacing=spacing, writable=writable, origin="unknown" * (protocol == "__array__")
-            )
-            for protocol, dtype, spacing, writable in itertools.product(
-                ("array_interface", "buffer", "__array__"), ("float32", ">int64"), ("dense", "reversed"), (True, False)
+            Traits(protocol, CPU, dtype, spacing=spacing, writable=writable, origin=origin)
+            for (protocol, origin), dtype, spacing, writable in itertools.product(
+                (("array_interface", ""), ("buffer", ""), ("__array__", "unknown"), ("__array__", "copied")),
+                ("float32", ">int64"),
+                ("dense", "reversed"),
+                (True, False),
             )
         ),
     ],
-    "foreign on a GPU": [*cupy_arrays(CUDA0, "dlpack"), *cupy_arrays(CUDA1, "cuda_array_interface")],
+    "foreign on a GPU": [
+        *cupy_arrays(CUDA0, "dlpack"),
+        *cupy_arrays(CUDA0, "dlpack", "copied"),
+        *cupy_arrays(CUDA1, "cuda_array_interface"),
+    ],
     "numbers and lists": [
         *(Traits("python scalar", dtype=dtype) for dtype in ("bool", "int64", "float64", "complex128", "bfloat16")),
         *lists("numpy list", CPU, ["float64", "int64", "bfloat16", "longdouble"]),
@@ -180,7 +185,7 @@ KINDS = st.builds(
     lazy=st.sampled_from(["", "conj", "neg", "conj neg", "zero"]),
     pinned=st.sampled_from([None, True, False]),
     size=st.sampled_from(["empty", "small", "medium", "large"]),
-    origin=st.sampled_from(["", "tensor", "memmap"]),
+    origin=st.sampled_from(["", "tensor", "memmap", "copied"]),
 )
 
 
@@ -205,7 +210,7 @@ def possible(traits: Traits) -> Traits:
         traits = traits if traits.device == CPU else traits._replace(pinned=False)
     if name in ("torch", "cupy"):
         traits = traits._replace(writable=True)
-    if name != "numpy":
+    if traits.origin not in {"numpy": ("tensor", "memmap"), "dlpack": ("copied",)}.get(name, ()):
         traits = traits._replace(origin="")
     if traits.framework.endswith(" list"):
         traits = Traits(traits.framework, traits.device, graph=traits.graph, size=traits.size)

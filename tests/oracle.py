@@ -6,6 +6,9 @@ memory that their arrays can stand on:
 * `torch.from_numpy`: no negative strides, strides of whole elements, native byte order, no read-only flag to keep.
 * `cupy.ndarray`: device memory, any strides, native byte order, no read-only flag to keep.
 * `numpy.ndarray`: host memory, anything that has a dtype.
+* DLPack: a capsule may say that its memory is a copy made for this call (DLPACK_FLAG_BITMASK_IS_COPIED). NumPy's
+  `__array__`: a `ValueError` for copy=False says that only a copy can be had. Such memory is nobody else's, and has
+  cost one pass before anything is done with it.
 
 The oracle does not know steps. It says which errors are right, whether the result stands on the memory of the source,
 how often the bus is crossed and with how wide elements, between how many passes over the data are needed, and what the
@@ -108,8 +111,10 @@ def expect(traits: Traits, want: Want, here: Here) -> Verdict:
     askew = askew and traits.framework != want.framework
     pins = want.pin_memory and traits.pinned is not True
     # A scalar is wrapped as fresh memory, which no step has to make again.
-    fresh = want.copy is True and not is_list and not is_scalar
-    kept = (keeps_promises(traits, want, holder) and not is_strange(holder, want, here)) or is_scalar or is_list
+    exported = traits.origin == "copied"
+    own = exported and traits.writable and not traits.overlap  # by the copy that the producer made
+    fresh = want.copy is True and not is_list and not is_scalar and not own
+    kept = (keeps_promises(traits, want, holder) and not is_strange(holder, want, here)) or is_scalar or is_list or own
     reasons = [cast, swapped, is_list, resolves, not fits, pins, fresh, not kept, want.out is not None, crosses, hops]
     reasons.append(askew)
     moves = any(reasons)
@@ -120,7 +125,7 @@ def expect(traits: Traits, want: Want, here: Here) -> Verdict:
         errors.add(DeviceError)
     if here.capturing and traits.device != CPU and traits.framework in ("dlpack", "cuda_array_interface"):
         errors.add(DeviceError)  # nobody knows the stream of a foreign producer's work
-    if not errors and want.copy is False and moves and traits.size != "empty":
+    if not errors and want.copy is False and (moves or exported) and traits.size != "empty":
         errors.add(CopyRequiredError)
     if errors:
         return Verdict(frozenset(errors))
@@ -137,7 +142,8 @@ def expect(traits: Traits, want: Want, here: Here) -> Verdict:
     elif cast and not casts(holder, source, target):
         high += resolves or not fits  # what the receiver is to cast, it must be able to hold
     high += askew
-    shares = not moves and not is_scalar
+    low, high = low + exported, high + exported
+    shares = not moves and not is_scalar and not exported
     return Verdict(
         frozenset(),
         shares=shares,
@@ -145,7 +151,7 @@ def expect(traits: Traits, want: Want, here: Here) -> Verdict:
         crossings=int(crosses),
         hops=int(hops),
         bus_width=bus_width(holder, source, want.framework, target) if crosses else None,
-        writable=is_writable(traits, want, shares),
+        writable=is_writable(traits, want, shares or not (moves or is_scalar or own)),
         dtypes=frozenset({target, traits.dtype} if want.framework == "numpy" and not want.dtype else {target}),
         device=where,
         graph=want.framework == "torch" and traits.graph and not want.detach and target in DIFFERENTIABLE,
@@ -233,12 +239,12 @@ def is_strange(holder: str, want: Want, here: Here) -> bool:
     return here.compiled and "numpy" in (holder, want.framework)
 
 
-def is_writable(traits: Traits, want: Want, shares: bool) -> bool:
+def is_writable(traits: Traits, want: Want, bound: bool) -> bool:
     if want.framework != "numpy":
         return True
     if want.writable is not None or want.out is not None:
         return want.writable is not False
-    return not shares or (traits.writable and not traits.overlap and not traits.graph)
+    return not bound or (traits.writable and not traits.overlap and not traits.graph)
 
 
 def bus_width(holder: str, source: str, framework: str, target: str) -> int:

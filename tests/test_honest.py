@@ -108,7 +108,7 @@ def assert_honest(array: Any, values: Any, target: str, options: dict[str, Any])
         before, result = result, function(result)
         assert isinstance(result, ITSELF), step
         assert stacked or facts(result) == promised(step.after), step
-        if source.nbytes and isinstance(before, ITSELF):
+        if source.nbytes and isinstance(before, ITSELF) and step.op != "export":  # which was done before we saw it
             assert (address(before) != address(result)) == bool(step.kind), step
         if step.kind or step.op in ("share", "restride"):
             assert np.array_equal(numbers(result), values_as(values, step.after.dtype)), step

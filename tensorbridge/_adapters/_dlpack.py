@@ -14,12 +14,12 @@ import numpy as np
 from tensorbridge import _dtypes
 from tensorbridge._adapters import _numpy
 from tensorbridge._array import c_strides
-from tensorbridge._errors import ProducerError
+from tensorbridge._errors import CopyRequiredError, ProducerError
 from tensorbridge._refuse import Obstacle
 
 HOST = (1, 3, 11)  # DLPack device types: CPU, CUDA host, ROCm host
 CUDA = (2, 13)  # CUDA, CUDA managed
-READ_ONLY = 1
+READ_ONLY, IS_COPIED = 1, 2
 
 
 class _DLTensor(ctypes.Structure):
@@ -52,18 +52,33 @@ def malformed(x: Any, what: str) -> ProducerError:
     return ProducerError(f"{type(x).__name__} is a malformed producer: {what.rstrip('.')}.")
 
 
-def request(x: Any, **stream: int) -> Any:
+def request(x: Any, *, copy: bool | None = None, **stream: int) -> Any:
     """A capsule, versioned if the producer can; an old producer is asked again with fewer keywords.
 
     An unknown keyword is exactly a TypeError; a class derived from it (pyarrow's) is the producer's own refusal, and
-    asking again would only make it warn that it was asked in the old way.
+    asking again would only make it warn that it was asked in the old way. To copy=False a producer that would have to
+    copy answers with an error; one that does not know the word may copy unseen, unless it flags its capsule.
     """
-    try:
-        return x.__dlpack__(max_version=(1, 0), **stream)
-    except TypeError as error:
-        if type(error) is not TypeError:
-            raise
+    version: dict[str, Any] = {"max_version": (1, 0)}
+    never: dict[str, Any] = {"copy": False}
+    for words in (version,) if copy is not False else (version | never, version, never):
+        try:
+            return x.__dlpack__(**words, **stream)
+        except TypeError as error:
+            if type(error) is not TypeError:
+                raise
+        except (BufferError, ValueError) as error:
+            if "copy" not in words:
+                raise
+            raise must_copy(
+                f"{type(x).__name__} cannot be shared, for its __dlpack__(copy=False) says", error
+            ) from error
     return x.__dlpack__(**stream)
+
+
+def must_copy(what: str, error: Exception) -> CopyRequiredError:
+    """A producer's refusal to share, in our words and its own."""
+    return CopyRequiredError(f"{what}: {str(error).rstrip('.')}.\nAllow the copy with copy=None.")
 
 
 # By item: functions of our own. Those that attributes of ctypes.pythonapi give are shared, argument types and all, with
@@ -137,21 +152,21 @@ def facts(x: Any, tensor: _DLTensor) -> tuple[str, tuple[int, ...], tuple[int, .
     return name, shape, strides, address
 
 
-def host_array(x: Any, capsule: Any) -> Any:
-    """A NumPy view of a host capsule, which it keeps."""
+def host_array(x: Any, capsule: Any) -> tuple[Any, bool]:
+    """A NumPy view of a host capsule, which it keeps; and whether the producer says that it is a copy."""
     tensor, flags = read(x, capsule)
     if tensor.device_type not in HOST:
         raise malformed(x, f"its capsule is on device type {tensor.device_type}, not on the host as it said")
     name, shape, strides, address = facts(x, tensor)
-    readonly = flags is None or bool(flags & READ_ONLY)
+    readonly, copied = flags is None or bool(flags & READ_ONLY), bool((flags or 0) & IS_COPIED)
     row = _dtypes.DTYPES[name]
     if row.numpy is None:
         raise Obstacle("unknown dtype", f"{type(x).__name__} {name}")
     carrier = np.dtype(row.carrier) if row.carrier else row.numpy
     try:
         if 0 in shape:
-            return np.empty(shape, row.numpy)
+            return np.empty(shape, row.numpy), copied
         memory = _numpy.Memory(address, shape, strides, carrier.str, readonly, _Taken(capsule, x))
-        return np.asarray(memory).view(row.numpy)
+        return np.asarray(memory).view(row.numpy), copied
     except (ValueError, OverflowError) as error:
         raise malformed(x, f"shape {shape} with strides of {strides} bytes: {error}") from error

@@ -61,8 +61,8 @@ def open(x: Any, want: Want) -> tuple[Any, Traits]:
         return _column(seen, x)
     x = seen
     if _speaks(x, "__dlpack__") and _speaks(x, "__dlpack_device__"):
-        via, found = "dlpack", _by_dlpack(x, want)
-    elif (facts := _offered(x, "__cuda_array_interface__")) is not None:
+        return _by_dlpack(x, want)
+    if (facts := _offered(x, "__cuda_array_interface__")) is not None:
         via, found = "cuda_array_interface", _by_cai(x, facts)
     elif (facts := _offered(x, "__array_interface__")) is not None:
         via, found = "array_interface", _by_array_interface(x, facts)
@@ -77,9 +77,12 @@ def open(x: Any, want: Want) -> tuple[Any, Traits]:
     else:
         container = isinstance(x, (Mapping, deque)) or hasattr(cls, "__dataclass_fields__")
         raise Obstacle("container" if container else "set" if isinstance(x, Set) else "not an array", cls.__name__)
-    if isinstance(found, Foreign):
-        return found, _foreign_traits(found, via)
-    return found, _described(found, via, x)
+    return _read(found, via, x)
+
+
+def _read(found: Any, via: str, x: Any, *, copied: bool = False) -> tuple[Any, Traits]:
+    traits = _foreign_traits(found, via) if isinstance(found, Foreign) else _described(found, via, x)
+    return found, traits._replace(origin="copied") if copied else traits
 
 
 def _column(seen: Any, x: Any) -> tuple[Any, Traits]:
@@ -128,15 +131,17 @@ def _asked(call: Callable[[], Any], x: Any, what: str) -> Any:
 # -- DLPack
 
 
-def _by_dlpack(x: Any, want: Want) -> Any:
+def _by_dlpack(x: Any, want: Want) -> tuple[Any, Traits]:
+    """Whoever flags a copy has made it by now; copy=False is said before, to whoever knows the word."""
     device = _asked(lambda: x.__dlpack_device__(), x, "its DLPack device")
     try:
         kind, index = map(int, device)
     except (TypeError, ValueError) as error:
         raise malformed(x, f"__dlpack_device__ returned {device!r}, not a type and an index") from error
     if kind in _dlpack.HOST:
-        capsule = _asked(lambda: _dlpack.request(x), x, "DLPack")
-        return _dlpack.host_array(x, capsule)
+        capsule = _asked(lambda: _dlpack.request(x, copy=want.copy), x, "DLPack")
+        found, copied = _dlpack.host_array(x, capsule)
+        return _read(found, "dlpack", x, copied=copied)
     if kind not in _dlpack.CUDA:
         raise DeviceError(
             f"{type(x).__name__} lies on a device of DLPack type {kind}; only the host and CUDA are known here.\n"
@@ -147,8 +152,9 @@ def _by_dlpack(x: Any, want: Want) -> Any:
     number = _stream(type(x).__name__, reader, index)
     _refuse_capture(x)  # the producer may record an event
     with _streams.on_device(index):
-        capsule = _asked(lambda: _dlpack.request(x, stream=number), x, "DLPack")
-    return _device_array(x, capsule, number)
+        capsule = _asked(lambda: _dlpack.request(x, copy=want.copy, stream=number), x, "DLPack")
+    found, copied = _device_array(x, capsule, number)
+    return _read(found, "dlpack", x, copied=copied)
 
 
 def _refuse_fork(x: Any) -> None:
@@ -173,14 +179,14 @@ def _stream(what: str, reader: str, index: int) -> int:
         raise DeviceError(f"{what} lies on cuda:{index}, which {reader} cannot use here: {error}") from error
 
 
-def _device_array(x: Any, capsule: Any, number: int) -> Foreign:
+def _device_array(x: Any, capsule: Any, number: int) -> tuple[Foreign, bool]:
     tensor, flags = _dlpack.read(x, capsule)
     if tensor.device_type not in _dlpack.CUDA:
         raise malformed(x, f"its capsule is on device type {tensor.device_type}, not on CUDA as it said")
     name, shape, strides, address = _dlpack.facts(x, tensor)
     device = Device(f"cuda:{tensor.device_id}")
-    frozen = bool((flags or 0) & _dlpack.READ_ONLY)
-    return Foreign(shape, strides, name, device, address, frozen, x, capsule, number)
+    frozen, copied = bool((flags or 0) & _dlpack.READ_ONLY), bool((flags or 0) & _dlpack.IS_COPIED)
+    return Foreign(shape, strides, name, device, address, frozen, x, capsule, number), copied
 
 
 # -- Array interfaces
@@ -330,6 +336,12 @@ def _by_array_of(x: Any, a: Any) -> tuple[Any, Traits]:
 
 
 def describe(handle: Any, traits: Traits) -> ArrayInfo:
+    """A copy that the producer made has no address: it is gone after the look, and the next may lie where it was."""
+    info = _described_in_full(handle, traits)
+    return info._replace(address=0) if traits.origin == "copied" else info
+
+
+def _described_in_full(handle: Any, traits: Traits) -> ArrayInfo:
     if isinstance(handle, np.ndarray):
         return _numpy.describe(handle, traits)
     if isinstance(handle, Joined):
@@ -345,8 +357,8 @@ def describe(handle: Any, traits: Traits) -> ArrayInfo:
 
 
 def performer(step: Step, before: Traits, want: Want) -> Callable[..., Any]:
-    """IMPORT: host memory is a NumPy array already; device memory goes to the framework that reads it."""
-    assert step.op == Op.IMPORT
+    """IMPORT, EXPORT: host memory is a NumPy array already; device memory goes to the framework that reads it."""
+    assert step.op in (Op.IMPORT, Op.EXPORT)
     if step.after.framework == "numpy":
         return lambda x: x if isinstance(x, np.ndarray) else open(x, want)[0]
     try:
