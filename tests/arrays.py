@@ -147,6 +147,13 @@ class Arrayed(Speaker):
         return self.inner if not copy else self.inner.copy()
 
 
+class CopyingArray(Speaker):
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> Any:
+        if copy is False:
+            raise ValueError("its memory is not laid out like this")
+        return self.inner.copy()
+
+
 def numbers(x: Any) -> Any:
     """The values of `x` as complex128, by element access and each framework's own widening casts."""
     if isinstance(x, Speaker):
@@ -366,6 +373,8 @@ FOREIGN: dict[str, Build] = {
     "arrayed": lambda: Arrayed(digits(*SIX)),
     "arrayed-read-only": lambda: Arrayed(frozen(digits(*SIX))),
     "arrayed-reversed": lambda: Arrayed(digits(6)[::-1]),
+    "arrayed-copied": lambda: CopyingArray(digits(*SIX)),
+    "arrayed-copied-big-endian": lambda: CopyingArray(digits(6, dtype=">i4")),
     "bytes": lambda: bytes([1, 2, 3]),
     "bytearray": lambda: bytearray([1, 2, 3]),
     "array.array": lambda: array.array("f", [1.0, 2.0, 3.0]),

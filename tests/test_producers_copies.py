@@ -233,3 +233,106 @@ def test_real_producers_take_the_word():
                 return 1, 0
 
         assert address(tb.to_numpy(Wrapper(), copy=False)) == address(memory)
+
+
+# -- __array__: whoever refuses copy=False has to copy
+
+
+class Array:
+    """`__array__` of a thing that is stored otherwise; `asked` holds the word about copies of each request."""
+
+    refusal: Exception = ValueError("it is stored in tiles")
+
+    def __init__(self, memory):
+        self.memory, self.asked, self.given = memory, [], []
+
+    def __array__(self, dtype=None, copy=None):
+        self.asked.append(copy)
+        if copy is False:
+            raise self.refusal
+        self.given.append(self.memory.copy())
+        return self.given[-1]
+
+
+@pytest.fixture(params=[ValueError("it is stored in tiles"), RuntimeError("cannot convert without a copy")])
+def array(request, monkeypatch):
+    monkeypatch.setattr(Array, "refusal", request.param)
+    return Array(np.arange(3.0))
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_array_that_has_to_copy_is_in_the_plan_with_its_bytes_and_a_guard_forbids_it(target, array):
+    plan = tb.plan(array, target)
+    assert [(step.op, step.nbytes, step.kind) for step in plan.steps] == [("export", 24, "h2h"), ("share", 0, "")]
+    assert (plan.zero_copy, plan.bytes_moved, plan.source.address) == (False, 24, 0)
+    with tb.copy_guard("error"), pytest.raises(tb.CopyRequiredError, match="the producer gave a copy"):
+        TARGETS[target](array)
+    assert not tb.shares_memory(array, array)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("copy", [None, True])
+def test_array_that_has_to_copy_is_asked_for_one_copy_and_no_more_is_made(copy, target, array):
+    result = TARGETS[target](array, copy=copy)
+    assert array.asked == [False, copy]
+    assert [address(a) for a in array.given] == [address(result)]
+    result[0] = 7
+    assert (array.given[0][0], array.memory[0]) == (7, 0)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_copy_true_is_fresh_memory_though_the_producer_keeps_what_it_made(target):
+    class Caches(Array):
+        def __array__(self, dtype=None, copy=None):
+            if copy is False:
+                raise ValueError("nothing is loaded yet")
+            return self.memory.copy() if copy else self.memory
+
+    producer = Caches(np.zeros(3))
+    TARGETS[target](producer, copy=True)[0] = 1
+    assert producer.memory.tolist() == [0, 0, 0]
+
+
+def test_array_that_shares_is_asked_once():
+    class Shares(Array):
+        def __array__(self, dtype=None, copy=None):
+            self.asked.append(copy)
+            return self.memory
+
+    for copy in (None, False, True):
+        producer = Shares(np.arange(3.0))
+        tb.to_numpy(producer, copy=copy)
+        assert producer.asked == [False]
+    assert tb.plan(producer, "numpy").zero_copy
+
+
+@pytest.mark.parametrize("error", [RuntimeError("not now"), NotImplementedError(), FutureWarning("will raise")])
+def test_any_other_failure_at_the_word_about_copies_says_nothing_and_the_plain_request_decides(error, monkeypatch):
+    monkeypatch.setattr(Array, "refusal", error)
+    producer = Array(np.arange(3.0))
+    assert tb.to_numpy(producer).tolist() == [0, 1, 2]
+    assert "the object decides" in str(tb.plan(producer, "numpy"))
+    with pytest.raises(tb.ProducerError) as caught:
+        tb.to_numpy(producer, copy=False)
+    assert caught.value.__cause__ is error
+
+
+def test_a_mask_is_not_lost_in_a_copy_of_the_producer_s():
+    producer = Array(np.ma.masked_array([1, 2], [0, 1]))
+    for copy in (None, True):
+        with pytest.raises(tb.UnsupportedArrayError, match="mask"):
+            tb.to_numpy(producer, copy=copy)
+
+
+def test_a_list_of_arrays_that_have_to_copy_is_stacked(array):
+    assert tb.to_torch([array, Array(np.arange(3.0))]).tolist() == [[0, 1, 2], [0, 1, 2]]
+
+
+def test_in_a_tree_each_array_that_has_to_copy_is_copied_by_its_producer_once(array):
+    assert "export" in str(tb.tree.plan({"a": array}, "torch"))
+    other = Array(np.ones(3))
+    result = tb.tree.to_torch({"a": array, "b": other, "c": other})
+    assert [t.tolist() for t in result.values()] == [[0, 1, 2], [1, 1, 1], [1, 1, 1]]
+    assert len(other.given) == 1
+    with pytest.raises(tb.CopyRequiredError, match="does not promise that no byte moves"):
+        tb.tree.to_torch({"a": array}, copy=False)

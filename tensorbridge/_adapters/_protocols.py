@@ -22,7 +22,6 @@ from tensorbridge._adapters._dlpack import malformed
 from tensorbridge._array import ArrayInfo, Device, Traits, c_strides, layout, order_text, size_class
 from tensorbridge._errors import (
     BridgeError,
-    CopyRequiredError,
     DeviceError,
     MissingFrameworkError,
     ProducerError,
@@ -305,34 +304,38 @@ def _by_buffer(x: Any, view: memoryview) -> Any:
 
 
 def _by_array(x: Any, want: Want) -> tuple[Any, Traits]:
-    """Last, `__array__`, which may share or copy. With copy=False it has to promise."""
+    """Last, `__array__`, which may share or copy. Whoever refuses copy=False has to copy, and has said so.
 
-    def export() -> Any:
-        if want.copy is not False:
-            return np.asanyarray(x)  # a mask must not get lost
+    Any other failure then says nothing: the word may be unknown, or come with a warning.
+    """
+
+    def export() -> tuple[Any, bool]:
         try:
-            return x.__array__(copy=False)
-        except (TypeError, ValueError, RuntimeError) as error:
-            if isinstance(error, RuntimeError) and "copy" not in str(error):  # some refuse to copy by this class
+            return x.__array__(copy=False), False
+        except (TypeError, ValueError, RuntimeError, Warning) as error:
+            has_to = isinstance(error, ValueError) or (isinstance(error, RuntimeError) and "copy" in str(error))
+            if want.copy is False and (has_to or isinstance(error, TypeError)):
+                what = f"{type(x).__name__} offers only __array__, and does not promise that no byte moves"
+                raise _dlpack.must_copy(what, error) from error
+            if want.copy is False:
                 raise
-            raise CopyRequiredError(
-                f"{type(x).__name__} offers only __array__, and does not promise that no byte moves: {error}.\n"
-                "Allow the copy with copy=None."
-            ) from error
+        if has_to and want.copy:  # what it makes otherwise, it may keep
+            return np.array(x, copy=True, subok=True), True
+        return np.asanyarray(x), has_to  # a mask must not get lost
 
-    a = _asked(export, x, "__array__")
+    a, copied = _asked(export, x, "__array__")
     if not isinstance(a, np.ndarray):
         raise malformed(x, f"__array__ returned {type(a).__name__}")
-    return _by_array_of(x, a)
+    return _by_array_of(x, a, copied=copied)
 
 
-def _by_array_of(x: Any, a: Any) -> tuple[Any, Traits]:
+def _by_array_of(x: Any, a: Any, *, copied: bool = False) -> tuple[Any, Traits]:
     """What `x` gives as its array. The labels of a table come read-only: they are hashed."""
     if _columns.is_index(x):
         a = a.view()
         a.setflags(write=False)
     found = _described(a, "__array__", x)
-    return a, found._replace(origin=found.origin or "unknown")
+    return a, found._replace(origin="copied" if copied else found.origin or "unknown")
 
 
 def describe(handle: Any, traits: Traits) -> ArrayInfo:
