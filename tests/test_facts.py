@@ -148,6 +148,22 @@ def test_array_with_a_copy_keyword_does_not_reach_torch():
         np.asarray(t, copy=False)
 
 
+def test_numpy_says_true_to_array_and_believes_it_and_says_nothing_where_a_copy_is_allowed():
+    """An export with copy=True is fresh by the object's word; `np.asanyarray` leaves the keyword out."""
+
+    class Listens:
+        def __init__(self):
+            self.heard, self.memory = [], np.zeros(3)
+
+        def __array__(self, dtype=None, **words):
+            self.heard.append(words)
+            return self.memory
+
+    x = Listens()
+    assert address(np.array(x, copy=True, subok=True)) == address(np.asanyarray(x)) == address(x.memory)
+    assert x.heard == [{"copy": True}, {}]
+
+
 # It is refused, or taken.
 
 RECORD = np.dtype([("byte", "u1"), ("real", "<f4")])  # the stride of "real" is 5 bytes
