@@ -138,7 +138,7 @@ def make_torch(machine):
             machine.wait(event.inner, self.device_index, self.cuda_stream or LEGACY)
 
     def external(number, device=None):
-        assert number not in (0, 1), "ExternalStream(0) is a fresh stream, and (1) one of torch's pool"
+        assert number not in (0, 1), "ExternalStream(0) is a fresh stream up to torch 2.12, and (1) none at all"
         return Stream(device, number)
 
     class CudaEvent:
