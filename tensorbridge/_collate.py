@@ -298,7 +298,7 @@ def _converted(value: Any, asked: str) -> Tensor:
     except BridgeError as error:
         text = str(error).removeprefix("to_torch(share_readonly=True): ")
         if isinstance(error, UnsupportedArrayError):
-            text = re.sub(r"\nUse (dtype=[^:]+)", r"\nUse tensorbridge.to_torch(x, \1)", text)
+            text = re.sub(r'\n(?:Use|Say) (dtype="\w+")', r"\nUse tensorbridge.to_torch(x, \1)", text)
             text += " Do so in the dataset, or in a function around collate." if "\n" in text else ""
         error.args = (f"{asked}: {text}",)
         raise

@@ -88,6 +88,10 @@ _NAMES = {
     "torch": frozenset(row.name for row in DTYPES.values() if row.torch),
     "cupy": frozenset(row.name for row in DTYPES.values() if row.cupy),
 }
+BOUNDS = {  # of the integers: the least and the greatest
+    **{f"int{bits}": (-(1 << bits - 1), (1 << bits - 1) - 1) for bits in (2, 4, 8, 16, 32, 64)},
+    **{f"uint{bits}": (0, (1 << bits) - 1) for bits in (2, 4, 8, 16, 32, 64)},
+}
 OF_NUMPY: dict[np.dtype[Any], str] = {row.numpy: row.name for row in DTYPES.values() if row.numpy is not None}
 _OF_DLPACK: dict[tuple[int, int], str] = {row.dlpack: row.name for row in DTYPES.values() if row.dlpack is not None}
 _OF_PYTHON: dict[Any, str] = {bool: "bool", int: "int64", float: "float64", complex: "complex128"}

@@ -117,7 +117,7 @@ OBSTACLES: dict[str, Refusal] = {
     "text": _unsupported("text is not an array", "Encode it as numbers first."),
     "big integer": _unsupported(
         "a Python integer is int64 here, and this one does not fit",
-        'Say dtype="uint64" if it is below 2**64, or make it a float: float(x).',
+        'Say dtype="float64".',
     ),
     "not an array": _unsupported(
         "it is no array of NumPy, torch or CuPy, and has no __dlpack__, array interface, buffer or __array__",

@@ -248,7 +248,11 @@ REFUSED: dict[str, Any] = {
         r"^collate: batch: sample 0: numpy longdouble .* torch has no longdouble\.\n"
         r'Use tensorbridge\.to_torch\(x, dtype="float64"\): a copy of 16 B\. Do so in the dataset',
     ),
-    "big integer": ([{"x": 2**70}, {"x": 1}], r"^collate: batch\['x'\]: list of 2 numbers cannot .* does not fit"),
+    "big integer": (
+        [{"x": 2**70}, {"x": 1}],
+        r"^collate: batch\['x'\]: list of 2 numbers, item .* does not fit\.\n"
+        r'Use tensorbridge\.to_torch\(x, dtype="float64"\)\. Do so in the dataset',
+    ),
     "int and float": (
         [{"y": 2**53 + 1}, {"y": 2}, {"y": 0.5}],
         r"^collate: batch\['y'\]: sample 0 has int, sample 2 float: a batch has one dtype\.\nCast them to one dtype",

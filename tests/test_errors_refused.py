@@ -215,7 +215,7 @@ REFUSED = {
         lambda: 2**70,
         "Python int of 71 bits",
         "a Python integer is int64 here, and this one does not fit",
-        'Say dtype="uint64" if it is below 2**64, or make it a float: float(x).',
+        'Say dtype="float64".',
     ),
 }
 EVERYWHERE = {"to_numpy": tb.to_numpy, "to_torch": tb.to_torch, "describe": tb.describe}

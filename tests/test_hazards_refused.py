@@ -164,7 +164,7 @@ def test_a_number_that_fits_the_dtype_asked_for_is_taken(number):
     assert tb.to_numpy(number, out=out).tolist() == whole
 
 
-@pytest.mark.parametrize("number", [2**64, -(2**63) - 1, [-1, 2**63], [0.5, 2**63]], ids=str)
+@pytest.mark.parametrize("number", [2**64, -(2**63) - 1, [-1, 2**63], [0.5, 2**64]], ids=str)
 def test_a_number_that_does_not_fit_the_dtype_asked_for_either_is_refused(number):
     with pytest.raises(tb.UnsupportedArrayError, match="does not fit"):
         tb.to_torch(number, dtype="uint64")
@@ -177,10 +177,6 @@ def test_a_number_is_free_in_every_dtype(dtype):
             t, a = tb.to_torch(number, dtype=dtype, copy=False), tb.to_numpy(number, dtype=dtype, copy=False)
         assert (str(t.dtype), str(a.dtype), a.item()) == (f"torch.{dtype}", dtype, 3)
         assert t.to(torch.complex64).item() == 3
-
-
-def test_a_number_beyond_its_dtype_wraps_as_an_array_would():
-    assert tb.to_numpy(300, dtype="uint8", copy=False) == tb.to_numpy(np.array(300), dtype="uint8") == 44
 
 
 # -- Objects without DLPack; lists

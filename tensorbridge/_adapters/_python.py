@@ -9,15 +9,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from tensorbridge import _dtypes
-from tensorbridge._adapters import _numpy, adapter_of, is_scalar
+from tensorbridge._adapters import _numbers, _numpy, adapter_of, is_scalar
 from tensorbridge._array import CPU, MOST_AXES, ArrayInfo, Traits, c_strides, shape_text, size_class
 from tensorbridge._errors import UnsupportedArrayError
 from tensorbridge._refuse import Obstacle
 from tensorbridge._step import Step, Want
-
-_NUMBERS = {bool: "bool", int: "int64", float: "float64", complex: "complex128"}
-_INT64 = range(-(2**63), 2**63)
-_UINT64 = range(2**64)
 
 
 class Parts(NamedTuple):
@@ -45,7 +41,7 @@ def open(x: Any, want: Want) -> tuple[Any, Traits]:
     leaves = list(_leaves(x, len(outer)))
     kinds = set(map(type, leaves))
     if all(is_scalar(kind) for kind in kinds):
-        dtype = _number_dtype(leaves, kinds, want)
+        dtype = _numbers.dtype_of(leaves, kinds, want, outer)
         parts = Parts(outer, outer, None, x)
         size = size_class(math.prod(outer) * _dtypes.DTYPES[dtype].itemsize)
         return parts, Traits("numpy list", dtype=dtype, size=size)
@@ -56,11 +52,8 @@ def _scalar(x: Any, want: Want) -> Traits:
     if isinstance(x, np.generic):
         found = _numpy.traits(np.asarray(x))
         return Traits("python scalar", dtype=found.dtype.lstrip(">"))
-    if isinstance(x, int) and int(x) not in _INT64:
-        if want.dtype == "uint64" and int(x) in _UINT64:
-            return Traits("python scalar", dtype="uint64")
-        raise Obstacle("big integer", f"Python int of {x.bit_length()} bits")
-    return Traits("python scalar", dtype=next(name for cls, name in _NUMBERS.items() if isinstance(x, cls)))
+    base = _numbers.base_of(x)
+    return Traits("python scalar", dtype=_numbers.dtype_of([base(x)], {base}, want, ()))
 
 
 def _outer_shape(x: Any) -> tuple[int, ...]:
@@ -105,26 +98,6 @@ def _leaves(x: Any, depth: int) -> Iterator[Any]:
             yield from _leaves(part, depth - 1)
 
 
-def _number_dtype(leaves: list[Any], kinds: set[type], want: Want) -> str:
-    own = [_NUMBERS[kind] for kind in kinds if kind in _NUMBERS]
-    foreign = {np.asarray(x).dtype for x in leaves if type(x) not in _NUMBERS} if len(own) < len(kinds) else set()
-    if int in kinds and not _fit_int64(leaves, kinds):
-        if want.dtype == "uint64" and all(type(x) in (int, bool) and x in _UINT64 for x in leaves):
-            return "uint64"
-        raise Obstacle("big integer", f"list of {len(leaves)} numbers")
-    dtypes = [*map(np.dtype, own), *foreign]
-    name = _dtypes.of_numpy(np.result_type(*dtypes)) if dtypes else "float64"
-    if not name:
-        raise Obstacle("unknown dtype", f"list of {len(leaves)} values")
-    return name.lstrip(">")
-
-
-def _fit_int64(leaves: list[Any], kinds: set[type]) -> bool:
-    if kinds <= {int, bool}:
-        return min(leaves) in _INT64 and max(leaves) in _INT64
-    return all(x in _INT64 for x in leaves if type(x) is int)
-
-
 def _arrays(outer: tuple[int, ...], leaves: list[Any], want: Want) -> tuple[Parts, Traits]:
     what = f"list of {len(leaves)}"
     handles: list[Any] = []
@@ -140,7 +113,7 @@ def _arrays(outer: tuple[int, ...], leaves: list[Any], want: Want) -> tuple[Part
             adapter = adapter_of(type(leaf))
             handle, found = adapter.open(leaf, want._replace(copy=None))
         except Obstacle as obstacle:
-            obstacle.what = f"{what}, item {_index(place, outer)}: {obstacle.what}"
+            obstacle.what = f"{what}, item {_numbers.index_of(place, outer)}: {obstacle.what}"
             raise
         handles.append(handle)
         kinds.append((found, adapter.describe(handle, found)))
@@ -174,15 +147,6 @@ def _arrays(outer: tuple[int, ...], leaves: list[Any], want: Want) -> tuple[Part
         size=size_class(math.prod(shape) * _dtypes.DTYPES[dtype].itemsize, len(shape)),
     )
     return Parts(shape, outer, handles, ()), found
-
-
-def _index(place: int, outer: tuple[int, ...]) -> str:
-    """Where a leaf is, as one would index it: ``[0][2]``."""
-    path = []
-    for length in reversed(outer):
-        place, here = divmod(place, length)
-        path.append(f"[{here}]")
-    return "".join(reversed(path))
 
 
 def _ragged(parts: Sequence[Any], shapes: Any) -> Obstacle:
