@@ -66,7 +66,8 @@ def opened(x: Any, want: Want, call: str = "") -> tuple[Adapter, Any, Traits]:
         handle, traits = adapter.open(x, want)
     except Obstacle as obstacle:
         text = f"{call or words.call(want)}: {obstacle.what} cannot be converted: {obstacle.why}."
-        raise UnsupportedArrayError(f"{text}\n{obstacle.refusal.cure}") from None
+        cure = obstacle.refusal.cure.replace("{framework}", want.framework)
+        raise UnsupportedArrayError(f"{text}\n{cure}") from None
     except BridgeError as error:
         error.args = (f"{call or words.call(want)}: {error}",)
         raise

@@ -94,6 +94,10 @@ BOUNDS = {  # of the integers: the least and the greatest
 }
 OF_NUMPY: dict[np.dtype[Any], str] = {row.numpy: row.name for row in DTYPES.values() if row.numpy is not None}
 _OF_DLPACK: dict[tuple[int, int], str] = {row.dlpack: row.name for row in DTYPES.values() if row.dlpack is not None}
+_ALIASES = {  # what torch calls them too; NumPy means something else by some of these
+    "double": "float64", "float": "float32", "half": "float16", "long": "int64", "int": "int32", "short": "int16",
+    "cdouble": "complex128", "cfloat": "complex64", "chalf": "complex32",
+}  # fmt: skip
 _OF_PYTHON: dict[Any, str] = {bool: "bool", int: "int64", float: "float64", complex: "complex128"}
 
 
@@ -131,8 +135,10 @@ def parse(dtype: object) -> str:
     if isinstance(dtype, str):
         if dtype in DTYPES:
             return dtype
-        if (name := dtype.removeprefix("torch.")) in DTYPES:
-            return name
+        if dtype.startswith("torch."):
+            name = dtype.removeprefix("torch.")
+            if (name := _ALIASES.get(name, name)) in DTYPES:
+                return name
     torch = sys.modules.get("torch")
     if torch is not None and isinstance(dtype, getattr(torch, "dtype", ())):
         name = of_torch(dtype)

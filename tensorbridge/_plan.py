@@ -231,7 +231,8 @@ def _make_holdable(steps: _Steps) -> None:
     """Layouts that torch refuses are packed, once."""
     now, then = steps.now, steps.then
     if now.spacing == "reversed":
-        then(Op.PACK, "torch has no negative strides", cure="reverse on the torch side: to_torch(a[::-1]).flip(0)")
+        cure = "reverse on the torch side: to_torch({reversed}).flip({axes})"
+        then(Op.PACK, "torch has no negative strides", cure=cure)
     elif now.spacing == "odd":
         then(Op.PACK, "torch strides are whole elements", cure="keep the column in an array of its own")
     elif not now.aligned:

@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 class Obstacle(Exception):
     """Raised while an array is described: one of OBSTACLES stands in the way of every conversion.
 
-    `what` names the array, `detail` completes the reason where the table cannot know it.
+    `what` names the array, `detail` completes the reason where the table cannot know it. "{framework}" in a cure stands
+    for the one that was asked for.
     """
 
     def __init__(self, name: str, what: str, detail: str = "") -> None:
@@ -113,7 +114,9 @@ OBSTACLES: dict[str, Refusal] = {
         "", "Bring the parts to one framework, device and dtype first, by to_numpy or to_torch of each."
     ),
     "missing number": _unsupported("None is no number", 'Say float("nan") for what is missing, or leave it out.'),
-    "container": _unsupported("a container is not one array", "Convert every leaf: tensorbridge.tree.to_numpy(x)."),
+    "container": _unsupported(
+        "a container is not one array", "Convert every leaf: tensorbridge.tree.to_{framework}(x)."
+    ),
     "text": _unsupported("text is not an array", "Encode it as numbers first."),
     "big integer": _unsupported(
         "a Python integer is int64 here, and this one does not fit",

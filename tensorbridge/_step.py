@@ -125,14 +125,24 @@ def bytes_text(n: int) -> str:
     return f"{n:,}".replace(",", " ") + " B"
 
 
+def named(text: str, source: ArrayInfo) -> str:
+    """A reason or a cure with what only one array tells: the node of its graph, the axes that run backwards."""
+    if "{" not in text:
+        return text
+    axes = [axis for axis, (n, s) in enumerate(zip(source.shape, source.strides, strict=True)) if n > 1 and s < 0]
+    index = ", ".join("::-1" if axis in axes else ":" for axis in range(max(axes, default=-1) + 1))
+    text = text.replace("{grad_fn}", f" ({source.grad_fn})" if source.grad_fn else "")
+    return text.replace("{reversed}", f"a[{index}]").replace("{axes}", ", ".join(map(str, axes)))
+
+
 def bind(steps: tuple[Step, ...], source: ArrayInfo, want: Want) -> Plan:
     """The steps with the sizes and names of one array."""
     count = math.prod(source.shape)
-    grad_fn = f" ({source.grad_fn})" if source.grad_fn else ""
     bound = tuple(
         step._replace(
             nbytes=count * _dtypes.DTYPES[step.after.dtype.lstrip(">")].itemsize if step.kind else 0,
-            why=step.why.replace("{grad_fn}", grad_fn),
+            why=named(step.why, source),
+            cure=named(step.cure, source),
         )
         for step in steps
     )

@@ -7,7 +7,7 @@ import math
 from tensorbridge import _dtypes
 from tensorbridge._array import ArrayInfo, Device
 from tensorbridge._errors import BridgeError
-from tensorbridge._step import Decision, Refusal, Want, bind, bytes_text, step_lines
+from tensorbridge._step import Decision, Refusal, Want, bind, bytes_text, named, step_lines
 
 
 def call(want: Want) -> str:
@@ -34,11 +34,10 @@ def refused(decision: Decision, info: ArrayInfo, want: Want) -> Exception:
     source += "," * (", " in source.partition(" on ")[2])  # closes what was said of it in passing
     if not refusal.why:
         lines = [f"{asked}: {source} cannot be shared.", *step_lines(made.steps if made else ())]
-        lines.append("Allow the copy with copy=None" + (f", or {refusal.cure}." if refusal.cure else "."))
+        lines.append("Allow the copy with copy=None" + (f", or {named(refusal.cure, info)}." if refusal.cure else "."))
         text = "\n".join(lines)
     else:
-        why = refusal.why.replace("{grad_fn}", f" ({info.grad_fn})" if info.grad_fn else "")
-        text = f"{asked}: {source} cannot be converted: {why}.\n{_cure(refusal, info)}"
+        text = f"{asked}: {source} cannot be converted: {named(refusal.why, info)}.\n{_cure(refusal, info)}"
     error = refusal.error(text)
     if isinstance(error, BridgeError):
         error.plan = made

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
 import pytest
 import torch
@@ -139,6 +141,29 @@ def assert_raises(error, call, text):
 def test_copy_that_may_not_be_names_its_steps_its_bytes_and_its_cure(what):
     call, text = NO_COPY[what]
     assert_raises(tb.CopyRequiredError, call, text)
+
+
+REVERSED = {  # an array, and the words of its cure
+    "last axis": (lambda a: a[..., ::-1], "to_torch(a[:, :, ::-1]).flip(2)"),
+    "first axis": (lambda a: a[::-1], "to_torch(a[::-1]).flip(0)"),
+    "two axes": (lambda a: a[::-1, :, ::-1], "to_torch(a[::-1, :, ::-1]).flip(0, 2)"),
+    "transposed": (lambda a: a[::-1].T, "to_torch(a[:, :, ::-1]).flip(2)"),
+    "an axis of length 1": (lambda a: a[:, :1][::-1, ::-1], "to_torch(a[::-1]).flip(0)"),
+}
+
+
+@pytest.mark.parametrize("name", REVERSED)
+def test_the_cure_for_negative_strides_names_the_axes_that_have_them_and_works(name):
+    make, cure = REVERSED[name]
+    a = make(np.arange(24.0).reshape(2, 3, 4))
+    with pytest.raises(tb.CopyRequiredError) as raised:
+        tb.to_torch(a, copy=False)
+    assert str(raised.value).endswith(f"or reverse on the torch side: {cure}.")
+    inner = cure.removeprefix("to_torch(").partition(")")[0]
+    assert tb.shares_memory(tb.to_torch(eval(inner, {"a": a}), copy=False), a)
+    assert np.array_equal(eval(cure, {"a": a, "to_torch": tb.to_torch}), a)
+    with pytest.raises(tb.CopyRequiredError, match=re.escape(cure)), tb.copy_guard("error"):
+        tb.to_torch(a)
 
 
 GRAPH = "cannot be converted: a NumPy array cannot carry the autograd graph"

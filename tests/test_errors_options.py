@@ -10,6 +10,7 @@ import torch
 from arrays import tensor
 
 import tensorbridge as tb
+from tensorbridge._dtypes import DTYPES
 
 
 def six():
@@ -157,7 +158,7 @@ def test_dtype_that_is_none_names_the_nearest_there_is(dtype):
     assert_raises(TypeError, lambda: tb.to_torch(six(), dtype=dtype), text)
 
 
-@pytest.mark.parametrize("dtype", [str, "U5", "datetime64[s]", "torch.float"])
+@pytest.mark.parametrize("dtype", [str, "U5", "datetime64[s]", "torch.str", "torch.cfloat32"])
 def test_dtype_that_cannot_be_shared_is_a_type_error(dtype):
     with pytest.raises(TypeError, match="is not an element type that arrays can share"):
         tb.to_torch(six(), dtype=dtype)
@@ -166,6 +167,27 @@ def test_dtype_that_cannot_be_shared_is_a_type_error(dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float8_e4m3fn, torch.bool], ids=str)
 def test_dtype_is_also_known_by_the_name_that_torch_prints(dtype):
     assert tb.to_torch(six(), dtype=str(dtype)).dtype is dtype
+
+
+ALIASES = ["double", "float", "half", "long", "int", "short", "cdouble", "cfloat", "chalf"]
+
+
+@pytest.mark.filterwarnings("ignore:ComplexHalf:UserWarning")
+@pytest.mark.parametrize("name", ALIASES)
+def test_names_behind_torch_mean_what_they_mean_in_torch(name):
+    meant = getattr(torch, name)
+    assert tb.to_torch(torch.ones(3), dtype=f"torch.{name}").dtype is meant
+
+
+def test_all_aliases_of_torch_are_known():
+    spellings = {name: dtype for name, dtype in vars(torch).items() if isinstance(dtype, torch.dtype)}
+    shared = {name for name, dtype in spellings.items() if str(dtype).removeprefix("torch.") in DTYPES}
+    assert shared - DTYPES.keys() == set(ALIASES)
+
+
+@pytest.mark.parametrize("name", ["float", "int", "double", "half", "long", "short", "single", "bool"])
+def test_names_without_torch_mean_what_they_mean_in_numpy(name):
+    assert tb.to_numpy(six(), dtype=name).dtype == np.dtype(name)
 
 
 NAMES_ITSELF = {

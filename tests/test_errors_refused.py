@@ -80,6 +80,12 @@ REFUSED = {
         DENSE,
         "Convert x.to_dense(), or x.values().",
     ),
+    "uncoalesced": (
+        lambda: torch.sparse_coo_tensor([[0, 0], [1, 1]], [1.0, 2.0], (3, 3), check_invariants=False),
+        "torch sparse_coo float32 (3, 3)",
+        DENSE,
+        "Convert x.to_dense(), or x.coalesce().values().",
+    ),
     "compressed": (
         lambda: torch.eye(3).to_sparse_csr(),
         "torch sparse_csr float32 (3, 3)",
@@ -179,6 +185,32 @@ REFUSED = {
         "raw bytes (a void dtype) have no number type",
         'Say what they are: x.view("uint8").',
     ),
+    **{
+        f"void, {name}": (
+            make,
+            f"numpy |V4 {shape}",
+            "raw bytes (a void dtype) have no number type",
+            'Say what they are: np.ascontiguousarray(x).view("uint8").',
+        )
+        for name, make, shape in (
+            ("strided", lambda: np.zeros((4, 6), "V4")[:, ::2], "(4, 3)"),
+            ("reversed", lambda: np.zeros(3, "V4")[::-1], "(3,)"),
+            ("transposed", lambda: np.zeros((2, 3), "V4").T, "(3, 2)"),
+            ("one element", lambda: np.zeros((), "V4"), "()"),
+        )
+    },
+    "void, rows apart": (
+        lambda: np.zeros((4, 2), "V4")[::2],
+        "numpy |V4 (2, 2)",
+        "raw bytes (a void dtype) have no number type",
+        'Say what they are: x.view("uint8").',
+    ),
+    "void, one column": (
+        lambda: np.zeros((2, 8), "V4").T[::4][:, :1],
+        "numpy |V4 (2, 1)",
+        "raw bytes (a void dtype) have no number type",
+        'Say what they are: x.view("uint8").',
+    ),
     "ragged list": (lambda: [[1, 2], [3]], "list of 2", "its parts have different shapes: (1,), (2,)", PAD),
     "ragged arrays": (
         lambda: [np.zeros(2), np.zeros(3)],
@@ -229,12 +261,13 @@ def test_refusal_says_what_it_is_why_not_and_what_works(name, call):
     make, what, why, cure = REFUSED[name]
     with pytest.raises(tb.UnsupportedArrayError) as raised:
         EVERYWHERE[call](make())
+    cure = cure.replace("tree.to_numpy", f"tree.{call}") if call != "describe" else cure
     assert str(raised.value) == f"{call}: {what} cannot be converted: {why}.\n{cure}"
 
 
 CALL = re.compile(
-    r"(?<![\w.])(?:np\.unique\(x.*?\)\[1\]|(?:torch|tensorbridge)(?:\.\w+)+\(x[^()]*\)|(?:list|float)\(x\)"
-    r"|x\.\w+(?:\([^()]*\))?|x\['\w+'\]|\{n: .*?\})"
+    r"(?<![\w.])(?:np\.unique\(x.*?\)\[1\]|np\.ascontiguousarray\(x\)\.view\(\"uint8\"\)|(?:torch|tensorbridge)(?:\.\w+)+\(x[^()]*\)|(?:list|float)\(x\)"
+    r"|x(?:\.\w+(?:\([^()]*\))?)+|x\['\w+'\]|\{n: .*?\})"
 )
 
 

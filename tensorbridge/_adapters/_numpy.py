@@ -123,7 +123,10 @@ def _obstacle(a: Array) -> Obstacle:
         return Obstacle("masked", f"masked {what}")
     kinds = {"O": "object", "U": "string", "S": "string", "T": "string", "M": "datetime", "m": "datetime"}
     kind = "structured" if a.dtype.names else kinds.get(a.dtype.kind, "void" if a.dtype.type is np.void else "")
-    return Obstacle(kind or "unknown dtype", what)
+    obstacle = Obstacle(kind or "unknown dtype", what)
+    if kind != "void" or (a.ndim and (a.strides[-1] == a.itemsize or a.shape[-1] == 1)):
+        return obstacle
+    return obstacle.cured('Say what they are: np.ascontiguousarray(x).view("uint8").')  # a view wants elements in a row
 
 
 def describe(a: Array, traits: Traits) -> ArrayInfo:

@@ -166,7 +166,9 @@ def refuse(t: Tensor) -> None:
             name = "unknown dtype"
     if name:
         shape = "" if name in ("nested", "uninitialized") else " " + shape_text(tuple(t.shape))
-        raise Obstacle(name, f"{_kind(t, name)} {_dtypes.of_torch(t.dtype)}{shape}")
+        obstacle = Obstacle(name, f"{_kind(t, name)} {_dtypes.of_torch(t.dtype)}{shape}")
+        uncoalesced = name == "sparse" and t.layout is torch.sparse_coo and not t.is_coalesced()
+        raise obstacle.cured("Convert x.to_dense(), or x.coalesce().values().") if uncoalesced else obstacle
 
 
 def _kind(t: Tensor, name: str) -> str:
