@@ -43,7 +43,9 @@ class Layout(NamedTuple):
 class Traits(NamedTuple):
     """The kind of an array: all that a decision may see. Two arrays of one kind are always treated alike."""
 
-    framework: str  # "numpy" "torch" "cupy"; a protocol, "dlpack" ... "python scalar"; "torch list": a list of tensors
+    framework: (
+        str  # "numpy" "torch" "cupy"; a protocol, "dlpack" ... "python scalar"; "torch list" ...; "column", "table"
+    )
     device: Device = CPU
     dtype: str = "float32"  # name of _dtypes; ">float32": bytes swapped
     order: str = "C"
@@ -57,7 +59,8 @@ class Traits(NamedTuple):
     pinned: bool | None = None  # page-locked host memory; None: not asked
     size: str = "small"  # "empty", "small" (< 64 KiB), "medium", "large" (>= 4 MiB), "beyond" what NumPy can hold
     origin: str = ""  # who stands behind a view: "tensor" (a NumPy view of one), "memmap", "unknown" (`__array__`);
-    # "copied": nobody, the producer has made a copy for us and says so
+    # "copied": nobody, the producer has made a copy for us and says so; of a column or a table, which is no array yet,
+    # what has to be done to make one
 
 
 class ArrayInfo(NamedTuple):

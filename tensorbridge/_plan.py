@@ -15,7 +15,7 @@ from tensorbridge import _dtypes, _engine, _refuse, _roads
 from tensorbridge._array import CPU, Device, Traits
 from tensorbridge._errors import CopyRequiredError
 from tensorbridge._refuse import CALLED
-from tensorbridge._step import HERE, MOVING, PROTOCOLS, Decision, Here, Op, Refusal, Step, Want
+from tensorbridge._step import COLUMNS, HERE, MOVING, PROTOCOLS, Decision, Here, Op, Refusal, Step, Want
 
 _OF_OUT = ("order", "spacing", "loose", "aligned", "lazy")  # what filling leaves as it is
 
@@ -126,6 +126,8 @@ def _make_array(steps: _Steps, want: Want, here: Here) -> None:
         holder = traits.framework.removesuffix(" list")
         native = traits.dtype.lstrip(">")
         then(Op.STACK, f"the list becomes one array, by {holder}", framework=holder, by=holder, dtype=native)
+    if traits.framework in COLUMNS:
+        then(Op.STACK, traits.origin, framework="numpy", by="numpy")
     if traits.framework == "python scalar":
         native = want.dtype if want.dtype and _dtypes.can_cast("numpy", traits.dtype, want.dtype) else traits.dtype
         then(Op.WRAP, "a scalar becomes a 0-d array", framework="numpy", dtype=native)

@@ -20,7 +20,7 @@ class Op:
     SHARE = "share"  # the same memory under the other framework
     PROTECT = "protect"  # a read-only view
     EXPORT = "export"  # a foreign array that its producer has copied for us, seen through its protocol
-    STACK = "stack"  # a list into one array
+    STACK = "stack"  # a list, a column or a table into one array
     RESOLVE = "resolve"  # lazy conjugate, negative and zero bits made real
     BYTESWAP = "byteswap"  # native byte order
     CAST = "cast"  # another dtype
@@ -35,6 +35,7 @@ class Op:
 MOVING = frozenset(
     {Op.EXPORT, Op.STACK, Op.RESOLVE, Op.BYTESWAP, Op.CAST, Op.PACK, Op.COPY, Op.PIN, Op.FILL, Op.TO_HOST, Op.TO_DEVICE}
 )
+COLUMNS = frozenset({"column", "table"})  # of other libraries, that are no array yet
 PROTOCOLS = frozenset({"dlpack", "cuda_array_interface", "array_interface", "buffer", "__array__"})
 
 

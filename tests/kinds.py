@@ -113,6 +113,8 @@ SOURCES = {
     "numbers and lists": [
         *(Traits("python scalar", dtype=dtype) for dtype in ("bool", "int64", "float64", "complex128", "bfloat16")),
         *lists("numpy list", CPU, ["float64", "int64", "bfloat16", "longdouble"]),
+        *(traits._replace(origin="its chunks are joined") for traits in lists("column", CPU, ["float64", "bool"])),
+        *(traits._replace(origin="its columns are joined") for traits in lists("table", CPU, ["int64"])),
         *lists("torch list", CPU, ["float32", "complex64", "float8_e4m3fn", "complex32"]),
         *lists("torch list", CUDA0, ["float32", "float8_e4m3fn"]),
         *lists("cupy list", CUDA0, ["float32", "bfloat16"]),

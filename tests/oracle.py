@@ -89,7 +89,7 @@ def expect(traits: Traits, want: Want, here: Here) -> Verdict:
     cast = target != source
 
     errors: set[type[Exception]] = set()
-    is_list, is_scalar = traits.framework.endswith(" list"), traits.framework == "python scalar"
+    is_list, is_scalar = traits.framework.endswith((" list", "column", "table")), traits.framework == "python scalar"
     if want.framework != "torch" and traits.graph and not want.detach:
         errors.add(GraphError)
     if not can_become(holder, source, want.framework, target):

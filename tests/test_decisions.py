@@ -65,6 +65,7 @@ SPECIFICATION = [
     ("a number is free", Traits("python scalar", dtype="float64"), Want("torch", copy=False), "wrap share"),
     ("of any dtype", Traits("python scalar", dtype="int64"), Want("torch", dtype="bfloat16", copy=False), "wrap share"),
     ("a list is stacked", Traits("numpy list", dtype="float64"), Want("torch"), "stack share"),
+    ("a column is made an array", Traits("column", dtype="bool", origin="unpacked"), Want("torch"), "stack share"),
     ("a foreign array is imported", Traits("dlpack"), Want("torch"), "import share"),
     ("read-only, it is copied", Traits("dlpack", writable=False), Want("torch"), "import copy share"),
     ("a copy that it made is shown", Traits("dlpack", origin="copied"), Want("torch"), "export share"),

@@ -19,16 +19,23 @@ from tensorbridge._array import shape_text
 class Joined(NamedTuple):
     """An array that does not exist yet. To the planner it is what a list of arrays is: one step with bytes.
 
-    `join` makes it in memory that is nobody else's.
+    `join` makes it in memory that is nobody else's; `why` is what is done by that, in words for the plan.
     """
 
     shape: tuple[int, ...]
     dtype: np.dtype[Any]
     join: Callable[[], Any]
+    why: str
 
     def stacked(self, stack: object, dtype: Any) -> Any:
         """The array; the name and the arguments are those of a list that is stacked."""
         return self.join()
+
+
+JOINED = "its chunks are joined into one array"
+UNPACKED = "its truths, which are single bits, are unpacked"
+DECODED = "its categories are decoded: an array holds what they stand for"
+_TRUTHS = "its truths, which are bytes of any value, are made True or False"
 
 
 def made(part: Any) -> Any:
@@ -76,7 +83,7 @@ def joined(parts: list[Any], whole: Whole) -> Any:
         shapes = ", ".join(map(shape_text, rows[:4]))
         raise whole.obstacle("ragged", f"it is ragged: its rows have different shapes: {shapes}")
     shape = (sum(part.shape[0] for part in parts), *rows[0])
-    return Joined(shape, parts[0].dtype, lambda: np.concatenate([made(part) for part in parts]))
+    return Joined(shape, parts[0].dtype, lambda: np.concatenate([made(part) for part in parts]), JOINED)
 
 
 def ragged(whole: Whole, lengths: Any) -> Exception:
@@ -86,7 +93,7 @@ def ragged(whole: Whole, lengths: Any) -> Exception:
 def shaped(part: Any, *shape: int) -> Any:
     """The same elements in this shape."""
     if isinstance(part, Joined):
-        return Joined(shape, part.dtype, lambda: part.join().reshape(shape))
+        return Joined(shape, part.dtype, lambda: part.join().reshape(shape), part.why)
     return part.reshape(shape)
 
 
@@ -107,14 +114,14 @@ def _part(arrow: Any, chunk: Any, whole: Whole) -> Any:
     if types.is_dictionary(kind) and (is_plain(kind.value_type) or types.is_boolean(kind.value_type)):
         whole.refuse_nulls(chunk.dictionary.null_count, "Fill them first: x.cast(x.type.value_type).fill_null(0).")
         values, codes = _part(arrow, chunk.dictionary, whole), chunk.indices.to_numpy(zero_copy_only=True)
-        return Joined((len(chunk),), values.dtype, lambda: made(values)[codes])
+        return Joined((len(chunk),), values.dtype, lambda: made(values)[codes], DECODED)
     if types.is_fixed_size_list(kind) or types.is_list(kind) or types.is_large_list(kind):
         return _lists(arrow, chunk, whole)
     raise whole.obstacle(_kind(types, kind))
 
 
 def _bits(x: Any, bits: Callable[[], Any]) -> Joined:
-    return Joined((len(x),), np.dtype(bool), lambda: bits().to_numpy(zero_copy_only=False))
+    return Joined((len(x),), np.dtype(bool), lambda: bits().to_numpy(zero_copy_only=False), UNPACKED)
 
 
 def _lists(arrow: Any, lists: Any, whole: Whole) -> Any:
@@ -146,7 +153,7 @@ def _extension(arrow: Any, chunk: Any, whole: Whole) -> Any:
     kind = chunk.type
     part = _part(arrow, chunk.storage, whole.inside())
     if kind.extension_name == "arrow.bool8":  # any byte but 0 is true
-        return Joined(part.shape, np.dtype(bool), lambda: part.astype(bool))
+        return Joined(part.shape, np.dtype(bool), lambda: part.astype(bool), _TRUTHS)
     if kind.extension_name != "arrow.fixed_shape_tensor":
         return part
     part = shaped(part, len(chunk), *kind.shape)
@@ -154,7 +161,8 @@ def _extension(arrow: Any, chunk: Any, whole: Whole) -> Any:
         return part
     axes = (0, *(axis + 1 for axis in kind.permutation))
     if isinstance(part, Joined):
-        return Joined(tuple(part.shape[axis] for axis in axes), part.dtype, lambda: part.join().transpose(axes))
+        shape = tuple(part.shape[axis] for axis in axes)
+        return Joined(shape, part.dtype, lambda: part.join().transpose(axes), part.why)
     return part.transpose(axes)
 
 

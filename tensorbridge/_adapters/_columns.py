@@ -15,6 +15,10 @@ from tensorbridge._adapters import _arrow, _missing
 from tensorbridge._adapters._arrow import Joined, Whole
 from tensorbridge._refuse import Obstacle
 
+_BESIDE = "its columns are joined into one array"
+_SPARSE = "what a sparse column leaves out is filled in"
+_MADE = "its library makes an array of it"
+
 
 def stand_in(x: Any) -> Any:
     """What stands for `x` in a conversion: a NumPy view of a column, a `Joined`; all that is no column, as it is.
@@ -33,6 +37,11 @@ def stand_in(x: Any) -> Any:
         return _table(x)
     _missing.refuse_nulls(x)
     return x
+
+
+def kind_of(x: Any) -> str:
+    """What the source is called in a plan, if it has to be made: a column, or all of a table."""
+    return "table" if _missing.library(x, "table") else "column"
 
 
 def is_scalar(x: Any) -> bool:
@@ -64,7 +73,7 @@ def _table(x: Any) -> Any:
         a = _shared(x)
         if a is not None:
             return a
-    return Joined(shape, parts[0].dtype, lambda: np.stack([_arrow.made(part) for part in parts], axis=1))
+    return Joined(shape, parts[0].dtype, lambda: np.stack([_arrow.made(part) for part in parts], axis=1), _BESIDE)
 
 
 def _shared(x: Any) -> Any:
@@ -103,7 +112,10 @@ def _of_pandas(x: Any) -> Any:
         text = "string" if hasattr(dtype, "storage") else "object"
         raise whole.obstacle("categories" if hasattr(dtype, "categories") else text)
     a = _shared(x)
-    return Joined((len(x),), empty.dtype, lambda: np.array(x)) if a is None else a
+    if a is not None:
+        return a
+    why = _arrow.DECODED if hasattr(dtype, "categories") else _SPARSE if hasattr(dtype, "fill_value") else _MADE
+    return Joined((len(x),), empty.dtype, lambda: np.array(x), why)
 
 
 def is_index(x: Any) -> bool:
@@ -129,7 +141,10 @@ def _polars_part(x: Any, whole: Whole) -> Any:
     if kind:
         raise whole.obstacle(kind)
     a = _shared(x)
-    return Joined((len(x),), np.asarray(x[:0]).dtype, lambda: np.array(x)) if a is None else a
+    if a is not None:
+        return a
+    why = _arrow.JOINED if str(dtype) != "Boolean" else _arrow.UNPACKED
+    return Joined((len(x),), np.asarray(x[:0]).dtype, lambda: np.array(x), why)
 
 
 def _polars_lists(x: Any, whole: Whole) -> Any:

@@ -89,7 +89,7 @@ def _column(seen: Any, x: Any) -> tuple[Any, Traits]:
     if not isinstance(seen, Joined):
         return _by_array_of(x, seen)
     size = size_class(math.prod(seen.shape) * seen.dtype.itemsize)
-    return seen, Traits("numpy list", dtype=_dtypes.of_numpy(seen.dtype), size=size)
+    return seen, Traits(_columns.kind_of(x), dtype=_dtypes.of_numpy(seen.dtype), size=size, origin=seen.why)
 
 
 def _described(a: Any, via: str, x: Any) -> Traits:

@@ -55,6 +55,54 @@ def test_a_column_that_has_to_be_copied_is_planned_guarded_and_counted_as_a_copy
             convert(x, copy=False)
 
 
+JOINED, UNPACKED = "its chunks are joined into one array", "its truths, which are single bits, are unpacked"
+DECODED = "its categories are decoded: an array holds what they stand for"
+BESIDE = "its columns are joined into one array"
+WHY = {
+    "polars chunks": JOINED,
+    "polars truths": UNPACKED,
+    "polars lists in chunks": JOINED,
+    "polars frame": BESIDE,
+    "pandas arrow truths": UNPACKED,
+    "pandas arrow chunks": JOINED,
+    "pandas categories": DECODED,
+    "pandas category index": DECODED,
+    "pandas sparse": "what a sparse column leaves out is filled in",
+    "pandas frame": BESIDE,
+    "pandas frame of categories": BESIDE,
+    "pandas masked frame": BESIDE,
+    "arrow truths": UNPACKED,
+    "arrow chunks": JOINED,
+    "arrow categories": DECODED,
+    "arrow bool8": "its truths, which are bytes of any value, are made True or False",
+    "arrow table": BESIDE,
+    "arrow lists of truths": UNPACKED,
+    "polars arrays of truths": UNPACKED,
+    "arrow chunks of truths": UNPACKED,
+}
+MORE = {
+    "polars arrays of truths": lambda: pl.Series([[True]], dtype=pl.Array(pl.Boolean, 1)),
+    "arrow lists of truths": lambda: pa.array([[True], [False]]),
+    "arrow chunks of truths": lambda: pa.chunked_array([[True], [False]]),
+}
+
+
+@pytest.mark.parametrize("name", WHY)
+def test_the_plan_of_a_column_says_what_has_to_be_done_to_it_and_speaks_of_no_list(name):
+    x = (COPIED | MORE)[name]()
+    for target in ("numpy", "torch"):
+        plan = tb.plan(x, target)
+        assert [step.why for step in plan.steps if step.kind] == [WHY[name]]
+        assert "list" not in str(plan)
+        kind = "table" if hasattr(x, "columns") else "column"
+        assert str(plan).startswith(f"{kind} {plan.source.dtype} ")
+    assert tb.describe(x).framework == kind
+
+
+def test_every_column_that_has_to_be_copied_is_said_why():
+    assert WHY.keys() >= COPIED.keys()
+
+
 @pytest.mark.parametrize("name", COPIED)
 def test_a_list_of_columns_is_stacked(name):
     x = COPIED[name]()
