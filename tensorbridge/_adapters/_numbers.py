@@ -33,7 +33,6 @@ def dtype_of(numbers: Sequence[Any], kinds: set[type], want: Want, outer: tuple[
     """
     asked = BOUNDS.get(want.dtype or "")
     whole = kinds <= {int, bool}
-    big = int in kinds and not _between(numbers if whole else [x for x in numbers if type(x) is int], _INT64)
     dtypes = {np.dtype(_NAMES[kind]) for kind in kinds if kind in _NAMES}
     if len(dtypes) < len(kinds):
         dtypes |= {np.asarray(x).dtype for x in numbers if type(x) not in _NAMES}
@@ -42,9 +41,9 @@ def dtype_of(numbers: Sequence[Any], kinds: set[type], want: Want, outer: tuple[
         own = numbers if kinds <= _NAMES.keys() else [x for x in numbers if _is_python(x)]
         if own and not (_between(own, asked) if whole else _fit(own, asked)):
             raise _out_of_bounds(numbers, own, asked, want, outer)
-        if own and (big or len(dtypes) > 1):  # made of the common dtype, an int beside floats would be rounded
+        if own and (whole or len(dtypes) > 1):  # at once: in between, an int beside floats is rounded
             return str(want.dtype)
-    elif big:
+    elif int in kinds and not _between(numbers if whole else [x for x in numbers if type(x) is int], _INT64):
         if want.dtype is None or not _fit_floats(numbers):
             raise _too_big(numbers, kinds, want, outer)
         found = np.result_type(found, np.float64)

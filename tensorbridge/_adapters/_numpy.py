@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Any, Literal, TypeAlias, cast
 
@@ -53,13 +53,14 @@ def _of_kind(dtype: Any, flags: int, lay: Layout, aligned: bool, size: str, orig
     return Traits("numpy", CPU, name, *lay, aligned, writeable, False, "", None, size, origin) if name else None
 
 
-def like(first: Array) -> Callable[[Array], bool] | None:
+def like(first: Array) -> Callable[[Sequence[Array]], bool] | None:
     """A test for arrays that are certainly of the kind and shape of one that was opened; none if that is not plain."""
     dtype, shape = first.dtype, first.shape
     if type(first) is not np.ndarray or first.base is not None or not first.flags.carray:
         return None
-    return lambda a: (
-        type(a) is np.ndarray and a.dtype is dtype and a.shape == shape and a.base is None and a.flags.carray
+    return lambda arrays: (
+        set(map(type, arrays)) == {np.ndarray}
+        and all(a.dtype is dtype and a.base is None and a.shape == shape and a.flags.carray for a in arrays)
     )
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from itertools import chain
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -27,7 +28,9 @@ class Parts(NamedTuple):
     def stacked(self, stack: Callable[..., Any], dtype: Any = None) -> Any:
         if self.arrays is None:
             return np.array(self.numbers, dtype=dtype)
-        arrays = [a.stacked(stack, None) if hasattr(a, "stacked") else a for a in self.arrays]  # columns: to be made
+        arrays = self.arrays
+        if any(hasattr(kind, "stacked") for kind in set(map(type, arrays))):  # columns: to be made
+            arrays = [a.stacked(stack, None) if hasattr(a, "stacked") else a for a in arrays]
         whole = stack(arrays) if dtype is None else stack(arrays, dtype=dtype)
         return whole.reshape(self.shape)
 
@@ -37,9 +40,7 @@ def open(x: Any, want: Want) -> tuple[Any, Traits]:
         return x, _scalar(x, want)
     if hasattr(x, "_fields"):
         raise Obstacle("container", f"namedtuple {type(x).__name__}")
-    outer = _outer_shape(x)
-    leaves = list(_leaves(x, len(outer)))
-    kinds = set(map(type, leaves))
+    outer, leaves, kinds = _unfolded(x)
     if all(is_scalar(kind) for kind in kinds):
         dtype = _numbers.dtype_of(leaves, kinds, want, outer)
         parts = Parts(outer, outer, None, x)
@@ -56,12 +57,13 @@ def _scalar(x: Any, want: Want) -> Traits:
     return Traits("python scalar", dtype=_numbers.dtype_of([base(x)], {base}, want, ()))
 
 
-def _outer_shape(x: Any) -> tuple[int, ...]:
-    """How lists nest in lists, which must be even: lengths are read, elements are not."""
+def _unfolded(x: Any) -> tuple[tuple[int, ...], Sequence[Any], set[type]]:
+    """How lists nest in lists, which must be even; what is in the innermost, in a row; the types of that."""
     shape: list[int] = []
-    level: list[Any] = [x]
+    level: Sequence[Any] = [x]
     above: set[int] = set()
-    while level and _are_lists(level, all):
+    kinds = {type(x)}
+    while level and all(map(_is_list, kinds)):
         here = set(map(id, level))
         if here & above:
             raise UnsupportedArrayError("a list that contains itself has no shape.\nBreak the cycle.")
@@ -70,16 +72,17 @@ def _outer_shape(x: Any) -> tuple[int, ...]:
         if len(lengths) > 1:
             raise _ragged(x, (f"({n},)" for n in sorted(lengths)))
         shape.append(lengths.pop())
-        level = [item for part in level for item in part]
+        level = level[0] if len(level) == 1 else list(chain.from_iterable(level))
+        kinds = set(map(type, level))
         _check_axes(len(shape))
-    if _are_lists(level, any):
+    if any(map(_is_list, kinds)):
         raise Obstacle("ragged", f"list of {len(x)}", "some of its parts are lists and some are not")
-    return tuple(shape)
+    return tuple(shape), level, kinds
 
 
-def _are_lists(level: list[Any], some: Callable[[Iterable[bool]], bool]) -> bool:
-    """Of types, for there are few. A namedtuple is no list of equals: its fields have meanings of their own."""
-    return some(issubclass(t, (list, tuple)) and not hasattr(t, "_fields") for t in set(map(type, level)))
+def _is_list(cls: type) -> bool:
+    """A namedtuple is no list of equals: its fields have meanings of their own."""
+    return issubclass(cls, (list, tuple)) and not hasattr(cls, "_fields")
 
 
 def _check_axes(count: int) -> None:
@@ -90,21 +93,13 @@ def _check_axes(count: int) -> None:
         )
 
 
-def _leaves(x: Any, depth: int) -> Iterator[Any]:
-    if depth == 1:
-        yield from x
-    else:
-        for part in x:
-            yield from _leaves(part, depth - 1)
-
-
-def _arrays(outer: tuple[int, ...], leaves: list[Any], want: Want) -> tuple[Parts, Traits]:
+def _arrays(outer: tuple[int, ...], leaves: Sequence[Any], want: Want) -> tuple[Parts, Traits]:
     what = f"list of {len(leaves)}"
     handles: list[Any] = []
     kinds: list[tuple[Traits, ArrayInfo]] = []  # of all parts but those that are like the first
-    alike: Callable[[Any], bool] | None = None
+    alike: Callable[[Sequence[Any]], bool] | None = None
     for place, leaf in enumerate(leaves):
-        if alike is not None and alike(leaf):
+        if alike is not None and alike([leaf]):
             handles.append(leaf)
             continue
         try:
@@ -119,6 +114,9 @@ def _arrays(outer: tuple[int, ...], leaves: list[Any], want: Want) -> tuple[Part
         kinds.append((found, adapter.describe(handle, found)))
         if not place and hasattr(adapter, "like"):
             alike = adapter.like(leaf)
+            if alike is not None and alike(leaves):  # all at once, which is quicker, and how most lists are
+                handles = list(leaves)
+                break
     if any(found.framework == "python scalar" for found, _ in kinds):
         raise Obstacle("mixed list", what, "it holds both numbers and arrays")
     shapes = {info.shape for _, info in kinds}

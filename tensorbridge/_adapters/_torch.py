@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import lru_cache
+from operator import attrgetter
 from typing import Any
 
 import numpy as np
@@ -94,18 +95,22 @@ def _of_kind(
     return Traits("torch", device, name, order, spacing, overlap, False, aligned, True, graph, lazy, pinned, size)
 
 
-def like(first: Tensor) -> Callable[[Tensor], bool] | None:
+_FACTS = [attrgetter(name) for name in ("dtype", "shape", "requires_grad")]
+
+
+def like(first: Tensor) -> Callable[[Sequence[Tensor]], bool] | None:
     """A test for tensors that are certainly of the kind and shape of one that was opened; none if that is not plain."""
-    dtype, shape, count, itemsize = first.dtype, first.shape, first.numel(), first.element_size()
+    plain, count, itemsize = [{first.dtype}, {first.shape}, {False}], first.numel(), first.element_size()
 
-    def alike(t: Tensor) -> bool:
-        if type(t) is not Tensor or t.dtype is not dtype or t.shape != shape or t.requires_grad:
+    def alike(ts: Sequence[Tensor]) -> bool:
+        if set(map(type, ts)) != {Tensor} or [set(map(fact, ts)) for fact in _FACTS] != plain:
             return False
-        if _keys(t).raw_repr() & _ASKED != _HOST or not t.is_contiguous():
+        if {raw & _ASKED for raw in set(map(_Keys.raw_repr, map(_keys, ts)))} != {_HOST}:
             return False
-        return bool((t.storage_offset() + count) * itemsize <= t.untyped_storage().nbytes())
+        ends = [(t.storage_offset() + count) * itemsize <= t.untyped_storage().nbytes() for t in ts]
+        return all(ends) and all(map(Tensor.is_contiguous, ts))
 
-    return alike if forward_ad._current_level < 0 and alike(first) else None
+    return alike if forward_ad._current_level < 0 and alike([first]) else None
 
 
 def _span(t: Tensor) -> int:
@@ -198,8 +203,7 @@ def _subclass_obstacle(t: Tensor) -> str:
 
 def describe(t: Tensor, traits: Traits) -> ArrayInfo:
     itemsize = t.element_size()
-    shape = tuple(t.shape)
-    node = t.grad_fn
+    shape, node = tuple(t.shape), t.grad_fn
     return ArrayInfo(
         "torch",
         traits.device,
