@@ -18,6 +18,13 @@ def outgrown():
     return t
 
 
+def shrunk():
+    """Strided, with room for as many elements as it has, but not where they are."""
+    view = torch.zeros(8192)[::2]
+    view.untyped_storage().resize_(4 * 4096)
+    return view
+
+
 NEARLY = {
     "requires grad": (torch.zeros, lambda t: t.requires_grad_()),
     "negative": (torch.zeros, lambda t: torch._neg_view(t + 2)),
@@ -56,12 +63,13 @@ REFUSED = {
     "sparse": (lambda: torch.zeros(2).to_sparse(), r"item \[2\]: torch sparse"),
     "functional": (lambda: torch._to_functional_tensor(torch.zeros(2)), r"item \[2\]: torch functional"),
     "outgrown": (outgrown, "its storage holds 24 B"),
+    "shrunk": (shrunk, "its storage holds 16 384 B"),
 }
 
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_an_item_that_cannot_be_stacked_is_found_behind_those_that_can(name):
     make, text = REFUSED[name]
-    shape = (4096,) if name == "outgrown" else (2,)
+    shape = (4096,) if name in ("outgrown", "shrunk") else (2,)
     with pytest.raises(tb.UnsupportedArrayError, match=text):
         tb.to_numpy([torch.zeros(shape), torch.zeros(shape), make()])
