@@ -2,52 +2,16 @@
 
     decide(traits, want, here)  ->  Decision(steps, refusal)
 
-Each rule below is one `if`, one step, one reason. A plan is: steps on the giving side, at most one SHARE, steps on the
-receiving side; every step that moves bytes has a kind ("h2h", "h2d", "d2h", "d2d") and says why. `_refuse` holds what
-is never converted. The order of the rules is the order of the steps.
+A plan is: steps on the giving side, at most one SHARE, steps on the receiving side. Here is the order in which the
+rules are asked, which is the order of the steps; `_rules` has each of them, `_refuse` what is never converted.
 """
 
 from __future__ import annotations
 
-from typing import Any
-
-from tensorbridge import _dtypes, _engine, _refuse, _roads
+from tensorbridge import _dtypes, _refuse, _roads, _rules
 from tensorbridge._array import CPU, Device, Traits
 from tensorbridge._errors import CopyRequiredError
-from tensorbridge._refuse import CALLED
-from tensorbridge._step import COLUMNS, HERE, MOVING, PROTOCOLS, Decision, Here, Op, Refusal, Step, Want
-
-_OF_OUT = ("order", "spacing", "loose", "aligned", "lazy")  # what filling leaves as it is
-
-
-class _Steps(list[Step]):
-    """The steps so far, and the array that they have made of the source: `now`."""
-
-    def __init__(self, traits: Traits) -> None:
-        self.now = traits
-        self.fresh = False  # the memory is nobody else's
-        self.frozen = not traits.writable  # its owner does not offer it for writing, whatever the array at hand can say
-
-    def then(self, op: str, why: str, *, by: str = "", cure: str = "", **changes: Any) -> None:
-        before, after = self.now, self.now._replace(**changes)
-        kind = ""
-        if op in MOVING:
-            self.fresh = True
-            if op != Op.EXPORT:  # its layout is the producer's choice
-                after = after._replace(
-                    spacing="dense", overlap=False, loose=False, aligned=True, writable=True, lazy="", origin="",
-                    pinned=changes.get("pinned"),
-                )  # fmt: skip
-            if op == Op.FILL:
-                after = after._replace(**{field: changes[field] for field in _OF_OUT})
-            if before.size != "empty":
-                kind = _side(before) + "2" + _side(after)
-        self.append(Step(op, why, 0, kind, after, by, cure))
-        self.now = after
-
-
-def _side(traits: Traits) -> str:
-    return "h" if traits.device == CPU else "d"
+from tensorbridge._step import HERE, Decision, Here, Op, Refusal, Want
 
 
 def decide(traits: Traits, want: Want, here: Here = HERE) -> Decision:
@@ -64,26 +28,26 @@ def decide(traits: Traits, want: Want, here: Here = HERE) -> Decision:
     return Decision(tuple(steps), refusal)
 
 
-def _steps(traits: Traits, want: Want, here: Here) -> _Steps:
-    steps = _Steps(traits)
-    where = target_device(traits, want)
+def _steps(traits: Traits, want: Want, here: Here) -> _rules.Steps:
+    steps = _rules.Steps(traits)
+    where = _rules.target_device(traits, want)
     receiver = want.framework
-    _make_array(steps, want, here)
+    _rules.make_array(steps, want, here)
 
     # -- Giving side: out of the graph, native elements, real values, off the device.
     guarded = steps.now.graph and receiver != "torch"
     wanted = want.dtype or steps.now.dtype.lstrip(">")
-    _leave_graph(steps, want, wanted)
+    _rules.leave_graph(steps, want, wanted)
     if steps.now.framework == "cupy" and receiver != traits.framework and _refuse.askew(steps.now):
         steps.then(Op.PACK, "a kernel faults at an address that is no multiple of the item size: packed byte by byte")
     if want.out is not None:
         return _into_out(steps, want.out, want, here, where)
     giver, source = steps.now.framework, steps.now.dtype.lstrip(">")
     crossing = where != steps.now.device
-    _make_native(steps, want, here, wanted, crossing)
+    _rules.make_native(steps, want, here, wanted, crossing)
     late_cast = steps.now.dtype.lstrip(">") != wanted
     if steps.now.lazy and receiver != "torch":  # a cast has resolved it already
-        _resolve(steps)
+        _rules.resolve(steps)
     if crossing and where == CPU:
         if steps.now.spacing != "dense":
             steps.then(Op.PACK, "packed on the device, so that one block crosses the bus")
@@ -96,210 +60,37 @@ def _steps(traits: Traits, want: Want, here: Here) -> _Steps:
     pins = want.pin_memory and (steps.now.pinned is not True or (bool(want.copy) and not steps.fresh) or late_cast)
 
     # -- A layout that the receiver can hold; a promise that it can keep.
-    if receiver == "torch" != steps.now.framework and not _is_alias(steps.now, receiver):
-        _make_holdable(steps)
+    if receiver == "torch" != steps.now.framework and not _rules.is_alias(steps.now, receiver):
+        _rules.make_holdable(steps)
     if not (steps.fresh or late_cast or pins or where != steps.now.device):  # else the memory is fresh in the end
-        _keep_promises(steps, want, here, guarded, traits.framework)
+        _rules.keep_promises(steps, want, here, guarded, traits.framework)
 
     # -- The crossing, and what the receiving side does.
     pinned = steps.now.pinned is True
     if steps.now.framework == "torch" and receiver == "cupy" and steps.now.device == CPU:
-        _share_on_host(steps)
+        _rules.share_on_host(steps)
     elif not (steps.now.framework == "numpy" and receiver == "cupy"):  # there the upload is the crossing
-        _share(steps, receiver, here)
+        _rules.share(steps, receiver, here)
     if where != steps.now.device:
-        _to_device(steps, receiver, where, pinned, f"keep it on {traits.device}")
+        _rules.to_device(steps, receiver, where, pinned, f"keep it on {traits.device}")
     if late_cast:
         bus = ", after the bus: fewer bytes cross" if crossing else ""
         steps.then(Op.CAST, f"dtype={wanted} was asked for{bus}", dtype=wanted, cure=f"keep {source}")
     if pins:
         steps.then(Op.PIN, "pin_memory=True", pinned=True, cure="leave pin_memory out")
     if receiver == "numpy":
-        _protect(steps, want, guarded)
+        _rules.protect(steps, want, guarded)
     return steps
 
 
-def _make_array(steps: _Steps, want: Want, here: Here) -> None:
-    """What is not an array yet becomes one."""
-    traits, then = steps.now, steps.then
-    if traits.framework.endswith(" list"):
-        holder = traits.framework.removesuffix(" list")
-        native = traits.dtype.lstrip(">")
-        then(Op.STACK, f"the list becomes one array, by {holder}", framework=holder, by=holder, dtype=native)
-    if traits.framework in COLUMNS:
-        then(Op.STACK, traits.origin, framework="numpy", by="numpy")
-    if traits.framework == "python scalar":
-        native = want.dtype if want.dtype and _dtypes.can_cast("numpy", traits.dtype, want.dtype) else traits.dtype
-        then(Op.WRAP, "a scalar becomes a 0-d array", framework="numpy", dtype=native)
-        steps.fresh = True
-    if traits.framework in PROTOCOLS:
-        reader = _refuse.holder(traits, want, here)
-        can_say = traits.writable or reader != "numpy"  # torch and CuPy arrays have no read-only flag
-        if traits.origin == "copied":
-            why = "the producer gave a copy, and says so"
-            then(Op.EXPORT, why, framework=reader, writable=can_say, origin="")
-            steps.fresh = traits.writable and not traits.overlap
-        else:
-            then(Op.IMPORT, _IMPORT_WHY[traits.framework], framework=reader, writable=can_say)
-
-
-def _leave_graph(steps: _Steps, want: Want, dtype: str) -> None:
-    now, then = steps.now, steps.then
-    if now.graph and want.framework != "torch":
-        why = f"a {CALLED[want.framework]} array has no place for the autograd graph"
-        then(Op.DETACH, why + "{grad_fn}", graph=False)
-    elif now.graph and want.detach:
-        then(Op.DETACH, "detach=True{grad_fn}", graph=False)
-    elif now.graph and not _dtypes.is_differentiable(dtype):
-        then(Op.DETACH, f"{dtype} has no gradients, so it ends the autograd graph{{grad_fn}}", graph=False)
-    elif want.framework != "torch" and now.framework == "torch" and now.device != CPU:
-        then(Op.DETACH, "an alias is shared, so that set_ and .data of the tensor cannot free the memory")
-
-
-def _make_native(steps: _Steps, want: Want, here: Here, wanted: str, crossing: bool) -> None:
-    """A cast on the side where fewer bytes cross, or on the one that knows it; native byte order."""
-    giver, receiver, source = steps.now.framework, want.framework, steps.now.dtype.lstrip(">")
-    if source != wanted and _dtypes.can_cast(giver, source, wanted):
-        narrows = _dtypes.DTYPES[wanted].itemsize <= _dtypes.DTYPES[source].itemsize
-        if not crossing or narrows or not _dtypes.can_cast(receiver, source, wanted):
-            bus = ", before the bus: fewer bytes cross" if crossing and narrows else ""
-            _copy(steps, Op.CAST, f"dtype={wanted} was asked for{bus}", here, dtype=wanted, cure=f"keep {source}")
-    if steps.now.dtype.startswith(">") and (receiver != "numpy" or want.dtype):
-        why = f"{receiver} has native byte order only" if receiver != "numpy" else f"dtype={wanted} is native"
-        cure = "swap once where the data is read: a.astype(a.dtype.newbyteorder('='))"
-        steps.then(Op.BYTESWAP, why, dtype=source, cure=cure)
-
-
-def _resolve(steps: _Steps) -> None:
-    steps.then(Op.RESOLVE, f"the {_LAZY[steps.now.lazy]} is only a mark on the tensor: its bytes say otherwise")
-
-
-def _share_on_host(steps: _Steps) -> None:
-    """A tensor on the host, seen as a NumPy array."""
-    steps.then(Op.SHARE, _share_why("torch", "numpy"), framework="numpy", origin="tensor", pinned=None)
-
-
-def _keep_promises(steps: _Steps, want: Want, here: Here, guarded: bool, source: str) -> None:
-    """A copy, where one was asked for, or where the receiver could write what must not be written."""
-    now, receiver = steps.now, want.framework
-    frozen = _why_frozen(steps, guarded)
-    on_your_word = guarded and now.writable and not now.overlap
-    if want.copy:
-        _copy(steps, Op.COPY, "copy=True: fresh memory", here)
-    elif here.compiled and "numpy" in (now.framework, receiver):
-        why = "compiled code takes an array for a tensor of its own, and may write to it unseen"
-        _copy(steps, Op.COPY, why, here, cure="convert in a function marked torch.compiler.disable")
-    elif frozen and receiver == "numpy" and want.writable and not on_your_word:
-        _copy(steps, Op.COPY, f"writable=True, and {frozen}", here, cure="take a read-only view with writable=None")
-    elif frozen and receiver not in ("numpy", source) and not _is_alias(now, receiver) and not want.share_readonly:
-        promise = f"{frozen}: {CALLED[receiver]} cannot keep that promise"
-        _copy(steps, Op.COPY, promise, here, cure=_cure_readonly(now))
-
-
-def _copy(steps: _Steps, op: str, why: str, here: Here, *, cure: str = "", **changes: Any) -> None:
-    """A copy on the giving side, by the kernel that is best at it."""
-    now = steps.now
-    choice = _engine.Kernel(now.framework)
-    if now.device == CPU and not now.graph:
-        dtype = changes.get("dtype", now.dtype)
-        if now.framework == "numpy" and torch_holds(now) and _dtypes.exists_in(dtype, "torch"):
-            choice = _engine.kernel(now, dtype, now.order, here)
-        elif now.framework == "torch" and _engine.wants_numpy_pages(now, dtype):
-            choice = _engine.of_tensor(now, dtype, now.order, here)
-    steps.then(op, why + choice.said, by=choice.by, cure=cure, **changes)
-
-
-def _to_device(steps: _Steps, receiver: str, where: Device, pinned: bool, cure: str = "") -> None:
-    """One block over the bus, or to another device; torch packs a peer copy and a graph's on its own."""
-    if steps.now.spacing != "dense" and (steps.now.device == CPU or receiver == "cupy") and not steps.now.graph:
-        steps.then(Op.PACK, "packed first, so that one block crosses the bus", by=steps.now.framework)
-        pinned = False
-    origin, road = steps.now.device, _roads.Road(_roads.PLAIN)
-    if origin == CPU:
-        road = _roads.up(steps.now, pinned=pinned)
-    why = f"{'the host' if origin == CPU else origin} to {where}{road.why}"
-    steps.then(Op.TO_DEVICE, why, by=road.by, cure=cure, framework=receiver, device=where, pinned=None)
-
-
-def target_device(traits: Traits, want: Want) -> Device:
-    if want.framework == "numpy":
-        return CPU
-    if want.device is not None:
-        return want.device
-    return traits.device if want.framework == "torch" or traits.device != CPU else Device("cuda:0")
-
-
-def _make_holdable(steps: _Steps) -> None:
-    """Layouts that torch refuses are packed, once."""
-    now, then = steps.now, steps.then
-    if now.spacing == "reversed":
-        cure = "reverse on the torch side: to_torch({reversed}).flip({axes})"
-        then(Op.PACK, "torch has no negative strides", cure=cure)
-    elif now.spacing == "odd":
-        then(Op.PACK, "torch strides are whole elements", cure="keep the column in an array of its own")
-    elif not now.aligned:
-        then(Op.PACK, "torch's kernels want aligned elements", cure="start the buffer at a multiple of the item size")
-    elif now.loose:
-        then(Op.RESTRIDE, "strides of axes of length 1 mean nothing, and torch refuses them", loose=False)
-
-
-def _why_frozen(steps: _Steps, guarded: bool) -> str:
-    """Why this memory must not be written through the result, if so."""
-    if steps.frozen:
-        return "the memory map is read-only" if steps.now.origin == "memmap" else "the source is read-only"
-    if steps.now.overlap:
-        return "one write would change many elements of an overlapping array"
-    if guarded:
-        return "the tensor requires grad, and a write would change what backward needs without an error"
-    return ""
-
-
-def _is_alias(now: Traits, receiver: str) -> bool:
-    """A NumPy view of a tensor goes back to torch as an alias of that tensor, with its version counter."""
-    held = now.spacing in ("dense", "strided") and _dtypes.exists_in(now.dtype, "torch")
-    return now.framework == "numpy" and now.origin == "tensor" and receiver == "torch" and held
-
-
-def _share(steps: _Steps, receiver: str, here: Here) -> None:
-    _order(steps, receiver, here)
-    now, then = steps.now, steps.then
-    if now.framework == receiver:
-        then(Op.SHARE, f"the same {'tensor' if receiver == 'torch' else 'array'}")
-    elif _is_alias(now, receiver):
-        why = "an alias of the tensor behind the array" + (", which is not read-only" if not now.writable else "")
-        then(Op.SHARE, why, framework="torch", writable=True, origin="", loose=False)
-    else:
-        origin = "tensor" if receiver == "numpy" else ""
-        writable = now.writable if receiver == "numpy" else True
-        why = _share_why(now.framework, receiver)
-        captured = here.capturing and now.device != CPU
-        why += "; nothing is recorded while a graph is captured" if captured else ""
-        by = _roads.CAPTURED if captured else ""
-        then(Op.SHARE, why, by=by, framework=receiver, origin=origin, loose=False, writable=writable)
-
-
-def _order(steps: _Steps, receiver: str, here: Here) -> None:
-    giver = steps.now.framework
-    if giver != receiver and steps.now.device != CPU and not here.same_stream:
-        steps.then(Op.ORDER, f"{receiver}'s stream waits for {giver}'s, by an event; the host does not")
-
-
-def _protect(steps: _Steps, want: Want, guarded: bool) -> None:
-    frozen = "" if steps.fresh else _why_frozen(steps, guarded)
-    if want.writable is False and steps.now.writable:
-        steps.then(Op.PROTECT, "writable=False: a read-only view", writable=False)
-    elif want.writable is None and frozen and steps.now.writable:
-        steps.then(Op.PROTECT, f"a read-only view: {frozen}", writable=False)
-
-
-def _into_out(steps: _Steps, out: Traits, want: Want, here: Here, where: Device) -> _Steps:
+def _into_out(steps: _rules.Steps, out: Traits, want: Want, here: Here, where: Device) -> _rules.Steps:
     """Every element is written into `out`, once where one copy can do it; casts happen on the way."""
     then, receiver = steps.then, want.framework
     name = steps.now.dtype.lstrip(">")
     if "neg" in steps.now.lazy and name != out.dtype:  # Tensor.copy_ loses that bit where it casts, on either side
-        _resolve(steps)
+        _rules.resolve(steps)
     if "neg" in out.lazy and name != out.dtype and _dtypes.can_cast(steps.now.framework, name, out.dtype):
-        _copy(steps, Op.CAST, "torch cannot cast into a negative view", here, dtype=out.dtype)
+        _rules.copy(steps, Op.CAST, "torch cannot cast into a negative view", here, dtype=out.dtype)
     if steps.now.framework == "cupy" and receiver == "numpy":
         plain = steps.now.dtype == out.dtype and steps.now.order == out.order and out.spacing == "dense"
         if steps.now.spacing != "dense":
@@ -308,96 +99,34 @@ def _into_out(steps: _Steps, out: Traits, want: Want, here: Here, where: Device)
             then(Op.TO_HOST, f"{steps.now.device} to the host", framework="numpy", device=CPU)
     if receiver == "cupy" and steps.now.device == CPU:
         if steps.now.framework == "torch":
-            _make_fillable(steps, "numpy", out)
-            _share_on_host(steps)
+            _rules.make_fillable(steps, "numpy", out)
+            _rules.share_on_host(steps)
         if steps.now.dtype.startswith(">"):
             then(Op.BYTESWAP, "cupy has native byte order only", dtype=steps.now.dtype[1:])
-        _make_fillable(steps, "cupy", out)
-        _to_device(steps, "cupy", where, pinned=False)
+        _rules.make_fillable(steps, "cupy", out)
+        _rules.to_device(steps, "cupy", where, pinned=False)
     if steps.now.device != CPU and {steps.now.framework, receiver} == {"torch", "cupy"}:
-        _make_fillable(steps, receiver, out)
+        _rules.make_fillable(steps, receiver, out)
         if receiver == "torch" and not (steps.now.spacing in ("dense", "strided") and steps.now.aligned):
             then(Op.PACK, "torch strides are forward and whole elements")
-        _order(steps, receiver, here)
-        then(Op.SHARE, _share_why(steps.now.framework, receiver), framework=receiver, origin="", writable=True)
-    if steps.now.framework == "torch" and receiver == "numpy" and not torch_holds(out):
-        _make_fillable(steps, "numpy", out)
+        _rules.order(steps, receiver, here)
+        then(Op.SHARE, _rules.share_why(steps.now.framework, receiver), framework=receiver, origin="", writable=True)
+    if steps.now.framework == "torch" and receiver == "numpy" and not _rules.torch_holds(out):
+        _rules.make_fillable(steps, "numpy", out)
         if steps.now.device != CPU:
             then(Op.TO_HOST, f"{steps.now.device} to the host", device=CPU)
-        _share_on_host(steps)
-    held = steps.now.framework != "numpy" or torch_holds(steps.now)
-    if receiver == "torch" and not held and not _numpy_fills(steps.now, out):
-        _make_fillable(steps, "torch", out)
+        _rules.share_on_host(steps)
+    held = steps.now.framework != "numpy" or _rules.torch_holds(steps.now)
+    if receiver == "torch" and not held and not _rules.numpy_fills(steps.now, out):
+        _rules.make_fillable(steps, "torch", out)
         if steps.now.dtype.startswith(">"):
             then(Op.BYTESWAP, "torch has native byte order only", dtype=steps.now.dtype[1:])
-        _make_holdable(steps)
-    choice = _filling(steps.now, out, receiver, here)
+        _rules.make_holdable(steps)
+    choice = _rules.filling(steps.now, out, receiver, here)
     then(
         Op.FILL, f"into the caller's array, `out`{_roads.into(steps.now, out)}{choice.said}", by=choice.by,
         framework=receiver, device=out.device, dtype=out.dtype, pinned=out.pinned,
-        **{field: getattr(out, field) for field in _OF_OUT},
+        **{field: getattr(out, field) for field in _rules.OF_OUT},
     )  # fmt: skip
-    _protect(steps, want, guarded=False)
+    _rules.protect(steps, want, guarded=False)
     return steps
-
-
-def _numpy_fills(now: Traits, out: Traits) -> bool:
-    """Whether NumPy can write these elements into `out`, whatever the layout of both."""
-    name, wanted = now.dtype.lstrip(">"), out.dtype.lstrip(">")
-    if now.device != CPU or out.device != CPU or now.lazy or out.lazy or now.graph:
-        return False
-    return _dtypes.exists_in(name, "numpy") and (name == wanted or _dtypes.can_cast("numpy", name, wanted))
-
-
-def _filling(now: Traits, out: Traits, receiver: str, here: Here) -> _engine.Kernel:
-    """Whose kernel writes into `out`: where the engine has the choice, the one that a fresh copy would get."""
-    if "numpy" not in (now.framework, receiver) or not _numpy_fills(now, out):
-        return _engine.Kernel("torch" if "torch" in (now.framework, receiver) else receiver)
-    holds = now.framework == "torch" or (torch_holds(now) and (receiver == "torch" or torch_holds(out)))
-    return _engine.into(now, out, here) if holds else _engine.NUMPY
-
-
-def _make_fillable(steps: _Steps, filler: str, out: Traits) -> None:
-    """What the framework that fills `out` cannot do itself is done before: real values, elements that it knows."""
-    name, wanted = steps.now.dtype.lstrip(">"), out.dtype.lstrip(">")
-    if not _dtypes.exists_in(name, filler) or (name != wanted and not _dtypes.can_cast(filler, name, wanted)):
-        steps.then(Op.CAST, f"{CALLED[filler]} cannot make {wanted} of {name}", dtype=wanted)
-    if steps.now.lazy and filler != "torch":
-        _resolve(steps)
-
-
-def torch_holds(traits: Traits) -> bool:
-    """Whether torch can view a NumPy array of this kind as it is."""
-    return (
-        traits.spacing in ("dense", "strided")
-        and traits.aligned
-        and not traits.loose
-        and not traits.dtype.startswith(">")
-        and _dtypes.exists_in(traits.dtype, "torch")
-    )
-
-
-_LAZY = {"conj": "conjugate", "neg": "negative", "conj neg": "conjugate and negative", "zero": "zero"}
-_IMPORT_WHY = {
-    "dlpack": "__dlpack__: the producer's memory",
-    "cuda_array_interface": "__cuda_array_interface__: the producer's memory",
-    "array_interface": "__array_interface__: the producer's memory",
-    "buffer": "the buffer protocol: the exporter's memory, held until released",
-    "__array__": "__array__(): the object decides whether this is its memory or a copy",
-}
-
-
-def _share_why(giver: str, receiver: str) -> str:
-    ways = {
-        ("numpy", "torch"): "torch.from_numpy: the same memory",
-        ("torch", "numpy"): "Tensor.numpy of an alias: the same memory",
-        ("torch", "cupy"): "CuPy array at the tensor's address: the same memory",
-        ("cupy", "torch"): "DLPack: the same memory",
-    }
-    return ways[giver, receiver]
-
-
-def _cure_readonly(now: Traits) -> str:
-    if now.origin == "memmap":
-        return 'open the file with np.memmap(mode="c"): private pages, writable at no cost'
-    return "share_readonly=True if nothing will write to the result"

@@ -20,11 +20,12 @@ LAYERS = [
     {"_block", "_dtypes", "_streams"},
     {"_step", "_engine", "_lease", "_picture"},
     {"_refuse", "_staging", "_words", "_events"},
+    {"_rules"},
     {"_plan", "_watch"},
     {"_adapters"},
     {"_adapters._missing", "_adapters._numbers", "_adapters._numpy"},
     {"_adapters._arrow", "_adapters._dlpack", "_adapters._python", "_adapters._torch_cuda", "_adapters._cupy"},
-    {"_adapters._columns"},
+    {"_adapters._columns", "_adapters._torch_steps"},
     {"_adapters._protocols", "_adapters._torch"},
     {"_copy_lanes"},
     {"_memory", "_lanes", "_device_lanes", "_editing"},
@@ -49,6 +50,7 @@ HEIGHT = {name: height for height, row in enumerate(LAYERS) for name in row}
 FRAMEWORKS = {"torch", "cupy"}
 TOP_LEVEL = {
     "_adapters._torch": {"torch"},
+    "_adapters._torch_steps": {"torch"},
     "_adapters._torch_cuda": {"torch"},
     "_adapters._cupy": {"cupy"},
 }

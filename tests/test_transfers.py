@@ -10,7 +10,8 @@ import torch
 import tensorbridge as tb
 from tensorbridge import Device, Traits, _lease, _roads, _staging
 from tensorbridge._adapters import _torch_cuda
-from tensorbridge._plan import Here, Step, Want, decide
+from tensorbridge._plan import decide
+from tensorbridge._step import Here, Step, Want
 
 CPU, CUDA0, CUDA1 = Device("cpu"), Device("cuda:0"), Device("cuda:1")
 

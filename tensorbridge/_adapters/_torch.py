@@ -1,4 +1,7 @@
-"""torch: detaches, resolves lazy bits, moves between devices; holds no reversed, read-only or byte-swapped memory."""
+"""torch: detaches, resolves lazy bits, moves between devices; holds no reversed, read-only or byte-swapped memory.
+
+Facts are read here; `_torch_steps` performs.
+"""
 
 from __future__ import annotations
 
@@ -8,28 +11,21 @@ from functools import lru_cache
 from operator import attrgetter
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from tensorbridge import _dtypes, _engine, _streams
-from tensorbridge._adapters import _numpy, _torch_cuda
+from tensorbridge import _dtypes, _streams
+from tensorbridge._adapters import _torch_cuda, _torch_steps
+from tensorbridge._adapters._torch_steps import DTYPES, NAMES
 from tensorbridge._array import CPU, ArrayInfo, Device, Layout, Traits, layout, order_text, shape_text, size_class
 from tensorbridge._refuse import Obstacle
-from tensorbridge._step import Op, Step, Want, bytes_text
+from tensorbridge._step import Want, bytes_text
 
 DENSE = Layout()
 _functorch: Any = torch._C._functorch
 _modes, _FAKE = torch._C._len_torch_dispatch_stack, torch._C._TorchDispatchModeKey.FAKE
 _devices: dict[torch.device, Device] = {}
-_DTYPE: dict[str, Any] = {
-    name: getattr(torch, row.torch) for name, row in _dtypes.DTYPES.items() if row.torch and hasattr(torch, row.torch)
-}
-_NAME: dict[torch.dtype, str] = {dtype: name for name, dtype in _DTYPE.items()}
-_CARRIER: dict[str, Any] = {
-    name: getattr(torch, _dtypes.DTYPES[name].carrier) for name in _DTYPE if _dtypes.DTYPES[name].carrier
-}
 
 
 def open(t: Tensor, want: Want) -> tuple[Tensor, Traits]:
@@ -60,16 +56,16 @@ def is_plain(t: Tensor) -> bool:
 def kind(t: Tensor) -> Traits | None:
     """The traits of a plain tensor on the host, where they are quickly told."""
     try:
-        return _traits(t, True, ask_pinned=False) if t.dtype in _NAME and is_plain(t) else None
+        return _traits(t, True, ask_pinned=False) if t.dtype in NAMES and is_plain(t) else None
     except Obstacle:
         return None
 
 
 def _traits(t: Tensor, plain: bool, *, ask_pinned: bool) -> Traits:
-    name, device, lazy = _NAME.get(t.dtype), CPU, ""
+    name, device, lazy = NAMES.get(t.dtype), CPU, ""
     if not plain or name is None:
         refuse(t)
-        name, device = _NAME[t.dtype], device_of(t)
+        name, device = NAMES[t.dtype], device_of(t)
         lazy = "zero" if t._is_zerotensor() else " ".join(["conj"] * t.is_conj() + ["neg"] * t.is_neg())
     itemsize, count, dense = t.element_size(), t.numel(), t.is_contiguous()
     lay = DENSE if dense else layout(tuple(t.shape), tuple([s * itemsize for s in t.stride()]), itemsize)
@@ -124,7 +120,7 @@ def _check_storage(t: Tensor, span: int, itemsize: int) -> None:
     if needs > holds and not t._is_zerotensor():
         raise Obstacle(
             "short storage",
-            f"{_kind(t, '')} {_NAME[t.dtype]} {shape_text(tuple(t.shape))}",
+            f"{_kind(t, '')} {NAMES[t.dtype]} {shape_text(tuple(t.shape))}",
             f"it needs {bytes_text(needs)} and its storage holds {bytes_text(holds)} "
             "(a resize_ that failed leaves it so, or a storage that was freed)",
         )
@@ -167,7 +163,7 @@ def refuse(t: Tensor) -> None:
             name = "functional"
         elif _modes() and torch._C._get_dispatch_mode(_FAKE) is not None:
             name = "fake mode"
-        elif t.dtype not in _NAME:
+        elif t.dtype not in NAMES:
             name = "unknown dtype"
     if name:
         shape = "" if name in ("nested", "uninitialized") else " " + shape_text(tuple(t.shape))
@@ -223,184 +219,14 @@ def describe(t: Tensor, traits: Traits) -> ArrayInfo:
     )
 
 
-def performer(step: Step, before: Traits, want: Want) -> Callable[[Any], Any]:
-    op, after = step.op, step.after
-    packed = torch.contiguous_format if before.overlap else torch.preserve_format
-    if op == Op.SHARE:
-        if before.framework == "torch" and after.framework == "numpy":
-            return _to_numpy(before.dtype)
-        if before.framework == "numpy":
-            return _alias if before.origin == "tensor" else _from_numpy(before)
-        return _torch_cuda.from_cupy(before) if before.framework == "cupy" else _same
-    if op == Op.FILL:
-        return _filler(before, step, want)
-    if op in (Op.CAST, Op.COPY) and before.framework == "numpy":
-        return _array_copied(before, after)
-    if op in (Op.CAST, Op.COPY) and before.device == CPU and _engine.wants_numpy_pages(before, after.dtype):
-        return _into_numpy_pages(before, after, step.by)
-    if op == Op.CAST:
-        dtype = _DTYPE[after.dtype]
-        return lambda t: t.to(dtype, memory_format=packed)
-    if op in (Op.COPY, Op.PACK):
-        return lambda t: t.clone(memory_format=packed)
-    if op == Op.TO_DEVICE:
-        return _torch_cuda.to_device(before, step, want)
-    if op == Op.TO_HOST:
-        return _torch_cuda.to_host(before, step)
-    if op == Op.ORDER:
-        return _torch_cuda.ordered(before)
-    if op == Op.STACK:
-        return lambda parts: parts.stacked(torch.stack)
-    return {
-        Op.DETACH: lambda t: t.detach(),
-        Op.RESOLVE: lambda t: t.clone() if before.lazy == "zero" else t.resolve_conj().resolve_neg(),
-        Op.PIN: lambda t: torch.empty_like(t, pin_memory=True).copy_(t),  # pin_memory() returns a pinned one as it is
-    }[op]
-
-
-def _same(t: Tensor) -> Tensor:
-    return t
-
-
-def _to_numpy(name: str) -> Callable[[Tensor], Any]:
-    """`Tensor.numpy` views an alias, whose storage then refuses to be resized: the view cannot dangle."""
-    carrier, dtype = _CARRIER.get(name), _dtypes.DTYPES[name].numpy
-    if carrier is None:
-        return lambda t: t.numpy()
-    return lambda t: t.view(carrier).numpy().view(dtype)
-
-
-def _from_numpy(before: Traits) -> Callable[[Any], Tensor]:
-    dtype = _DTYPE[before.dtype]
-    row = _dtypes.DTYPES[before.dtype]
-    plain = np.dtype(row.carrier) if row.carrier else row.numpy
-    own = not row.carrier
-
-    def share(a: Any) -> Tensor:
-        if not before.writable:
-            a = _numpy.writable_view(a)
-        if a.dtype.char != plain.char:  # type: ignore[union-attr]
-            a = a.view(plain)
-        t = torch.from_numpy(a)
-        return t if own else t.view(dtype)
-
-    return share
-
-
-def _alias(a: Any) -> Tensor:
-    """The tensor behind a NumPy view of it: the same memory and the same version counter."""
-    base: Tensor = _numpy.owner_of(a)
-    dtype = _DTYPE[_dtypes.of_numpy(a.dtype)]
-    if base.dtype != dtype:
-        base = base.view(dtype) if base.element_size() == a.itemsize else _reread(base, dtype)
-    itemsize = a.itemsize
-    offset = (a.__array_interface__["data"][0] - base.untyped_storage().data_ptr()) // itemsize
-    # A length-1 axis may carry any stride; as_strided wants none that is negative.
-    strides = tuple(max(s, 0) // itemsize for s in a.strides)
-    if (a.shape, strides, offset) == (base.shape, base.stride(), base.storage_offset()) and not base.requires_grad:
-        return base.detach()
-    return base.as_strided(a.shape, strides, offset)
-
-
-def _reread(t: Tensor, dtype: torch.dtype) -> Tensor:
-    """All of the storage as elements of another width, by views, which share the version counter."""
-    flat = t.as_strided((t.untyped_storage().nbytes() // t.element_size(),), (1,), 0).view(torch.uint8)
-    return flat[: flat.numel() // dtype.itemsize * dtype.itemsize].view(dtype)
-
-
-def _array_copied(before: Traits, after: Traits) -> Callable[[Any], Any]:
-    """A NumPy array copied by torch's kernel into memory that NumPy allocates."""
-    share, view = _from_numpy(before), _from_numpy(after)
-    dtype = _dtypes.DTYPES[after.dtype].numpy
-    order: Any = "C" if before.overlap else "K"
-
-    def copy(a: Any) -> Any:
-        fresh = np.empty_like(a, dtype=dtype, order=order, subok=False)
-        view(fresh).copy_(share(a))
-        return fresh
-
-    return copy
-
-
-def _into_numpy_pages(before: Traits, after: Traits, by: str) -> Callable[[Tensor], Tensor]:
-    """A tensor copied into memory that NumPy allocates, in huge pages where torch would take small ones."""
-    view = _from_numpy(after._replace(framework="numpy"))
-    own: Any = _dtypes.DTYPES[before.dtype].numpy
-    carrier, dtype = _CARRIER.get(before.dtype), _dtypes.DTYPES[after.dtype].numpy
-    order: Any = "C" if before.overlap else "K"
-
-    def copy(t: Tensor) -> Tensor:
-        # By DLPack: Tensor.numpy would make the storage of the source refuse to be resized for good.
-        source = np.from_dlpack(t.detach() if carrier is None else t.view(carrier)).view(own)
-        fresh = np.empty_like(source, dtype=dtype, order=order)
-        if by == "numpy":
-            np.copyto(fresh, source, casting="unsafe")
-            return view(fresh)
-        return view(fresh).copy_(t)
-
-    return copy
-
-
-def counted(fill: Callable[..., Any]) -> Callable[..., Any]:
-    """Fill a NumPy view of a tensor, and let autograd know."""
-
-    def filled(x: Any, out: Any) -> Any:
-        result = fill(x, out)
-        torch.autograd.graph.increment_version(_numpy.owner_of(out))
-        return result
-
-    return filled
-
-
-def _filler(before: Traits, step: Step, want: Want) -> Callable[..., Any]:
-    """Write into `out`, on whichever side it is."""
-    if step.by == "numpy":
-
-        def by_numpy(x: Any, out: Any) -> Any:
-            np.copyto(borrowed(out), borrowed(x), casting="unsafe")
-            if want.framework == "torch":
-                torch.autograd.graph.increment_version(out)  # NumPy's writes are not seen by autograd
-            return out
-
-        return by_numpy
-    share = _from_numpy(before) if before.framework == "numpy" else _same
-    fill: Any = _torch_cuda.filler(before, want) or Tensor.copy_
-    if want.framework == "numpy":
-        assert want.out is not None
-        view = _from_numpy(want.out)
-
-        def into_numpy(x: Any, out: Any) -> Any:
-            fill(view(out), share(x))
-            return out
-
-        return into_numpy
-
-    def into_torch(x: Any, out: Tensor) -> Tensor:
-        fill(out, share(x))
-        return out
-
-    return into_torch
-
-
-def borrowed(t: Any) -> Any:
-    """A NumPy view for the moment: `Tensor.numpy` would make the storage refuse to be resized for good."""
-    if not isinstance(t, Tensor):
-        return t
-    row, itemsize = _dtypes.DTYPES[_NAME[t.dtype]], t.element_size()
-    if not t.numel():
-        return np.empty(tuple(t.shape), row.numpy)
-    strides = tuple(s * itemsize for s in t.stride())
-    carrier = np.dtype(row.carrier or row.numpy)
-    return np.asarray(_numpy.Memory(t.data_ptr(), tuple(t.shape), strides, carrier.str, False, t)).view(row.numpy)
-
-
+performer, counted, borrowed = _torch_steps.performer, _torch_steps.counted, _torch_steps.borrowed
 imported, plain_from_cupy = _torch_cuda.imported, _torch_cuda.plain_from_cupy
 
 # -- What the fast lanes ask for
 
 
-COMMON, DTYPES, HOST = torch.float32, _DTYPE, frozenset({"cpu", torch.device("cpu")})
-PLAIN = frozenset(dtype for name, dtype in _DTYPE.items() if _dtypes.crosses_plainly(name))
+COMMON, HOST = torch.float32, frozenset({"cpu", torch.device("cpu")})
+PLAIN = frozenset(dtype for name, dtype in DTYPES.items() if _dtypes.crosses_plainly(name))
 # Not the complex ones, whose alignment has to be asked.
-PLAIN_NUMPY = frozenset(_dtypes.DTYPES[_NAME[dtype]].numpy for dtype in PLAIN if not dtype.is_complex)
+PLAIN_NUMPY = frozenset(_dtypes.DTYPES[NAMES[dtype]].numpy for dtype in PLAIN if not dtype.is_complex)
 from_numpy, increment_version = torch.from_numpy, torch.autograd.graph.increment_version

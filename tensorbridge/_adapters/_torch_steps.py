@@ -1,0 +1,198 @@
+"""The steps that torch performs: each function makes of an array what the planner has promised of it.
+
+`Tensor.numpy` and `torch.from_numpy` share; `copy_`, `clone` and `to` copy. NumPy's memory is taken for large results
+(`_engine`), and borrowed for a moment without making the storage of a tensor unresizable for good.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tensorbridge import _dtypes, _engine
+from tensorbridge._adapters import _numpy, _torch_cuda
+from tensorbridge._array import CPU, Traits
+from tensorbridge._step import Op, Step, Want
+
+DTYPES: dict[str, Any] = {
+    name: getattr(torch, row.torch) for name, row in _dtypes.DTYPES.items() if row.torch and hasattr(torch, row.torch)
+}
+NAMES: dict[torch.dtype, str] = {dtype: name for name, dtype in DTYPES.items()}
+_CARRIER: dict[str, Any] = {
+    name: getattr(torch, _dtypes.DTYPES[name].carrier) for name in DTYPES if _dtypes.DTYPES[name].carrier
+}
+
+
+def performer(step: Step, before: Traits, want: Want) -> Callable[[Any], Any]:
+    op, after = step.op, step.after
+    packed = torch.contiguous_format if before.overlap else torch.preserve_format
+    if op == Op.SHARE:
+        if before.framework == "torch" and after.framework == "numpy":
+            return _to_numpy(before.dtype)
+        if before.framework == "numpy":
+            return _alias if before.origin == "tensor" else _from_numpy(before)
+        return _torch_cuda.from_cupy(before) if before.framework == "cupy" else _same
+    if op == Op.FILL:
+        return _filler(before, step, want)
+    if op in (Op.CAST, Op.COPY) and before.framework == "numpy":
+        return _array_copied(before, after)
+    if op in (Op.CAST, Op.COPY) and before.device == CPU and _engine.wants_numpy_pages(before, after.dtype):
+        return _into_numpy_pages(before, after, step.by)
+    if op == Op.CAST:
+        dtype = DTYPES[after.dtype]
+        return lambda t: t.to(dtype, memory_format=packed)
+    if op in (Op.COPY, Op.PACK):
+        return lambda t: t.clone(memory_format=packed)
+    if op == Op.TO_DEVICE:
+        return _torch_cuda.to_device(before, step, want)
+    if op == Op.TO_HOST:
+        return _torch_cuda.to_host(before, step)
+    if op == Op.ORDER:
+        return _torch_cuda.ordered(before)
+    if op == Op.STACK:
+        return lambda parts: parts.stacked(torch.stack)
+    return {
+        Op.DETACH: lambda t: t.detach(),
+        Op.RESOLVE: lambda t: t.clone() if before.lazy == "zero" else t.resolve_conj().resolve_neg(),
+        Op.PIN: lambda t: torch.empty_like(t, pin_memory=True).copy_(t),  # pin_memory() returns a pinned one as it is
+    }[op]
+
+
+def _same(t: Tensor) -> Tensor:
+    return t
+
+
+def _to_numpy(name: str) -> Callable[[Tensor], Any]:
+    """`Tensor.numpy` views an alias, whose storage then refuses to be resized: the view cannot dangle."""
+    carrier, dtype = _CARRIER.get(name), _dtypes.DTYPES[name].numpy
+    if carrier is None:
+        return lambda t: t.numpy()
+    return lambda t: t.view(carrier).numpy().view(dtype)
+
+
+def _from_numpy(before: Traits) -> Callable[[Any], Tensor]:
+    dtype = DTYPES[before.dtype]
+    row = _dtypes.DTYPES[before.dtype]
+    plain = np.dtype(row.carrier) if row.carrier else row.numpy
+    own = not row.carrier
+
+    def share(a: Any) -> Tensor:
+        if not before.writable:
+            a = _numpy.writable_view(a)
+        if a.dtype.char != plain.char:  # type: ignore[union-attr]
+            a = a.view(plain)
+        t = torch.from_numpy(a)
+        return t if own else t.view(dtype)
+
+    return share
+
+
+def _alias(a: Any) -> Tensor:
+    """The tensor behind a NumPy view of it: the same memory and the same version counter."""
+    base: Tensor = _numpy.owner_of(a)
+    dtype = DTYPES[_dtypes.of_numpy(a.dtype)]
+    if base.dtype != dtype:
+        base = base.view(dtype) if base.element_size() == a.itemsize else _reread(base, dtype)
+    itemsize = a.itemsize
+    offset = (a.__array_interface__["data"][0] - base.untyped_storage().data_ptr()) // itemsize
+    # A length-1 axis may carry any stride; as_strided wants none that is negative.
+    strides = tuple(max(s, 0) // itemsize for s in a.strides)
+    if (a.shape, strides, offset) == (base.shape, base.stride(), base.storage_offset()) and not base.requires_grad:
+        return base.detach()
+    return base.as_strided(a.shape, strides, offset)
+
+
+def _reread(t: Tensor, dtype: torch.dtype) -> Tensor:
+    """All of the storage as elements of another width, by views, which share the version counter."""
+    flat = t.as_strided((t.untyped_storage().nbytes() // t.element_size(),), (1,), 0).view(torch.uint8)
+    return flat[: flat.numel() // dtype.itemsize * dtype.itemsize].view(dtype)
+
+
+def _array_copied(before: Traits, after: Traits) -> Callable[[Any], Any]:
+    """A NumPy array copied by torch's kernel into memory that NumPy allocates."""
+    share, view = _from_numpy(before), _from_numpy(after)
+    dtype = _dtypes.DTYPES[after.dtype].numpy
+    order: Any = "C" if before.overlap else "K"
+
+    def copy(a: Any) -> Any:
+        fresh = np.empty_like(a, dtype=dtype, order=order, subok=False)
+        view(fresh).copy_(share(a))
+        return fresh
+
+    return copy
+
+
+def _into_numpy_pages(before: Traits, after: Traits, by: str) -> Callable[[Tensor], Tensor]:
+    """A tensor copied into memory that NumPy allocates, in huge pages where torch would take small ones."""
+    view = _from_numpy(after._replace(framework="numpy"))
+    own: Any = _dtypes.DTYPES[before.dtype].numpy
+    carrier, dtype = _CARRIER.get(before.dtype), _dtypes.DTYPES[after.dtype].numpy
+    order: Any = "C" if before.overlap else "K"
+
+    def copy(t: Tensor) -> Tensor:
+        # By DLPack: Tensor.numpy would make the storage of the source refuse to be resized for good.
+        source = np.from_dlpack(t.detach() if carrier is None else t.view(carrier)).view(own)
+        fresh = np.empty_like(source, dtype=dtype, order=order)
+        if by == "numpy":
+            np.copyto(fresh, source, casting="unsafe")
+            return view(fresh)
+        return view(fresh).copy_(t)
+
+    return copy
+
+
+def counted(fill: Callable[..., Any]) -> Callable[..., Any]:
+    """Fill a NumPy view of a tensor, and let autograd know."""
+
+    def filled(x: Any, out: Any) -> Any:
+        result = fill(x, out)
+        torch.autograd.graph.increment_version(_numpy.owner_of(out))
+        return result
+
+    return filled
+
+
+def _filler(before: Traits, step: Step, want: Want) -> Callable[..., Any]:
+    """Write into `out`, on whichever side it is."""
+    if step.by == "numpy":
+
+        def by_numpy(x: Any, out: Any) -> Any:
+            np.copyto(borrowed(out), borrowed(x), casting="unsafe")
+            if want.framework == "torch":
+                torch.autograd.graph.increment_version(out)  # NumPy's writes are not seen by autograd
+            return out
+
+        return by_numpy
+    share = _from_numpy(before) if before.framework == "numpy" else _same
+    fill: Any = _torch_cuda.filler(before, want) or Tensor.copy_
+    if want.framework == "numpy":
+        assert want.out is not None
+        view = _from_numpy(want.out)
+
+        def into_numpy(x: Any, out: Any) -> Any:
+            fill(view(out), share(x))
+            return out
+
+        return into_numpy
+
+    def into_torch(x: Any, out: Tensor) -> Tensor:
+        fill(out, share(x))
+        return out
+
+    return into_torch
+
+
+def borrowed(t: Any) -> Any:
+    """A NumPy view for the moment: `Tensor.numpy` would make the storage refuse to be resized for good."""
+    if not isinstance(t, Tensor):
+        return t
+    row, itemsize = _dtypes.DTYPES[NAMES[t.dtype]], t.element_size()
+    if not t.numel():
+        return np.empty(tuple(t.shape), row.numpy)
+    strides = tuple(s * itemsize for s in t.stride())
+    carrier = np.dtype(row.carrier or row.numpy)
+    return np.asarray(_numpy.Memory(t.data_ptr(), tuple(t.shape), strides, carrier.str, False, t)).view(row.numpy)
