@@ -23,6 +23,7 @@ _ndarray = np.ndarray
 # Set by `open` when torch shows up. Until then no object is of type `_Tensor`, and no array has a lane to torch.
 _Tensor: Any = None
 _common: Any = None  # the dtype asked first: float32
+_float32: Any = None  # NumPy's
 _plain_dtypes: frozenset[Any] = frozenset()  # torch dtypes that NumPy has as themselves
 _plain_numpy: frozenset[Any] = frozenset()
 _host: frozenset[Any] = frozenset()  # its names, as `device`
@@ -35,13 +36,13 @@ opened: Callable[[], None] = lambda: None  # called once, when torch has shown u
 
 
 def open(adapter: Adapter) -> None:
-    global _Tensor, _common, _plain_dtypes, _plain_numpy, _forward_ad, _from_numpy, _compiling, _host
+    global _Tensor, _common, _float32, _plain_dtypes, _plain_numpy, _forward_ad, _from_numpy, _compiling, _host
     facts: Any = adapter
-    _common, _plain_dtypes, _plain_numpy = facts.COMMON, facts.PLAIN, facts.PLAIN_NUMPY
     _forward_ad, _from_numpy, _host = facts.forward_ad, facts.from_numpy, facts.HOST
     _eager.mark()
     _compiling = _eager.compiling
-    _Tensor = facts.Tensor
+    _common, _plain_dtypes, _plain_numpy = facts.COMMON, facts.PLAIN, facts.PLAIN_NUMPY
+    _float32, _Tensor = np.dtype("float32"), facts.Tensor  # last: other threads may be in a lane
     _copy_lanes.open(adapter)
     opened()
 
@@ -103,9 +104,11 @@ def plain_array_to_torch(full: _F) -> _F:
 
     @wraps(full)
     def to_torch(x: Any, **options: Any) -> Any:
-        if type(x) is _ndarray and not _watch.watching and x.dtype in _plain_numpy and _compiling() is None:
+        if type(x) is _ndarray and not _watch.watching and _compiling() is None:
             try:
-                if not options or (len(options) == 1 and options.get("device") in _host):
+                if (dtype := x.dtype) is not _float32 and dtype not in _plain_numpy:
+                    pass
+                elif not options or (len(options) == 1 and options.get("device") in _host):
                     base: Any = x.base
                     if base is None or (type(base) is _ndarray and base.base is None):
                         flags = x.flags
