@@ -90,6 +90,66 @@ def test_a_kind_is_decided_once(monkeypatch):
     assert made
 
 
+OUTS = {
+    "of its kind": lambda a: np.zeros(a.shape, a.dtype),
+    "in Fortran's order": lambda a: np.zeros(a.shape, a.dtype, order="F"),
+    "of another dtype": lambda a: np.zeros(a.shape, "complex128"),
+    "of another shape": lambda a: np.zeros((*a.shape, 1), a.dtype),
+    "read-only": lambda a: np.broadcast_to(a.dtype.type(0), a.shape),
+    "reversed": lambda a: np.zeros(a.shape, a.dtype)[::-1],
+    "itself": lambda a: a,
+    "half of it": lambda a: np.concatenate([a, a]),
+}
+
+
+@pytest.mark.parametrize("target", CONVERT)
+@pytest.mark.parametrize("source", ["array", "transposed", "tensor"])
+def test_second_fill_fills_what_the_full_road_fills(source, target):
+    def filled(convert: Any, kind: str) -> Any:
+        a = np.arange(1.0, 7.0, dtype="float32").reshape(2, 3)
+        a = a.T if source == "transposed" else a
+        out = OUTS[kind](a)
+        if kind == "half of it":
+            a, out = out[:2], out[1:3]
+        if target == "torch":
+            if kind in ("read-only", "reversed"):
+                return "no such tensor"
+            out = torch.from_numpy(out)
+        x = torch.from_numpy(a) if source == "tensor" else a
+        written = out._version if target == "torch" else 0
+        result, refusal = attempt(lambda: convert(x, out=out))
+        if refusal is not None:
+            return str(refusal)
+        assert result is out
+        return looks(out), numbers(out).tolist(), (out._version if target == "torch" else 1) > written
+
+    for _ in range(2):
+        for kind in OUTS:
+            assert (kind, filled(CONVERT[target].__wrapped__, kind)) == (kind, filled(unwrap(CONVERT[target]), kind))
+
+
+@pytest.mark.parametrize("order", [1, -1], ids=["source strided", "out strided"])
+def test_gaps_in_one_that_the_other_lies_in_are_seen(order):
+    line = np.arange(12.0)
+    for _ in range(2):
+        a, out = [np.zeros(12)[::2], np.zeros(6)][::order]
+        tb.to_numpy(a, out=out)
+    a, out = [line[::2], line[6:]][::order]
+    with pytest.raises(ValueError, match="shares memory with the source"):
+        tb.to_numpy(a, out=out)
+    assert line.tolist() == list(range(12))
+
+
+def test_an_inference_tensor_is_not_filled_outside_its_mode():
+    a = np.ones((2, 2), "float32").T
+    for _ in range(2):
+        tb.to_torch(a, out=torch.zeros(2, 2))
+    with torch.inference_mode():
+        frozen = torch.zeros(2, 2)
+    with pytest.raises(ValueError, match="inference tensor"):
+        tb.to_torch(a, out=frozen)
+
+
 def test_what_equals_true_is_no_flag_still():
     for _ in range(2):
         tb.to_numpy(np.ones(3), copy=True)
