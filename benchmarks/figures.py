@@ -10,6 +10,7 @@ A figure in a page stands between two comments, of which the first says where it
     <!-- ratio: row | slower way | faster way -->3.1<!-- end -->
     <!-- fact: CPU -->...<!-- end -->
     <!-- table: headline -->...<!-- end -->
+    <!-- rate@amd-epyc-2-cores: ... -->...<!-- end -->     of another machine in benchmarks/results/
 """
 
 from __future__ import annotations
@@ -24,9 +25,10 @@ from tensorbridge._bench._report import duration, goals_table, table
 from tensorbridge._bench._results import Result, Run, compared, load
 
 ROOT = Path(__file__).parent.parent
-RESULTS = ROOT / "benchmarks" / "results" / "amd-epyc-2-cores" / "results.json"
+RESULTS = ROOT / "benchmarks" / "results"
+MACHINE = "intel-xeon-2-cores"
 PAGES = (ROOT / "docs" / "cost.md", ROOT / "README.md")
-MARK = re.compile(r"(<!-- (time|rate|ratio|fact|table): (.*?) -->)(.*?)(<!-- end -->)", re.DOTALL)
+MARK = re.compile(r"(<!-- (time|rate|ratio|fact|table)(?:@([\w-]+))?: (.*?) -->)(.*?)(<!-- end -->)", re.DOTALL)
 
 # What the README tells first: the words, the row, the line that people write, and the fastest for one who knows.
 HEADLINE = (
@@ -58,7 +60,7 @@ def result(run: Run, key: str) -> Result:
             if found.missing:
                 raise LookupError(f"{key}: {found.missing}")
             return found
-    raise LookupError(f"no row {key!r} in {RESULTS}")
+    raise LookupError(f"no row {key!r} in the results")
 
 
 def timing(run: Run, key: str, way: str) -> Timing:
@@ -117,18 +119,23 @@ TABLES: dict[str, Callable[[Run], str]] = {"headline": headline, "sizes": over_s
 KINDS: dict[str, Callable[..., str]] = {"time": _time, "rate": _rate, "ratio": _ratio, "fact": _fact, "table": _table}
 
 
+def results_of(machine: str) -> Run:
+    return load(RESULTS / machine / "results.json")
+
+
 def filled(text: str, run: Run) -> str:
     """The page with every figure as the results have it. Raises LookupError for one that they do not have."""
 
     def fill(match: re.Match[str]) -> str:
-        opening, kind, arguments, _, closing = match.groups()
-        return opening + KINDS[kind](run, *(part.strip() for part in re.split(r"\s\\?\|\s", arguments))) + closing
+        opening, kind, machine, arguments, _, closing = match.groups()
+        chosen = results_of(machine) if machine else run
+        return opening + KINDS[kind](chosen, *(part.strip() for part in re.split(r"\s\\?\|\s", arguments))) + closing
 
     return MARK.sub(fill, text)
 
 
 def main(check: bool) -> int:
-    run = load(RESULTS)
+    run = results_of(MACHINE)
     stale = []
     for page in PAGES:
         if not page.exists():

@@ -346,7 +346,7 @@ def figures() -> Any:
 
 
 def test_figures_in_the_pages_are_those_of_the_results(figures: Any) -> None:
-    run = _results.load(figures.RESULTS)
+    run = figures.results_of(figures.MACHINE)
     for page in figures.PAGES:
         text = page.read_text(encoding="utf-8")
         assert figures.filled(text, run) == text, f"{page.name}: run python benchmarks/figures.py"
