@@ -25,7 +25,7 @@ from typing import Any, Literal, NamedTuple, NoReturn, TypeVar
 from tensorbridge import _options, _tables, _watch
 from tensorbridge._array import CPU, Traits
 from tensorbridge._containers import flatten
-from tensorbridge._eager import eager, mark
+from tensorbridge._eager import eager, mark, told
 from tensorbridge._prefetch_roads import Batch, Host, road_for
 from tensorbridge._step import Want
 
@@ -33,7 +33,7 @@ _T = TypeVar("_T")
 PATIENCE = 1.0  # seconds that close() waits for a worker whose source does not answer
 
 
-@eager
+@told
 def prefetch(
     batches: Iterable[_T],
     *,

@@ -74,10 +74,13 @@ def remembering(full: _F) -> _F:
 def _kind_of_out(out: Any, x: Any) -> Traits | None:
     """The kind of a dense `out` of the shape of `x`, where it is quickly told."""
     kind = _kinds.get(type(out))
-    if kind is None or out.shape != x.shape or (type(out) is not np.ndarray and out.is_inference()):
+    traits = None if kind is None else kind(out)
+    if traits is None or traits.spacing != "dense" or (type(out) is not np.ndarray and out.is_inference()):
         return None
-    traits = kind(out)
-    return traits if traits is not None and traits.spacing == "dense" else None
+    try:
+        return traits if out.shape == x.shape else None
+    except RuntimeError:  # a nested tensor has no shape
+        return None
 
 
 def _are_apart(x: Any, traits: Any, out: Any) -> bool:

@@ -147,7 +147,10 @@ class copy_guard(ContextDecorator):
     @eager
     def __exit__(self, *exc: object) -> None:
         _watch(-1)
-        _policies.set(_policies.get()[:-1])
+        policies = list(_policies.get())
+        if self._policy in policies:  # its own, even where blocks end out of turn, as those of generators may
+            del policies[len(policies) - 1 - policies[::-1].index(self._policy)]
+        _policies.set(tuple(policies))
 
 
 @contextmanager

@@ -131,6 +131,38 @@ def test_what_compiled_code_writes_to_a_tensor_changes_no_array(convert, backend
     assert a.tolist() == [1.0, 1.0]
 
 
+BY_OTHER_WAYS = {
+    "prefetch": lambda x: next(tb.prefetch([x], device="cpu")),
+    "prefetch of a tree": lambda x: next(tb.prefetch([{"x": x}], device="cpu"))["x"],
+    "prefetch to NumPy": lambda x: next(tb.prefetch([x], to="numpy", device="cpu")),
+    "async": lambda x: tb.to_numpy_async(x).result(),
+    "async, a tree": lambda x: tb.to_numpy_async({"x": x}).result()["x"],
+    "a list": lambda x: tb.to_numpy([x])[0],
+    "collate": lambda x: tb.collate([x])[0],
+}
+
+
+@pytest.mark.parametrize("way", BY_OTHER_WAYS)
+@pytest.mark.parametrize("source", ["array", "tensor"])
+def test_no_other_way_shares_an_array_with_compiled_code(way, source):
+    torch.compiler.reset()
+    made = []
+
+    @torch.compiler.disable
+    def keep(x):
+        made.append(x)
+
+    def function(q, x):
+        keep(BY_OTHER_WAYS[way](x))
+        return q * 2
+
+    x = np.arange(3.0) if source == "array" else torch.arange(3.0)
+    torch.compile(function, backend="eager")(torch.ones(2), x)
+    assert made[0].tolist() == [0.0, 1.0, 2.0]
+    both_torch = source == "tensor" and isinstance(made[0], torch.Tensor)
+    assert both_torch or not tb.shares_memory(made[0], x)
+
+
 def test_sharing_with_compiled_code_is_refused_where_it_is_asked_for():
     torch.compiler.reset()
     says = "compiled code takes an array for a tensor of its own"

@@ -168,3 +168,13 @@ def test_what_floats_hold_is_taken_where_floats_are_asked_for(number, dtype):
 def test_an_int_that_no_dtype_holds_is_refused(number, dtype):
     with pytest.raises(tb.UnsupportedArrayError, match=r"does not fit.*\nNo element type holds it: scale it"):
         tb.to_torch(number, dtype=dtype)
+
+
+@pytest.mark.filterwarnings("ignore:invalid value encountered in cast")
+@pytest.mark.parametrize(
+    "other", [np.float64("nan"), np.float64(300.5), np.float32(300.5), np.int64(300), np.uint64(300)]
+)
+@pytest.mark.parametrize("first", [True, 1, 0.5])
+def test_numpys_numbers_in_a_list_are_cast_as_an_array_is_whatever_is_beside_them(first, other):
+    made = tb.to_numpy([first, other], dtype="int8")
+    assert made.tolist() == np.array([first, other]).astype("int8").tolist()

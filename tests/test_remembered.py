@@ -140,6 +140,15 @@ def test_gaps_in_one_that_the_other_lies_in_are_seen(order):
     assert line.tolist() == list(range(12))
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_a_nested_tensor_is_refused_in_our_words_on_either_side():
+    rows = torch.nested.nested_tensor([torch.zeros(2), torch.zeros(3)])
+    with pytest.raises(tb.UnsupportedArrayError, match="rows of different lengths"):
+        tb.to_numpy(rows, out=np.zeros(2))
+    with pytest.raises(ValueError, match="rows of different lengths"):
+        tb.to_torch(np.zeros(2), out=rows)
+
+
 def test_an_inference_tensor_is_not_filled_outside_its_mode():
     a = np.ones((2, 2), "float32").T
     for _ in range(2):

@@ -346,3 +346,23 @@ def test_one_guard_object_serves_threads_and_tasks_at_once():
 
     asyncio.run(both())
     assert not _watch.watching
+
+
+def guarded(mode):
+    with tb.copy_guard(mode):
+        yield
+
+
+def test_a_guard_that_ends_out_of_turn_ends_itself_and_no_other(reversed_array):
+    inner = guarded("error")
+    with tb.copy_guard("allow"):
+        next(inner)
+    with pytest.raises(tb.CopyRequiredError):
+        tb.to_torch(reversed_array)
+    inner.close()
+    outer = guarded("error")
+    next(outer)
+    with tb.copy_guard("allow"):
+        outer.close()
+        tb.to_torch(reversed_array)
+    tb.to_torch(reversed_array)

@@ -41,7 +41,8 @@ def dtype_of(numbers: Sequence[Any], kinds: set[type], want: Want, outer: tuple[
         own = numbers if kinds <= _NAMES.keys() else [x for x in numbers if _is_python(x)]
         if own and not (_between(own, asked) if whole else _fit(own, asked)):
             raise _out_of_bounds(numbers, own, asked, want, outer)
-        if own and (whole or len(dtypes) > 1):  # at once: in between, an int beside floats is rounded
+        exact = own is numbers or _fit(numbers, asked)  # else NumPy's numbers are cast as an array is: they wrap
+        if own and exact and (whole or len(dtypes) > 1):  # at once: in between, an int beside floats is rounded
             return str(want.dtype)
     elif int in kinds and not _between(numbers if whole else [x for x in numbers if type(x) is int], _INT64):
         if want.dtype is None or not _fit_floats(numbers):
