@@ -68,6 +68,17 @@ def test_missed_goal_is_listed_with_what_stands_in_the_way() -> None:
     assert "A1 · row " not in below
 
 
+def test_other_line_that_misses_the_goal_too_is_named_as_what_stands_in_the_way() -> None:
+    def three(another: float) -> Result:
+        mine = row(50, 100, title=f"beside {another}", bound=0.2)
+        return mine._replace(timings=(*mine.timings[:2], timed("the limit", 10, "limit"), timed("another", another)))
+
+    below = text_of(run_of(three(48), three(15))).split("### Rows below a goal")[1].split("## ")[0]
+    said = {line.split("|")[2].strip(): line.split("|")[-2].strip() for line in below.splitlines() if "beside" in line}
+    assert said["A1 · beside 48"] == "nobody is faster here: `another` takes as long"
+    assert said["A1 · beside 15"] == "tensorbridge's own work"
+
+
 def test_all_goals_met_leaves_nothing_to_list() -> None:
     assert "Rows below a goal" not in text_of(run_of(row(80, 100)))
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from tensorbridge._bench._measure import Timing, median, spread
-from tensorbridge._bench._results import Result, Run, Verdict, reaches, verdict, verdicts
+from tensorbridge._bench._results import Result, Run, Verdict, compared, reaches, verdict, verdicts
 from tensorbridge._bench._rows import Goal, Question, bytes_name
 
 HIDDEN = """\
@@ -144,7 +144,7 @@ def below(run: Run) -> str:
         row = result.key if v.goal.way == "tensorbridge" else f"{result.key}: {v.goal.way}"
         bound = f"{'at least' if v.goal.sense == 'speed' else 'at most'} {figure(v.goal, v.goal.bound)}"
         limit = "" if v.limit is None else figure(v.goal, v.limit)
-        way_out = _way_out(v, result.timing(v.theirs).way.unlike)
+        way_out = _way_out(v, result.timing(v.theirs).way.unlike) or _peer(result, v) or "tensorbridge's own work"
         lines.append((v.goal.name, row, v.theirs, bound, measured(v), duration(extra, sign=True), limit, way_out))
     head = ("goal", "row", "against", "asked", "measured", "difference", "the limit", "what stands in the way")
     return "### Rows below a goal\n\n" + table(head, lines)
@@ -155,7 +155,18 @@ def _way_out(v: Verdict, unlike: str) -> str:
         return "the limit does not reach it either"
     if v.low <= v.goal.bound <= v.high:
         return "nothing: its rounds scatter across it"
-    return unlike or "tensorbridge's own work"
+    return unlike
+
+
+def _peer(result: Result, v: Verdict) -> str:
+    """The fastest of the other lines, where it misses the goal as well and ours is as fast."""
+    others = [t for t in result.timings if t.way.role == "baseline" and t.way.name != v.theirs]
+    beats = {"speed": v.goal.bound > 1, "cost": v.goal.bound < 1}.get(v.goal.sense, False)
+    if not others or not beats:
+        return ""
+    best, ours, theirs = min(others, key=lambda t: median(t.ns)), result.timing(v.goal.way), result.timing(v.theirs)
+    late = reaches(v.goal, median(compared(v.goal.sense, best, theirs))) or median(compared("cost", ours, best)) > 1.05
+    return "" if late else f"nobody is faster here: `{best.way.name}` takes as long"
 
 
 # -- Tables, one a question
