@@ -59,9 +59,8 @@ def remembering(full: _F) -> _F:
         watched = _watch.watching and (road is None or road.moves or _watch.is_traced())
         if road is None or watched or _may_start_threads(traits) or not (out is None or _are_apart(x, traits, out)):
             result = full(x, **options)
-            if (
-                road is None and traits is not None and not (traits.graph and out is not None)
-            ):  # then out is another now
+            joined = out is not None and traits is not None and traits.graph  # out, now in that graph
+            if road is None and traits is not None and not joined:
                 _remember(words, options, traits)
             return result
         if len(road.functions) == 1 and out is None:
