@@ -25,7 +25,7 @@ from typing import Any, Literal, NamedTuple, NoReturn, TypeVar
 from tensorbridge import _options, _tables, _watch
 from tensorbridge._array import CPU, Traits
 from tensorbridge._containers import flatten
-from tensorbridge._eager import eager, mark, told
+from tensorbridge._eager import eager, is_inside, mark, told
 from tensorbridge._prefetch_roads import Batch, Host, road_for
 from tensorbridge._step import Want
 
@@ -87,6 +87,8 @@ def prefetch(
     ...     [batch["x"].tolist() for batch in ready]
     [[0, 0], [1, 1], [2, 2]]
     """
+    if copy is None and is_inside():
+        copy = True  # the source and the transform are the caller's own code, and may have shared
     want = _want(to, device, depth, transform, copy)
     source = _iterator(batches)
     road = road_for(want)

@@ -135,6 +135,7 @@ BY_OTHER_WAYS = {
     "prefetch": lambda x: next(tb.prefetch([x], device="cpu")),
     "prefetch of a tree": lambda x: next(tb.prefetch([{"x": x}], device="cpu"))["x"],
     "prefetch to NumPy": lambda x: next(tb.prefetch([x], to="numpy", device="cpu")),
+    "prefetch with a transform": lambda x: next(tb.prefetch([x], device="cpu", transform=tb.to_torch)),
     "async": lambda x: tb.to_numpy_async(x).result(),
     "async, a tree": lambda x: tb.to_numpy_async({"x": x}).result()["x"],
     "a list": lambda x: tb.to_numpy([x])[0],
