@@ -22,7 +22,7 @@ from tensorbridge._bench._results import Result, reaches, verdict
 from tensorbridge._bench._rows import FRESH, Case, Goal, Row, Scope, Unavailable, Way, WrongResult, random_array
 
 ROOT = Path(__file__).parent.parent
-SHORT = Settings(rounds=9, round_s=1e-6, case_s=1.0)
+SHORT = Settings(rounds=9, visits=1, round_s=1e-6, case_s=1.0)
 
 
 class Clock:
@@ -83,6 +83,29 @@ def test_never_fewer_than_seven_rounds() -> None:
 def test_no_more_rounds_than_asked_for() -> None:
     clock = Clock()
     assert len(measure(case_of(clock, Way("a", "spend(5)")), SHORT, clock=clock)[0].ns) == SHORT.rounds
+
+
+def test_visits_share_the_rounds_and_add_up() -> None:
+    clock = Clock()
+    case = case_of(clock, Way("a", "spend(5000, 'a')"), Way("b", "spend(5000, 'b')"))
+    settings = SHORT._replace(visits=3)
+    first = measure(case, settings, clock=clock)
+    assert len(first[0].ns) == 3
+    clock.log.clear()
+    second = measure(case, settings, first, clock=clock)
+    assert "".join(clock.log) == "abab" + "baabba", "checked, warmed up, and the turns go on where they were left"
+    assert [t.calls for t in second] == [t.calls for t in first]
+    assert [t.ns[:3] for t in second] == [t.ns for t in first]
+    assert len(measure(case, settings, second, clock=clock)[0].ns) == SHORT.rounds
+
+
+def test_visits_to_long_rows_make_seven_rounds_at_least() -> None:
+    clock = Clock()
+    case, settings = case_of(clock, Way("a", "spend(10**9)")), SHORT._replace(case_s=0.0, visits=3)
+    timings: list[Timing] = []
+    for _ in range(3):
+        timings = measure(case, settings, timings, clock=clock)
+    assert len(timings[0].ns) == 9
 
 
 def test_results_that_are_to_be_fresh_stay_alive_for_the_round() -> None:

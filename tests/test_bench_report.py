@@ -14,7 +14,7 @@ import pytest
 from tensorbridge._bench import _command, _compare, _machine, _plots, _report, _results
 from tensorbridge._bench._measure import Settings, Timing
 from tensorbridge._bench._results import Result, Run
-from tensorbridge._bench._rows import Case, Goal, Question, Row, Way, WrongResult
+from tensorbridge._bench._rows import Case, Goal, Question, Row, Scope, Unavailable, Way, WrongResult
 
 ROOT = Path(__file__).parent.parent
 MACHINE = {"CPU": "Some CPU", "cores": "2 of 2 usable", "GPU": "no CUDA device", "torch": "2", "NumPy": "2"}
@@ -214,7 +214,7 @@ def test_rows_measured_in_one_run_alone_are_counted() -> None:
 @pytest.fixture
 def short(monkeypatch: pytest.MonkeyPatch) -> None:
     """Runs of two made-up rows, with rounds of a microsecond."""
-    monkeypatch.setattr(_command, "QUICK", Settings(7, 1e-6, 0.001))
+    monkeypatch.setattr(_command, "QUICK", Settings(9, 3, 1e-6, 0.001))
     monkeypatch.setattr(_command, "QUESTIONS", (two_rows(),))
 
 
@@ -277,9 +277,65 @@ def test_ctrl_c_leaves_a_valid_partial_report(tmp_path: Path, monkeypatch: pytes
     run = _results.load(tmp_path / "results.json")
     assert [result.title for result in run.results] == ["first"]
     assert run.stopped == "stopped by Ctrl-C after 1 of 2 rows"
+    assert [len(t.ns) for t in run.results[0].timings] == [3, 3]
     assert "**This report is not complete: stopped by Ctrl-C after 1 of 2 rows.**" in (
         tmp_path / "report.md"
     ).read_text(encoding="utf-8")
+
+
+def nth_visit(number: int, error: BaseException) -> Any:
+    """A row that meets an error on one of its visits."""
+    visits = iter(range(1, 4))
+
+    def build() -> Case:
+        if next(visits) == number:
+            raise error
+        return Case((Way("tensorbridge", "len(x)", "bridge"),), {"x": [1]}, lambda way, result: None)
+
+    return build
+
+
+@pytest.mark.usefixtures("short")
+def test_ctrl_c_on_a_later_visit_keeps_the_rounds_until_then(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_command, "QUESTIONS", (two_rows(nth_visit(2, KeyboardInterrupt())),))
+    assert _command.main(arguments("--quick", "--out", str(tmp_path))) == 130
+    run = _results.load(tmp_path / "results.json")
+    assert run.stopped == "stopped by Ctrl-C after 3 of 6 visits to rows"
+    assert [len(result.timings[0].ns) for result in run.results] == [6, 3]
+
+
+@pytest.mark.usefixtures("short")
+@pytest.mark.parametrize(
+    ("error", "rounds", "missing", "code"),
+    [
+        (WrongResult("other values"), 0, "WrongResult: other values", 1),
+        (MemoryError("no room"), 6, "", 0),
+        (Unavailable("gone"), 6, "", 0),
+    ],
+    ids=["a wrong result ends a row", "no memory leaves the other visits", "so does what is not there any more"],
+)
+def test_a_row_that_fails_on_a_later_visit(
+    error: Exception, rounds: int, missing: str, code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_command, "QUESTIONS", (two_rows(nth_visit(2, error)),))
+    assert _command.main(arguments("--quick", "--out", str(tmp_path))) == code
+    second = _results.load(tmp_path / "results.json").results[1]
+    assert (sum(len(t.ns) for t in second.timings), second.missing) == (rounds, missing)
+
+
+def test_rows_are_visited_by_turns_and_what_changes_the_process_last() -> None:
+    def named(name: str, **more: Any) -> Question:
+        return Question(name, "?", "", lambda scope: [Row("row", lambda: pytest.fail("built"))], **more)
+
+    asked = [named("peers", last=True), named("A"), named("cold", once=True), named("B")]
+    turns = _command.scheduled(asked, Scope(), Settings(rounds=21, visits=3))
+    assert [question.name for question, _, _ in turns] == ["A", "cold", *"BABAB", *["peers"] * 3]
+    assert {question.name: part.visits for question, _, part in turns} == {"A": 3, "cold": 1, "B": 3, "peers": 3}
+
+
+def test_what_happens_once_in_a_process_is_measured_once() -> None:
+    once, last = ([q.name for q in _command.QUESTIONS if getattr(q, field)] for field in ("once", "last"))
+    assert (once, last) == (["pinned"], ["A3"])
 
 
 @pytest.mark.usefixtures("short")

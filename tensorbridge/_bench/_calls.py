@@ -278,4 +278,5 @@ PEER_QUESTION = Question(
     "What do other libraries' converters cost for the same work?",
     "float32 (16,), shared, through the function that each library gives its users.",
     _peer_rows,
+    last=True,
 )

@@ -42,7 +42,7 @@ QUESTIONS: tuple[Question, ...] = (
     *_cuda_crossings.QUESTIONS,
     *_cuda_batches.QUESTIONS,
     *_cuda.QUESTIONS,  # gibibytes: last, where a session on a card may run out of time
-    _calls.PEER_QUESTION,  # last: other libraries change the process that they are imported into
+    _calls.PEER_QUESTION,
 )
 
 
@@ -118,14 +118,15 @@ def measured(
     """The run, and what stopped it early, if anything did. Everything that was timed until then is in it."""
     facts = _machine.machine()
     facts["peers"] = _calls.peer_versions() or "none installed"
-    rows = [(question, row) for question in questions for row in question.rows(scope)]
-    results: list[Result] = []
+    turns = scheduled(questions, scope, settings)
+    results: dict[tuple[str, str], Result] = {}
     stop: BaseException | None = None
     begun = time.monotonic()
     try:
-        for number, (question, row) in enumerate(rows):
-            progress.show(number, len(rows), f"{question.name} {row.title}")
-            results.append(one(question, row, device, settings))
+        for number, (question, row, part) in enumerate(turns):
+            progress.show(number, len(turns), f"{question.name} {row.title}")
+            key = question.name, row.title
+            results[key] = one(question, row, device, part, results.get(key))
     except BaseException as error:  # whatever it is: the rows until here are written before it goes on its way
         stop = error
     facts["load after"] = _machine.load_now()
@@ -135,43 +136,65 @@ def measured(
         "quick": scope.quick,
         "command": "`python -m tensorbridge bench" + (" --quick`" if scope.quick else "`"),
     }
-    return Run(facts, told, tuple(results), stopped(stop, len(results), rows)), stop
+    rows = len(dict.fromkeys((question.name, row.title) for question, row, _ in turns))
+    done = (len(results), rows, "rows") if len(results) < rows else (number, len(turns), "visits to rows")
+    at = "after {} of {} {}".format(*done)
+    return Run(facts, told, tuple(results.values()), stopped(stop, at, question, row)), stop
 
 
-def stopped(stop: BaseException | None, done: int, rows: Sequence[tuple[Question, Row]]) -> str:
+def scheduled(questions: Sequence[Question], scope: Scope, settings: Settings) -> list[tuple[Question, Row, Settings]]:
+    """All rows, and all again: the visits to one row lie as far apart as they can."""
+    rows = [(question, row) for question in questions for row in question.rows(scope)]
+    whole = settings._replace(visits=1)
+    return [
+        (question, row, whole if question.once else settings)
+        for last in (False, True)
+        for visit in range(settings.visits)
+        for question, row in rows
+        if question.last == last and not (question.once and visit)
+    ]
+
+
+def stopped(stop: BaseException | None, at: str, question: Question, row: Row) -> str:
     if stop is None:
         return ""
-    at = f"after {done} of {len(rows)} rows"
     if isinstance(stop, KeyboardInterrupt):
         return f"stopped by Ctrl-C {at}"
-    question, row = rows[done]
     return f"stopped {at}, by {type(stop).__name__} in {question.name} · {row.title}: {stop}"
 
 
-def one(question: Question, row: Row, device: str, settings: Settings) -> Result:
-    """One row, or why there is none. Errors of the program measured are rows; anything else is the caller's."""
-    result = Result(question.name, row.title, question.device)
+def one(question: Question, row: Row, device: str, settings: Settings, before: Result | None = None) -> Result:
+    """One visit to a row, or why there is none. Errors of the program measured are rows; others are the caller's."""
+    result = before or Result(question.name, row.title, question.device)
+    if result.missing:
+        return result
     missing = no_device(question, device)
     free = _machine.available_bytes()
     if not missing and row.needs > 0.8 * free:
         missing = f"needs {bytes_name(row.needs)} of memory, and {bytes_name(free)} are free"
+    if not missing:
+        try:
+            case = row.build()
+            timings = measure(case, settings, result.timings)
+        except Unavailable as reason:
+            missing = str(reason)
+        except (WrongResult, BridgeError) as error:
+            return _wrong(result, f"{type(error).__name__}: {error}")
+        except (MemoryError, RuntimeError) as error:  # torch's own of the device is a RuntimeError
+            first = str(error).partition("\n")[0]
+            if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+                missing = f"out of memory: {first}"
+            elif question.device == "cpu":
+                raise
+            else:
+                return _wrong(result, f"{type(error).__name__}: {first}")  # the driver's: one row is lost
     if missing:
-        return result._replace(missing=missing)
-    try:
-        case = row.build()
-        timings = measure(case, settings)
-    except Unavailable as reason:
-        return result._replace(missing=str(reason))
-    except (WrongResult, BridgeError) as error:
-        return result._replace(missing=f"{type(error).__name__}: {error}", wrong=True)
-    except (MemoryError, RuntimeError) as error:  # torch's own of the device is a RuntimeError
-        first = str(error).partition("\n")[0]
-        if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
-            return result._replace(missing=f"out of memory: {first}")
-        if question.device == "cpu":
-            raise
-        return result._replace(missing=f"{type(error).__name__}: {first}", wrong=True)  # the driver's: one row is lost
+        return result if result.timings else result._replace(missing=missing)  # an earlier visit had the memory
     return result._replace(nbytes=case.nbytes, timings=tuple(timings), goals=case.goals)
+
+
+def _wrong(result: Result, why: str) -> Result:
+    return result._replace(missing=why, wrong=True, timings=())
 
 
 def no_device(question: Question, device: str) -> str:

@@ -213,6 +213,7 @@ QUESTIONS = (
         "Allocated and never freed, so that the allocator cannot hand the same block out again.",
         rows_over(_cold_pinned, 16 * MIB, 64 * MIB, 256 * MIB),
         "cuda",
+        once=True,
     ),
     Question(
         "C1",

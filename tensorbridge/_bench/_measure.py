@@ -1,5 +1,8 @@
 """The stopwatch: ways of doing one thing, timed in interleaved rounds whose order rotates, and checked.
 
+A case is visited several times, minutes apart and with new arrays: a machine changes its pace, and where the system
+puts an array matters. What a single visit calls its scatter knows of neither.
+
 A way is a line of code, as a user would write it; the line that is shown is the line that is timed. One call may be too
 short for a clock, so a round repeats it. Ways whose result is fresh memory keep every result of a round alive: one that
 is dropped comes back from the allocator as warm memory, and "fresh" would be untrue.
@@ -21,12 +24,13 @@ from tensorbridge._bench._rows import FRESH, Case, Way
 class Settings(NamedTuple):
     """How long to measure. Never fewer than 7 rounds."""
 
-    rounds: int = 21
+    rounds: int = 21  # over all visits
+    visits: int = 3
     round_s: float = 0.01  # a round repeats a call until it takes this long
     case_s: float = 6.0  # fewer rounds, but never fewer than 7, where all of them would take longer
 
 
-QUICK = Settings(rounds=11, round_s=0.002, case_s=1.5)
+QUICK = Settings(rounds=12, round_s=0.002, case_s=1.5)
 FEWEST = 7
 
 
@@ -107,10 +111,11 @@ class _Rounds:
 def measure(
     case: Case,
     settings: Settings,
+    before: Sequence[Timing] = (),
     *,
     clock: Callable[[], int] = time.perf_counter_ns,
 ) -> list[Timing]:
-    """Check what every way of a case makes, then time them round by round.
+    """Check what every way of a case makes, then time them round by round: one visit, added to those `before` it.
 
     Raises
     ------
@@ -119,7 +124,7 @@ def measure(
     """
     with case.around():
         check(case)
-        return _measured(case, settings, clock)
+        return _measured(case, settings, before, clock)
 
 
 def check(case: Case) -> None:
@@ -131,18 +136,20 @@ def check(case: Case) -> None:
             case.check(way, eval(way.code, dict(case.names)))
 
 
-def _measured(case: Case, settings: Settings, clock: Callable[[], int]) -> list[Timing]:
+def _measured(case: Case, settings: Settings, before: Sequence[Timing], clock: Callable[[], int]) -> list[Timing]:
     ways = case.ways
-    times: list[list[float]] = [[] for _ in ways]
+    times: list[list[float]] = [list(t.ns) for t in before] or [[] for _ in ways]
     was_enabled = gc.isenabled()
     gc.collect()
     gc.disable()
     rounds = _Rounds(case, clock)
     try:
-        calls = [_calls(rounds, way, case.nbytes, settings) for way in ways]
-        one = sum(ns for _, ns in calls)
-        for turn in range(_count(one, settings)):
-            first = turn % len(ways)
+        if before:
+            calls = [(t.calls, rounds.run(way, t.calls)) for way, t in zip(ways, before, strict=True)]
+        else:
+            calls = [_calls(rounds, way, case.nbytes, settings) for way in ways]
+        for _ in range(_count(sum(ns for _, ns in calls), settings)):
+            first = len(times[0]) % len(ways)
             for i in (*range(first, len(ways)), *range(first)):
                 times[i].append(rounds.run(ways[i], calls[i][0]) / calls[i][0])
         fresh = [way for way in ways if way.state == FRESH]
@@ -172,9 +179,9 @@ KEPT_A_ROUND = 16 * 1024**2  # bytes of fresh results that a round makes, unless
 
 
 def _count(one_round: int, settings: Settings) -> int:
-    """How many rounds: fewer where they are long, but never fewer than 7."""
-    rounds = min(settings.rounds, int(settings.case_s * 1e9 / one_round))
-    return max(FEWEST, rounds)
+    """How many rounds a visit: fewer where they are long, but never fewer than 7 in all."""
+    rounds = max(FEWEST, min(settings.rounds, int(settings.case_s * 1e9 / one_round)))
+    return -(-rounds // settings.visits)
 
 
 def _nothing() -> None:

@@ -15,8 +15,8 @@ HIDDEN = """\
 * **Other machines, and this one under another load.** Ratios travel better than nanoseconds; neither travels far.
   Copies by two or more torch threads are fast on idle cores, and can be many times slower when another process holds
   one: look at the load below.
-* **What changes from run to run.** The range beside a figure is that of the rounds of this run, without the lowest and
-  the highest seventh. Where the system puts an array differs between runs; a difference below 10 % is none.
+* **What changes from run to run.** The range beside a figure is that of the rounds of this run, from all visits to the
+  row, without the lowest and the highest seventh. A difference below 10 % is none.
 * **Equal promises.** The rows do the same work, not under the same promises: most other lines hand out a writable view
   of a tensor that requires grad, or refuse what has no exact partner.
 * **The first touch of memory that a virtual machine's host has yet to find.** It can cost 30 times a page fault. Here
@@ -250,11 +250,13 @@ def _plots(plots: Sequence[str], missing: str) -> str:
 
 
 def _method(run: Run) -> str:
-    s = run.settings
+    s = {"visits": 1, **run.settings}  # of a file written before there were visits
     return f"""## How it was measured
 
 * One process. The ways of a row run in interleaved rounds, and their order rotates from round to round. Up to
   {s["rounds"]} rounds, at least 7; a round repeats a call until it takes about {s["round_s"] * 1e3:g} ms.
+* A row is visited {s["visits"]} times in a run, each time after all other rows and with new arrays, for a machine
+  changes its pace and an array its place. Rows of other libraries come last, for importing those changes the process.
 * A ratio is taken within each round, between neighbours in time; the figure is the median of them.
 * The warm-up is apart. Python's garbage collector is off while the clock runs. The time of a call that makes a fresh
   result leaves out freeing it; the time of a call that shares leaves it in, as in a loop.

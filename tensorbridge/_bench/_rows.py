@@ -82,6 +82,8 @@ class Question(NamedTuple):
     about: str  # what a reader has to know to read the table
     rows: Callable[[Scope], list[Row]]
     device: str = "cpu"
+    once: bool = False  # what it measures happens once in a process
+    last: bool = False  # it changes the process, so all others come before it
 
 
 # Never slower than this share of the speed of the better of NumPy and torch, on any row.
