@@ -45,7 +45,7 @@ def remembering(full: _F) -> _F:
             for value in options.values():
                 if type(value) not in _WORDS:
                     return full(x, **options)
-            words = (framework, *options.items())
+            words = (framework, *options, *options.values())
         else:
             filled = _kind_of_out(out, x) if len(options) == 1 else None
             if filled is None:

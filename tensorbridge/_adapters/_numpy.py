@@ -24,7 +24,22 @@ def open(x: Array, want: Want) -> tuple[Array, Traits]:
 
 def kind(a: Array) -> Traits | None:
     """The traits of a plain array, where they are quickly told."""
-    return traits(a) if a.dtype in _dtypes.OF_NUMPY else None
+    base, seen = a.base, (a.dtype, a.flags.num, a.shape, a.strides)
+    plain = base is None or (type(base) is np.ndarray and base.base is None)
+    if plain and (found := _seen.get(seen)) is not None:
+        return found
+    if a.dtype not in _dtypes.OF_NUMPY:
+        return None
+    found = traits(a)
+    if plain and a.dtype.kind != "c":  # whose alignment is one of its address
+        if len(_seen) >= _KEPT:
+            _seen.clear()
+        _seen[seen] = found
+    return found
+
+
+_seen: dict[tuple[Any, ...], Traits] = {}  # by all that the kind of an array with plain memory behind it rests on
+_KEPT = 1024
 
 
 def traits(a: Array) -> Traits:

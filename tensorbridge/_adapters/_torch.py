@@ -67,10 +67,10 @@ def _traits(t: Tensor, plain: bool, *, ask_pinned: bool) -> Traits:
         refuse(t)
         name, device = NAMES[t.dtype], device_of(t)
         lazy = "zero" if t._is_zerotensor() else " ".join(["conj"] * t.is_conj() + ["neg"] * t.is_neg())
-    itemsize, count, dense = t.element_size(), t.numel(), t.is_contiguous()
-    lay = DENSE if dense else layout(tuple(t.shape), tuple([s * itemsize for s in t.stride()]), itemsize)
+    itemsize, count = t.element_size(), t.numel()
+    lay, span = (DENSE, count) if t.is_contiguous() else _layout(t.shape, t.stride(), itemsize)
     if count:
-        _check_storage(t, count if dense else _span(t), itemsize)
+        _check_storage(t, span, itemsize)
     return _of_kind(
         device,
         name,
@@ -109,9 +109,11 @@ def like(first: Tensor) -> Callable[[Sequence[Tensor]], bool] | None:
     return alike if forward_ad._current_level < 0 and alike([first]) else None
 
 
-def _span(t: Tensor) -> int:
-    """How many elements lie between the first and the last, both included."""
-    return 1 + sum([(n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True)])
+@lru_cache(maxsize=1024)
+def _layout(shape: Sequence[int], strides: Sequence[int], itemsize: int) -> tuple[Layout, int]:
+    """The layout, and how many elements lie between the first and the last, both included."""
+    span = 1 + sum([(n - 1) * s for n, s in zip(shape, strides, strict=True)])
+    return layout(tuple(shape), tuple([s * itemsize for s in strides]), itemsize), span
 
 
 def _check_storage(t: Tensor, span: int, itemsize: int) -> None:
