@@ -90,6 +90,14 @@ def test_a_kind_is_decided_once(monkeypatch):
     assert made
 
 
+def test_the_address_of_a_complex_array_is_looked_at_every_time():
+    words = np.zeros(18, "float32")
+    halves = {words[i:][:16].ctypes.data % 8: words[i:][:16].view("complex64") for i in (0, 1)}  # torch reads 8 at once
+    for _ in range(2):
+        assert tb.shares_memory(tb.to_torch(halves[0], share_readonly=True), words)
+        assert not tb.shares_memory(tb.to_torch(halves[4], share_readonly=True), words)
+
+
 OUTS = {
     "of its kind": lambda a: np.zeros(a.shape, a.dtype),
     "in Fortran's order": lambda a: np.zeros(a.shape, a.dtype, order="F"),
