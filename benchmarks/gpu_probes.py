@@ -127,7 +127,7 @@ def beside_a_held_stream(torch: Any, cupy: Any) -> str:
 def pieces(torch: Any, cupy: Any) -> str:
     """What the parts of a crossing cost the host, in ns."""
     import tensorbridge as tb
-    from tensorbridge import _lease, _streams
+    from tensorbridge import _lease, _stream_order, _streams
 
     t, c = torch.ones(16, device="cuda"), cupy.ones(16, cupy.float32)
     stream, event = torch.cuda.default_stream(), cupy.cuda.Event(disable_timing=True)
@@ -144,7 +144,7 @@ def pieces(torch: Any, cupy: Any) -> str:
         "cupy.ndarray": lambda: cupy.ndarray((16,), one, pointer),
         "__dlpack__": lambda: c.__dlpack__(stream=-1, max_version=(1, 0)),
         "import": lambda: torch.utils.dlpack.from_dlpack(c.__dlpack__(stream=-1, max_version=(1, 0))),
-        "mark": lambda: _streams.mark(1, 0), "mark passed": lambda: _streams.mark(1, 0).passed(),
+        "mark": lambda: _stream_order.mark(1, 0), "mark passed": lambda: _stream_order.mark(1, 0).passed(),
         "eventRecord": lambda: cupy.cuda.runtime.eventRecord(event.ptr, 1),
         "CuPy's Device block": lambda: cupy.cuda.Device(0).__enter__().__exit__(),
     }  # fmt: skip

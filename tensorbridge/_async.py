@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from tensorbridge import _api, _dtypes, _staging, _streams, _watch, tree
+from tensorbridge import _api, _dtypes, _staging, _stream_order, _streams, _watch, tree
 from tensorbridge._array import CPU, ArrayInfo
 from tensorbridge._containers import ARRAY, OTHER, flatten, kind_of
 from tensorbridge._eager import told
@@ -122,7 +122,7 @@ def to_numpy_async(x: Any, *, pinned: bool = False) -> Transfer:
             raise DeviceError(f"to_numpy_async: device memory cannot be transferred {why}.\nDo it before or after.")
         for framework, index in places:
             side = _streams.identify(_streams.side_stream(index))[0]
-            _streams.link(_streams.current(framework, index), side, index)
+            _stream_order.link(_streams.current(framework, index), side, index)
     except BaseException as error:
         if not isinstance(error, Exception):
             raise

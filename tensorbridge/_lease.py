@@ -25,7 +25,7 @@ import weakref
 from collections import deque
 from typing import Any
 
-from tensorbridge import _streams
+from tensorbridge import _stream_order, _streams
 
 _leases: dict[int, Lease] = {}  # by the identity of what the borrower holds
 _pending: deque[_Ending] = deque()
@@ -56,7 +56,7 @@ class _Ending:
 
     def __init__(self, owner: Any, uses: set[tuple[int, int]]) -> None:
         self._owner, self._uses = owner, uses
-        self._marks: list[_streams.Mark] | None = None
+        self._marks: list[_stream_order.Mark] | None = None
 
     def passed(self) -> bool:
         try:
@@ -65,7 +65,7 @@ class _Ending:
             if self._marks is None:
                 if any(_streams.capturing_on(*use) for use in self._uses):
                     return False  # an event recorded there would belong to the graph
-                self._marks = [_streams.mark(*use) for use in self._uses]
+                self._marks = [_stream_order.mark(*use) for use in self._uses]
             return all(mark.passed() for mark in self._marks)
         except RuntimeError:  # a capture in another thread forbids to ask, or the device is lost: not known to be over
             return False

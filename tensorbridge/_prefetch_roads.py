@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from typing import Any, NamedTuple
 
-from tensorbridge import _lease, _leaves, _streams
+from tensorbridge import _lease, _leaves, _stream_order, _streams
 from tensorbridge._array import CPU
 from tensorbridge._containers import flatten
 from tensorbridge._errors import UnsupportedArrayError
@@ -48,7 +48,7 @@ class Cuda(Host):
         self.stream = _streams.side_stream(index)
         self.number = _streams.identify(self.stream)[0]
         # What the caller has queued may have made arrays that the source holds.
-        _streams.link(_streams.current(framework, index), self.number, index)
+        _stream_order.link(_streams.current(framework, index), self.number, index)
 
     def entered(self) -> AbstractContextManager[Any]:
         return _streams.use_stream(self.stream)
@@ -71,7 +71,7 @@ class Cuda(Host):
         made = _leaves.converted(batch, want)
         for array in read:  # on this stream, of which its owner knows nothing; perhaps dropped before that is done
             _lease.keep(array, self.number, self.index)
-        return Batch(made, _streams.mark(self.number, self.index), self.on_device(made))
+        return Batch(made, _stream_order.mark(self.number, self.index), self.on_device(made))
 
     def handed_over(self, batch: Batch) -> Any:
         stream = _current_stream(self.framework, self.index)

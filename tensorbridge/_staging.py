@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 import numpy as np
 
-from tensorbridge import _lease, _streams
+from tensorbridge import _lease, _stream_order, _streams
 from tensorbridge._array import LARGE
 from tensorbridge._errors import DeviceError
 
@@ -111,8 +111,8 @@ def link_of(framework: str, index: int) -> Link:
     return TorchLink(index) if framework == "torch" else CupyLink(index)
 
 
-def mark(link: Link) -> _streams.Mark:
-    return _streams.mark(link.stream(), link.index)
+def mark(link: Link) -> _stream_order.Mark:
+    return _stream_order.mark(link.stream(), link.index)
 
 
 def _address(host: Bytes) -> int:
@@ -142,7 +142,7 @@ class Slot:
 
     def __init__(self, memory: Bytes) -> None:
         self.memory = memory
-        self.mark: _streams.Mark | None = None
+        self.mark: _stream_order.Mark | None = None
 
 
 class Ring:

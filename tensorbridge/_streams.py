@@ -1,4 +1,6 @@
-"""CUDA streams: which is current where, and how one waits for another. By raw handle, always explicit, never guessed.
+"""CUDA streams: what one is, which is current where, and making one current in both frameworks.
+
+They are known by raw handle and device, always explicit, never guessed. How one waits for another is `_stream_order`.
 
 What it knows of the two frameworks:
 
@@ -7,9 +9,6 @@ What it knows of the two frameworks:
 * torch compares streams by id: a pool stream and an `ExternalStream` of its handle differ. Handles are compared here.
   `ExternalStream(0)` is a fresh stream up to torch 2.12, and `ExternalStream(1)` none at all: neither is ever built.
 * CuPy's ``with stream`` forgets a stream that ``.use()`` made current: it is entered here, and ``.use()`` restores.
-* `ndarray.__dlpack__` and `Tensor.__dlpack__` order by streams of the *current* device and, where streams differ,
-  through wrappers that are slow. Here one event, kept per thread and device, orders two handles: a wait takes the state
-  that the event has when it is asked for, so the event can be recorded again at once.
 
 Specification of the numbers: ``__dlpack__`` in the array API, and ``__cuda_array_interface__`` version 3.
 """
@@ -30,13 +29,12 @@ PER_THREAD_DEFAULT = 2
 
 _wrapped: dict[tuple[str, int, int], Any] = {}  # (framework, index, number): the stream as an object of the framework
 _held: dict[tuple[int, int], Any] = {}  # (index, number): streams that must outlive every event recorded on them
-_side: dict[int, Any] = {}
-_cupy_in_parent = False
-_lock = threading.Lock()
-_events: dict[tuple[int, bool, int], Any] = {}  # not thread-local: a forked child would destroy those of other threads
+_side: dict[int, Any] = {}  # index: the stream for transfers
+_lock = threading.Lock()  # while one is made
 _NO_DEVICE = "there is no usable CUDA device here, or neither torch nor CuPy is imported."
 _FORKED = "CUDA cannot be used in a forked process.\nStart workers with the spawn method, or do it in the main process."
 _usable: set[str] = set()  # frameworks that have been seen to have a device: they keep it
+_cupy_in_parent = False  # in a forked child: whether CuPy had used CUDA before. torch keeps this itself
 in_child = False  # of a fork, whatever the parent did: the lanes leave everything to the full roads
 
 
@@ -58,6 +56,9 @@ def same(index: int) -> bool:
 def per_thread(index: int) -> bool:
     """Whether CuPy's current stream is the per-thread default (CUPY_CUDA_PER_THREAD_DEFAULT_STREAM=1)."""
     return current("cupy", index) == PER_THREAD_DEFAULT
+
+
+# -- Devices and forks
 
 
 def usable(framework: str) -> bool:
@@ -113,6 +114,14 @@ def on_device(index: int) -> AbstractContextManager[Any]:
     return sys.modules["cupy"].cuda.Device(index) if usable("cupy") else nullcontext()
 
 
+def call_on(cupy: Any, index: int, function: Callable[..., Any], *args: int) -> Any:
+    """A runtime call under its device: the handles of the default streams mean those of the current device."""
+    if cupy.cuda.runtime.getDevice() == index:
+        return function(*args)
+    with cupy.cuda.Device(index):
+        return function(*args)
+
+
 # -- Graph capture. Asking is legal at any time: cudaStreamIsCapturing neither synchronises nor is captured.
 
 
@@ -128,14 +137,16 @@ def capturing_on(number: int, index: int) -> bool:
     """Whether a CUDA graph is being captured on this stream, in whatever thread."""
     cupy = sys.modules.get("cupy")
     if cupy is not None:
-        return _asked(lambda: _on_device(cupy, index, cupy.cuda.runtime.streamIsCapturing, number))
+        return _asked(lambda: call_on(cupy, index, cupy.cuda.runtime.streamIsCapturing, number))
     torch = sys.modules["torch"]
     with torch.cuda.stream(wrapped("torch", number, index)):
         return _asked(torch.cuda.is_current_stream_capturing)
 
 
 def _asked(question: Callable[[], Any]) -> bool:
-    """Both raise where CUDA cannot answer: of the default stream beside a blocking capture; of a broken capture."""
+    """Both frameworks raise where CUDA cannot answer: the default stream, asked while a blocking stream is captured; a
+    capture that an error has broken. A capture it is.
+    """
     try:
         return bool(question())
     except RuntimeError as error:
@@ -147,7 +158,9 @@ def _asked(question: Callable[[], Any]) -> bool:
 # -- Streams as objects
 
 
-class _Handle:  # under the CUDA stream protocol
+class _Handle:
+    """A raw handle under the CUDA stream protocol."""
+
     def __init__(self, number: int) -> None:
         self.number = number
 
@@ -171,7 +184,9 @@ def wrapped(framework: str, number: int, index: int) -> Any:
 
 
 def hold(number: int, index: int, stream: object) -> None:
-    """Keep a stream for life: torch records on it when a block that was used on it is freed, and CuPy destroys it."""
+    """Keep a stream for the life of the process: torch records on the streams that a block was used on when the block
+    is freed, and CuPy destroys a stream with its object.
+    """
     if number > PER_THREAD_DEFAULT:
         _held.setdefault((index, number), stream)
 
@@ -211,7 +226,8 @@ def identify(stream: Any) -> tuple[int, int]:
     if torch is not None and isinstance(stream, torch.Stream) and not hasattr(stream, "cuda_stream"):
         if stream.device.type != "cuda":
             raise ValueError(f"{stream!r} is no CUDA stream")
-        stream = torch.cuda.Stream(**{k: getattr(stream, k) for k in ("stream_id", "device_index", "device_type")})
+        ids = {name: getattr(stream, name) for name in ("stream_id", "device_index", "device_type")}
+        stream = torch.cuda.Stream(**ids)
     index: Any = None
     if isinstance(stream, int):
         number = stream
@@ -231,103 +247,6 @@ def identify(stream: Any) -> tuple[int, int]:
     if number == PER_THREAD_DEFAULT:
         raise ValueError("the per-thread default stream is another stream in every thread; make a stream of your own")
     return int(number) or LEGACY_DEFAULT, current_device() if index is None or index < 0 else int(index)
-
-
-# -- Order
-
-
-def order(giver: str, receiver: str, index: int) -> None:
-    """`receiver`'s current stream waits for the work now on `giver`'s; the host does not."""
-    link(current(giver, index), current(receiver, index), index)
-
-
-def wait(framework: str, number: int, index: int) -> None:
-    """`framework`'s current stream on device `index` waits for the work now on stream `number`; the host does not."""
-    link(number or LEGACY_DEFAULT, current(framework, index), index)
-
-
-def link(first: int, then: int, index: int, then_index: int | None = None) -> None:
-    """What is queued on stream `then` from now on waits for what is on stream `first` now; no event if they are one.
-
-    `index` is the device of `first`, and of `then` unless `then_index` says otherwise.
-    """
-    other = index if then_index is None else then_index
-    if (first, index) == (then, other):
-        return
-    event = _event(index)
-    cupy = sys.modules.get("cupy")
-    if cupy is not None:
-        runtime = cupy.cuda.runtime
-        _on_device(cupy, index, runtime.eventRecord, event.ptr, first)
-        _on_device(cupy, other, runtime.streamWaitEvent, then, event.ptr)
-    else:
-        event.record(wrapped("torch", first, index))
-        wrapped("torch", then, other).wait_event(event)
-
-
-def _event(index: int) -> Any:
-    """This thread's event for ordering on device `index`."""
-    cupy = sys.modules.get("cupy")
-    key = (threading.get_ident(), cupy is not None, index)
-    found = _events.get(key)
-    if found is None:
-        if cupy is not None:
-            with cupy.cuda.Device(index):
-                found = cupy.cuda.Event(disable_timing=True)
-        else:
-            found = sys.modules["torch"].cuda.Event()
-        _events[key] = found
-    return found
-
-
-def _on_device(cupy: Any, index: int, function: Callable[..., Any], *args: int) -> Any:
-    """A runtime call under its device: the handles of the default streams mean those of the current device."""
-    if cupy.cuda.runtime.getDevice() == index:
-        return function(*args)
-    with cupy.cuda.Device(index):
-        return function(*args)
-
-
-# -- Events that are waited for
-
-
-class Mark:
-    """An event recorded on a stream: has the work that was on it then been done?"""
-
-    __slots__ = ("_event",)
-
-    def __init__(self, event: Any) -> None:
-        self._event = event
-
-    def passed(self) -> bool:
-        event = self._event
-        return bool(event.query() if hasattr(event, "query") else event.done)
-
-    def synchronize(self) -> None:
-        """The host waits, for this work only."""
-        self._event.synchronize()
-
-    def holds_back(self, number: int, index: int) -> None:
-        """What is queued on this stream from now on waits for that work; the host does not."""
-        if hasattr(self._event, "query"):
-            wrapped("torch", number, index).wait_event(self._event)
-        else:
-            cupy = sys.modules["cupy"]
-            _on_device(cupy, index, cupy.cuda.runtime.streamWaitEvent, number, self._event.ptr)
-
-
-def mark(number: int, index: int) -> Mark:
-    """An event recorded now on stream `number` of device `index`."""
-    torch = sys.modules.get("torch")
-    if torch is not None and torch.cuda.is_initialized():
-        event = torch.cuda.Event()
-        event.record(wrapped("torch", number, index))
-        return Mark(event)
-    cupy = sys.modules["cupy"]
-    with cupy.cuda.Device(index):
-        event = cupy.cuda.Event(disable_timing=True)
-        cupy.cuda.runtime.eventRecord(event.ptr, number)
-    return Mark(event)
 
 
 # -- One stream for both

@@ -14,7 +14,7 @@ import numpy as np
 from fake_cuda import LEGACY, PER_THREAD, Event, Machine, at
 
 import tensorbridge._adapters as adapters
-from tensorbridge import _device_lanes, _lease, _staging, _streams
+from tensorbridge import _device_lanes, _lease, _staging, _stream_order, _streams
 
 
 def installed(monkeypatch, *, devices=1, without=()):
@@ -31,7 +31,7 @@ def installed(monkeypatch, *, devices=1, without=()):
         (_streams, "_held", {}),
         (_streams, "_side", {}),
         (_streams, "_usable", set()),
-        (_streams, "_events", {}),
+        (_stream_order, "_events", {}),
         (_lease, "_leases", {}),
         (_lease, "_pending", deque()),
         (_staging, "_ring", None),

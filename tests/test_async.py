@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import tensorbridge as tb
-from tensorbridge import _async, _lease, _staging, _streams
+from tensorbridge import _async, _lease, _staging, _stream_order, _streams
 
 MINE = 0x50
 
@@ -118,7 +118,7 @@ def test_the_array_is_handed_out_with_its_bytes_and_not_before(machine, late, pi
 
 def test_without_the_order_it_reads_too_early(machine, late, monkeypatch):
     """The negative control: the side stream has to wait for the caller's."""
-    monkeypatch.setattr(_streams, "link", lambda *args: None)
+    monkeypatch.setattr(_stream_order, "link", lambda *args: None)
     assert set(tb.to_numpy_async(late).result(timeout=30).ravel()) == {0.0}
 
 

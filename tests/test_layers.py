@@ -18,9 +18,9 @@ ROOT = Path(tensorbridge.__file__).parent
 LAYERS = [
     {"_array", "_errors", "_eager", "_rebuild", "_roads", "_svg"},
     {"_block", "_dtypes", "_streams"},
-    {"_step", "_engine", "_lease", "_picture"},
-    {"_refuse", "_staging", "_words", "_events"},
-    {"_rules"},
+    {"_step", "_engine", "_picture", "_stream_order"},
+    {"_refuse", "_words", "_events", "_lease"},
+    {"_rules", "_staging"},
     {"_plan", "_watch"},
     {"_adapters"},
     {"_adapters._missing", "_adapters._numbers", "_adapters._numpy"},

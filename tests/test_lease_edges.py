@@ -15,7 +15,7 @@ from fake_frameworks import cupy_adapter
 from races import ON_CUPY, ON_TORCH, SHAPE, Producer, Race, address, crossings, plays, raw, with_adapters
 
 import tensorbridge as tb
-from tensorbridge import _lease, _streams
+from tensorbridge import _lease, _stream_order, _streams
 from tensorbridge._adapters import _torch_cuda
 
 
@@ -245,8 +245,8 @@ def test_at_exit_nothing_is_recorded(tmp_path):
     """A lease that is alive when the interpreter ends, in a process of its own."""
     code = """
 import torch, numpy as np
-from tensorbridge import _lease, _streams
-_streams.capturing = _streams.mark = lambda *a: print("touched")
+from tensorbridge import _lease, _stream_order, _streams
+_streams.capturing = _stream_order.mark = lambda *a: print("touched")
 t = torch.from_numpy(np.zeros(3))
 _lease.lend_storage(t, object(), 1, 0)
 """
@@ -263,7 +263,7 @@ def test_the_hook_on_a_real_storage_fires_once_when_its_last_holder_is_gone(hold
     monkeypatch.setattr(_streams, "capturing", lambda: False)
     monkeypatch.setattr(_streams, "capturing_on", lambda *use: False)
     done = types.SimpleNamespace(passed=lambda: True)
-    monkeypatch.setattr(_streams, "mark", lambda number, index: released.append(number) or done)
+    monkeypatch.setattr(_stream_order, "mark", lambda number, index: released.append(number) or done)
     t = torch.from_numpy(np.ones(3))
     _lease.lend_storage(t, object(), 0x60, 0)
     weight = torch.ones(3, dtype=torch.float64, requires_grad=True)

@@ -13,7 +13,7 @@ import torch
 from sources import SOON, on_host
 
 import tensorbridge as tb
-from tensorbridge import _lease, _prefetch, _prefetch_roads, _streams
+from tensorbridge import _lease, _prefetch, _prefetch_roads, _stream_order, _streams
 
 pytestmark = pytest.mark.usefixtures("no_thread_is_left")
 
@@ -37,9 +37,9 @@ def test_batch_is_handed_over_to_the_stream_that_asks(monkeypatch):
     monkeypatch.setattr(_streams, "side_stream", lambda index: "side")
     monkeypatch.setattr(_streams, "identify", lambda stream: (streams[stream], 0))
     monkeypatch.setattr(_streams, "current", lambda framework, index: 7)
-    monkeypatch.setattr(_streams, "link", lambda *a: calls.append(("link", *a)))
+    monkeypatch.setattr(_stream_order, "link", lambda *a: calls.append(("link", *a)))
     monkeypatch.setattr(_streams, "use_stream", lambda stream: calls.append(("use", stream)) or tb.copy_guard("allow"))
-    monkeypatch.setattr(_streams, "mark", lambda number, index: calls.append(("mark", number)) or Mark(len(calls)))
+    monkeypatch.setattr(_stream_order, "mark", lambda number, index: calls.append(("mark", number)) or Mark(len(calls)))
     monkeypatch.setattr(_lease, "used_on", used_on)
     monkeypatch.setattr(_lease, "keep", lambda array, number, index: calls.append(("keep", array, number)))
     monkeypatch.setattr(_prefetch_roads.Cuda, "on_device", lambda road, batch: [type(batch).__name__])
@@ -72,7 +72,7 @@ def machine(monkeypatch):
 def test_work_of_the_consumer_waits_for_its_batch_on_a_device(waits, machine, monkeypatch):
     """The transfer has not begun when the batch is taken. Without the wait, a read on another stream is too early."""
     if not waits:
-        monkeypatch.setattr(_streams.Mark, "holds_back", lambda mark, number, index: None)
+        monkeypatch.setattr(_stream_order.Mark, "holds_back", lambda mark, number, index: None)
     mine, side = 0x50, _streams.side_stream(0).ptr
     machine.current["cupy"][0] = mine
     seen: list[Any] = []

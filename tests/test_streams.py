@@ -13,7 +13,7 @@ import fake_frameworks
 import pytest
 
 import tensorbridge as tb
-from tensorbridge import DeviceError, _streams
+from tensorbridge import DeviceError, _stream_order, _streams
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
@@ -181,15 +181,15 @@ def test_use_stream_without_a_device_says_so(monkeypatch):
 def test_streams_that_are_one_by_raw_handle_need_no_event(machine):
     with tb.use_stream(0x50):
         machine.calls.clear()
-        _streams.order("torch", "cupy", 0)
+        _stream_order.order("torch", "cupy", 0)
     assert machine.calls == []
 
 
 @pytest.mark.parametrize(("giver", "receiver"), [("torch", "cupy"), ("cupy", "torch")])
 def test_different_streams_are_ordered_by_one_event_and_the_host_waits_for_nothing(machine, giver, receiver):
     machine.current[giver][1] = 0x50
-    _streams.order(giver, receiver, 1)
-    _streams.order(giver, receiver, 1)
+    _stream_order.order(giver, receiver, 1)
+    _stream_order.order(giver, receiver, 1)
     once = [("record", 0x50), ("wait", 1)]
     assert [call for call in machine.calls if call[0] != "cupy.Event"] == once + once
     assert machine.names().count("cupy.Event") == 1, "one event is kept per thread and device"
@@ -198,8 +198,8 @@ def test_different_streams_are_ordered_by_one_event_and_the_host_waits_for_nothi
 
 def test_each_thread_orders_by_an_event_of_its_own(machine):
     machine.current["torch"][0] = 0x50
-    _streams.link(0x50, 0x60, 0)
-    thread = threading.Thread(target=_streams.link, args=(0x50, 0x60, 0))
+    _stream_order.link(0x50, 0x60, 0)
+    thread = threading.Thread(target=_stream_order.link, args=(0x50, 0x60, 0))
     thread.start()
     thread.join()
     assert machine.names().count("cupy.Event") == 2
@@ -207,7 +207,7 @@ def test_each_thread_orders_by_an_event_of_its_own(machine):
 
 def test_without_cupy_torch_orders(monkeypatch):
     for machine in fake_frameworks.installed(monkeypatch, without=["cupy"]):
-        _streams.wait("torch", 0x60, 0)
+        _stream_order.wait("torch", 0x60, 0)
         assert machine.calls == [("torch.Event",), ("record", 0x60), ("wait", 1)]
 
 
@@ -216,7 +216,7 @@ def test_the_consumer_starts_after_the_held_producer(machine):
     machine.current["torch"][0], machine.current["cupy"][0] = 0x50, 0x60
     with machine.hold(0, 0x50):
         machine.kernel(0, 0x50, lambda: done.append("producer"))
-        _streams.order("torch", "cupy", 0)
+        _stream_order.order("torch", "cupy", 0)
         machine.kernel(0, 0x60, lambda: done.append("consumer"))
         machine.run()
         assert done == []
@@ -234,15 +234,15 @@ def test_the_race_is_there_without_an_order(machine):
 
 
 def test_a_stream_on_another_device_waits_too(machine):
-    _streams.link(0x50, 0x60, 0, 1)
+    _stream_order.link(0x50, 0x60, 0, 1)
     assert [call for call in machine.calls if call[0] in ("record", "wait")] == [("record", 0x50), ("wait", 0x60)]
-    _streams.link(1, 1, 0, 1)
+    _stream_order.link(1, 1, 0, 1)
     assert machine.calls[-2:] == [("record", 1), ("wait", 1)], "two devices have two default streams"
 
 
 def test_a_mark_passes_when_the_work_before_it_is_done_and_not_before(machine):
     machine.kernel(0, 0x50, lambda: None)
-    mark = _streams.mark(0x50, 0)
+    mark = _stream_order.mark(0x50, 0)
     assert not mark.passed()
     mark.synchronize()
     assert mark.passed()
@@ -355,8 +355,8 @@ def test_the_event_of_a_thread_outlives_it_and_serves_the_next_of_its_number(mac
     kept = []
 
     def work():
-        _streams.link(0x50, 0x60, 0)
-        kept.append(weakref.ref(_streams._event(0)))
+        _stream_order.link(0x50, 0x60, 0)
+        kept.append(weakref.ref(_stream_order._event(0)))
 
     thread = threading.Thread(target=work)
     thread.start()

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import tensorbridge as tb
-from tensorbridge import Device, Traits, _lease, _roads, _staging
+from tensorbridge import Device, Traits, _lease, _roads, _staging, _stream_order, _streams
 from tensorbridge._adapters import _torch_cuda
 from tensorbridge._plan import decide
 from tensorbridge._step import Here, Step, Want
@@ -271,7 +271,8 @@ def test_a_source_that_is_not_waited_for_is_kept(monkeypatch, by, non_blocking):
     kept, waited = [], []
     monkeypatch.setattr(_lease, "keep", lambda source, number, index: kept.append((source, number, index)))
     mark = types.SimpleNamespace(synchronize=lambda: waited.append(True))
-    monkeypatch.setattr(_torch_cuda, "_streams", types.SimpleNamespace(current=lambda *a: 0x60, mark=lambda *a: mark))
+    monkeypatch.setattr(_streams, "current", lambda *a: 0x60)
+    monkeypatch.setattr(_stream_order, "mark", lambda *a: mark)
     step = Step("to_device", "", by=by, after=Traits("torch", CPU))
     source = torch.arange(3.0)
     _torch_cuda.to_device(Traits("torch"), step, Want("torch", CPU, non_blocking=non_blocking))(source)
@@ -283,7 +284,8 @@ def test_a_source_that_is_not_waited_for_is_kept(monkeypatch, by, non_blocking):
 def test_pinned_memory_is_handed_out_when_it_is_filled(monkeypatch):
     order = []
     mark = types.SimpleNamespace(synchronize=lambda: order.append("waited"))
-    monkeypatch.setattr(_torch_cuda, "_streams", types.SimpleNamespace(current=lambda *a: 0x60, mark=lambda *a: mark))
+    monkeypatch.setattr(_streams, "current", lambda *a: 0x60)
+    monkeypatch.setattr(_stream_order, "mark", lambda *a: mark)
     plain = torch.empty_strided
     monkeypatch.setattr(
         torch, "empty_strided", lambda *a, pin_memory, **k: order.append(f"pinned {pin_memory}") or plain(*a, **k)

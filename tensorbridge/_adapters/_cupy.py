@@ -13,7 +13,7 @@ from typing import Any
 import cupy
 import numpy as np
 
-from tensorbridge import _dtypes, _lease, _staging, _streams
+from tensorbridge import _dtypes, _lease, _staging, _stream_order, _streams
 from tensorbridge._array import CPU, ArrayInfo, Device, Traits, layout, order_text, shape_text, size_class
 from tensorbridge._refuse import Obstacle, askew
 from tensorbridge._roads import CAPTURED, PINNED
@@ -107,7 +107,7 @@ def _copied_by_bytes(x: Any, order: str) -> Any:
 
 
 def _ordered(x: Any, index: int) -> Any:
-    _streams.order("cupy", "torch", index)
+    _stream_order.order("cupy", "torch", index)
     return x
 
 
@@ -140,7 +140,7 @@ def imported(x: Any) -> Any:
     index = x.device.index
     _lease.settle()
     if x.stream is not None:
-        _streams.wait("cupy", x.stream, index)
+        _stream_order.wait("cupy", x.stream, index)
     owner = _lease.lend_array((x.capsule, x.producer), _streams.current("cupy", index), index)
     return _at(x.address, x.shape, x.strides, _dtypes.DTYPES[x.dtype].numpy, owner, index)
 
@@ -242,7 +242,7 @@ def downloaded(x: Any, index: int) -> Any:
 def _peer_copied(x: Any, source: int, target: int) -> Any:
     """A dense array on another device, the current one. Between two devices CuPy orders nothing and keeps no source."""
     there, here = _streams.current("cupy", source), _streams.current("cupy", target)
-    _streams.link(there, here, source, target)
+    _stream_order.link(there, here, source, target)
     axes = _axes_by_stride(x)
     out = x.transpose(axes).copy()
     _lease.keep(x, here, target)

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tensorbridge import _dtypes, _lease, _staging, _streams
+from tensorbridge import _dtypes, _lease, _staging, _stream_order, _streams
 from tensorbridge._adapters import _numpy
 from tensorbridge._array import CPU, Traits
 from tensorbridge._errors import ProducerError
@@ -101,7 +101,7 @@ def imported(x: Any) -> Tensor:
     _lease.settle()
     number = _streams.current("torch", index)
     if x.stream is not None:
-        _streams.wait("torch", x.stream, index)
+        _stream_order.wait("torch", x.stream, index)
     if x.capsule is not None:
         t = _imported(x.capsule, index)
     else:
@@ -131,8 +131,8 @@ def bytes_of(t: Tensor) -> Any:
     return np.asarray(_numpy.Memory(t.data_ptr(), (t.nbytes,), (1,), "|u1", False, t))
 
 
-def _mark(index: int) -> _streams.Mark:
-    return _streams.mark(_streams.current("torch", index), index)
+def _mark(index: int) -> _stream_order.Mark:
+    return _stream_order.mark(_streams.current("torch", index), index)
 
 
 def to_host(before: Traits, step: Step) -> Callable[[Tensor], Tensor]:
@@ -214,7 +214,7 @@ def ordered(before: Traits) -> Callable[[Any], Any]:
     index = before.device.index
 
     def order(x: Any) -> Any:
-        _streams.order(giver, receiver, index)
+        _stream_order.order(giver, receiver, index)
         return x
 
     return order
