@@ -138,5 +138,5 @@ def moment(traits: Traits, want: Want) -> Here:
         capturing=_streams.capturing(),
         gpu="torch" if "torch" in sys.modules else "cupy",
         torch="torch" in sys.modules,
-        per_thread=lent and "cupy" in sys.modules and _streams.per_thread(index),
+        per_thread=lent and "cupy" in sys.modules and _streams.current("cupy", index) == _streams.PER_THREAD_DEFAULT,
     )

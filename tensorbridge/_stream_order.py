@@ -24,7 +24,7 @@ def order(giver: str, receiver: str, index: int) -> None:
 
 def wait(framework: str, number: int, index: int) -> None:
     """`framework`'s current stream on device `index` waits for the work now on stream `number`; the host does not."""
-    link(number or _streams.LEGACY_DEFAULT, _streams.current(framework, index), index)
+    link(number, _streams.current(framework, index), index)
 
 
 def link(first: int, then: int, index: int, then_index: int | None = None) -> None:

@@ -25,14 +25,13 @@ from typing import Any
 from tensorbridge._errors import DeviceError
 
 LEGACY_DEFAULT = 1
-PER_THREAD_DEFAULT = 2
+PER_THREAD_DEFAULT = 2  # CuPy's under CUPY_CUDA_PER_THREAD_DEFAULT_STREAM=1
 
 _wrapped: dict[tuple[str, int, int], Any] = {}  # (framework, index, number): the stream as an object of the framework
 _held: dict[tuple[int, int], Any] = {}  # (index, number): streams that must outlive every event recorded on them
 _side: dict[int, Any] = {}  # index: the stream for transfers
 _lock = threading.Lock()  # while one is made
 _NO_DEVICE = "there is no usable CUDA device here, or neither torch nor CuPy is imported."
-_FORKED = "CUDA cannot be used in a forked process.\nStart workers with the spawn method, or do it in the main process."
 _usable: set[str] = set()  # frameworks that have been seen to have a device: they keep it
 _cupy_in_parent = False  # in a forked child: whether CuPy had used CUDA before. torch keeps this itself
 in_child = False  # of a fork, whatever the parent did: the lanes leave everything to the full roads
@@ -51,11 +50,6 @@ def current(framework: str, index: int) -> int:
 def same(index: int) -> bool:
     """Whether torch and CuPy have one current stream on CUDA device `index`."""
     return current("torch", index) == current("cupy", index)
-
-
-def per_thread(index: int) -> bool:
-    """Whether CuPy's current stream is the per-thread default (CUPY_CUDA_PER_THREAD_DEFAULT_STREAM=1)."""
-    return current("cupy", index) == PER_THREAD_DEFAULT
 
 
 # -- Devices and forks
@@ -85,7 +79,10 @@ def forked() -> bool:
 
 def refuse_fork() -> None:
     if forked():
-        raise DeviceError(_FORKED)
+        raise DeviceError(
+            "CUDA cannot be used in a forked process.\n"
+            "Start workers with the spawn method, or do it in the main process."
+        )
 
 
 def _after_fork() -> None:
