@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, NamedTuple
 
 from tensorbridge import _dtypes
+from tensorbridge._array import CPU
 
 if TYPE_CHECKING:
     from tensorbridge._array import Traits
@@ -67,9 +68,15 @@ def into(now: Traits, out: Traits, here: Here) -> Kernel:
     return kernel(now, out.dtype, out.order, here)
 
 
-def wants_numpy_pages(now: Traits, dtype: str) -> bool:
-    """Whether the copy of a tensor goes into memory that NumPy allocates: from the size on where torch's own would use
-    threads, or small pages. A copy in a graph is autograd's.
+def in_numpy_pages(now: Traits, dtype: str, by: str) -> bool:
+    """Whether the copy of a tensor goes into memory that NumPy allocates: where NumPy makes it, or torch would take
+    small pages.
     """
+    return numpy_may_copy(now, dtype) and (by == "numpy" or now.size == "large")
+
+
+def numpy_may_copy(now: Traits, dtype: str) -> bool:
+    """Whether NumPy may copy a tensor: from the size on where torch would use threads. One in a graph is autograd's."""
     both = _dtypes.exists_in(now.dtype, "numpy") and _dtypes.exists_in(dtype, "numpy")
-    return now.size in ("medium", "large") and not now.graph and not now.lazy and both
+    plain = now.device == CPU and not now.graph and not now.lazy
+    return now.size in ("medium", "large") and plain and both

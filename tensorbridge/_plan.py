@@ -74,8 +74,7 @@ def _steps(traits: Traits, want: Want, here: Here) -> _rules.Steps:
     if where != steps.now.device:
         _rules.to_device(steps, receiver, where, pinned, f"keep it on {traits.device}")
     if late_cast:
-        bus = ", after the bus: fewer bytes cross" if crossing else ""
-        steps.then(Op.CAST, f"dtype={wanted} was asked for{bus}", dtype=wanted, cure=f"keep {source}")
+        _rules.cast_late(steps, wanted, source, here, crossing)
     if pins:
         steps.then(Op.PIN, "pin_memory=True", pinned=True, cure="leave pin_memory out")
     if receiver == "numpy":

@@ -88,13 +88,28 @@ def make_native(steps: Steps, want: Want, here: Here, wanted: str, crossing: boo
     giver, receiver, source = steps.now.framework, want.framework, steps.now.dtype.lstrip(">")
     if source != wanted and _dtypes.can_cast(giver, source, wanted):
         narrows = _dtypes.DTYPES[wanted].itemsize <= _dtypes.DTYPES[source].itemsize
-        if not crossing or narrows or not _dtypes.can_cast(receiver, source, wanted):
+        late = (crossing and not narrows) or _is_cast_shared(steps.now, receiver, wanted, here)
+        if not (late and _dtypes.can_cast(receiver, source, wanted)):
             bus = ", before the bus: fewer bytes cross" if crossing and narrows else ""
             copy(steps, Op.CAST, f"dtype={wanted} was asked for{bus}", here, dtype=wanted, cure=f"keep {source}")
     if steps.now.dtype.startswith(">") and (receiver != "numpy" or want.dtype):
         why = f"{receiver} has native byte order only" if receiver != "numpy" else f"dtype={wanted} is native"
         cure = "swap once where the data is read: a.astype(a.dtype.newbyteorder('='))"
         steps.then(Op.BYTESWAP, why, dtype=source, cure=cure)
+
+
+def _is_cast_shared(now: Traits, receiver: str, wanted: str, here: Here) -> bool:
+    """Whether torch casts what it is to receive: it shares the array first, and makes a tensor at once."""
+    if (now.framework, receiver) != ("numpy", "torch") or not torch_holds(now) or is_alias(now, receiver):
+        return False
+    return _engine.kernel(now, wanted, now.order, here).by == "torch"
+
+
+def cast_late(steps: Steps, wanted: str, source: str, here: Here, crossing: bool) -> None:
+    """A cast on the receiving side."""
+    on_host = _engine.kernel(steps.now, wanted, steps.now.order, here).said
+    why = f"dtype={wanted} was asked for{', after the bus: fewer bytes cross' if crossing else on_host}"
+    copy(steps, Op.CAST, why, here, dtype=wanted, cure=f"keep {source}")
 
 
 def resolve(steps: Steps) -> None:
@@ -131,7 +146,7 @@ def copy(steps: Steps, op: str, why: str, here: Here, *, cure: str = "", **chang
         dtype = changes.get("dtype", now.dtype)
         if now.framework == "numpy" and torch_holds(now) and _dtypes.exists_in(dtype, "torch"):
             choice = _engine.kernel(now, dtype, now.order, here)
-        elif now.framework == "torch" and _engine.wants_numpy_pages(now, dtype):
+        elif now.framework == "torch" and _engine.numpy_may_copy(now, dtype):
             choice = _engine.of_tensor(now, dtype, now.order, here)
     steps.then(op, why + choice.said, by=choice.by, cure=cure, **changes)
 

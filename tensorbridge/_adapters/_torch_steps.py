@@ -15,7 +15,7 @@ from torch import Tensor
 
 from tensorbridge import _dtypes, _engine
 from tensorbridge._adapters import _numpy, _torch_cuda
-from tensorbridge._array import CPU, Traits
+from tensorbridge._array import Traits
 from tensorbridge._step import Op, Step, Want
 
 DTYPES: dict[str, Any] = {
@@ -40,7 +40,7 @@ def performer(step: Step, before: Traits, want: Want) -> Callable[[Any], Any]:
         return _filler(before, step, want)
     if op in (Op.CAST, Op.COPY) and before.framework == "numpy":
         return _array_copied(before, after)
-    if op in (Op.CAST, Op.COPY) and before.device == CPU and _engine.wants_numpy_pages(before, after.dtype):
+    if op in (Op.CAST, Op.COPY) and _engine.in_numpy_pages(before, after.dtype, step.by):
         return _into_numpy_pages(before, after, step.by)
     if op == Op.CAST:
         dtype = DTYPES[after.dtype]
