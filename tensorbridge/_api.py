@@ -148,7 +148,8 @@ def to_torch(
     Parameters
     ----------
     x : array of any framework, shape ``(*s)``
-        As for `to_numpy`. A NumPy view of a tensor comes back as an alias of that tensor, with its version counter.
+        As for `to_numpy`. A NumPy view of a tensor comes back as an alias of that tensor, with its version counter; if
+        the view was read-only, `to_numpy` of that alias is.
     device : "cpu", "cuda", "cuda:1", torch.device, cupy.cuda.Device or int (CUDA index), optional
         Default: where `x` is.
     dtype : dtype of any framework, or its name, optional
@@ -157,7 +158,8 @@ def to_torch(
         None shares when no promise is broken, else copies once; False never moves a byte, the bus included; True
         returns fresh memory in the memory order of `x`.
     share_readonly : bool
-        A tensor cannot be read-only, so a read-only source is copied. True shares it instead: you will not write.
+        A tensor cannot be read-only, so a read-only source is copied. True shares it instead: you will not write. What
+        `to_numpy` makes of the tensor or of a view of it is read-only; `out=` and `editing` refuse it.
     detach : bool
         True leaves the graph of a tensor behind; the default keeps it. A `dtype` without gradients (integers, bool)
         ends it, as in torch, and the plan says so.

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from tensorbridge import _readonly
 from tensorbridge._adapters import Adapter
 
 _SMALL = 32_768  # bytes; torch's kernels start a second thread at so many elements
@@ -84,7 +85,7 @@ def array_to_torch(x: Any, options: dict[str, Any]) -> Any:
         if not _is_dense(out):
             return None
         fits = out.dtype is source.dtype and out.shape == source.shape and _are_apart(out, source)
-        if not fits or not _is_plain(out) or out.is_inference():
+        if not fits or not _is_plain(out) or out.is_inference() or _readonly.is_marked(out):
             return None
         if x.nbytes <= _SMALL:
             return out.copy_(source)

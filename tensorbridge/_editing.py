@@ -12,7 +12,7 @@ import sys
 import threading
 from typing import TYPE_CHECKING, Any
 
-from tensorbridge import _dtypes, _refuse
+from tensorbridge import _dtypes, _readonly, _refuse
 from tensorbridge._adapters import adapter_of
 from tensorbridge._array import shape_text
 from tensorbridge._block import Block
@@ -220,6 +220,8 @@ def _obstacle(torch: Any, t: torch.Tensor) -> tuple[str, str] | None:
             "has its negative bit set: its values are not what its memory says",
             "Edit the tensor that it is a view of, or a copy: t.resolve_neg().",
         )
+    if _readonly.is_memory_marked(t):
+        return "lies on memory that is read-only, and was shared on your word not to write", "Edit a copy, t.clone()."
     return _as_converted(t)
 
 

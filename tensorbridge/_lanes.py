@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from tensorbridge import _copy_lanes, _eager, _watch
+from tensorbridge import _copy_lanes, _eager, _readonly, _watch
 from tensorbridge._adapters import Adapter
 from tensorbridge._array import layout
 
@@ -29,6 +29,7 @@ _plain_numpy: frozenset[Any] = frozenset()
 _host: frozenset[Any] = frozenset()  # its names, as `device`
 _forward_ad: Any  # torch's module: inside a dual level a plain-looking tensor may carry a tangent
 _from_numpy: Callable[[Any], Any]
+_marked, _is_marked = _readonly.marked, _readonly.is_marked
 _compiling: Callable[[], Any] = lambda: None  # not None: compiled code is calling, and nothing is shared with it
 
 
@@ -56,7 +57,7 @@ def plain_tensor_to_numpy(full: _F) -> _F:
 
     @wraps(full)
     def to_numpy(x: Any, **options: Any) -> Any:
-        if type(x) is _Tensor and not _watch.watching and _compiling() is None:
+        if type(x) is _Tensor and not _watch.watching and not (_marked and _is_marked(x)) and _compiling() is None:
             dtype = x.dtype
             if options:
                 if (made := _copy_lanes.tensor_to_numpy(x, options)) is not None:

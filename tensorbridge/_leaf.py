@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from tensorbridge import _convert, _copy_lanes, _lanes, _options
+from tensorbridge import _convert, _copy_lanes, _lanes, _options, _readonly
 from tensorbridge import _words as words
 from tensorbridge._adapters import Adapter
 from tensorbridge._array import SMALL, ArrayInfo, Traits, c_strides
@@ -142,6 +142,8 @@ def key_of(x: Any) -> Any:
         if not address or address % 16 or not x.is_contiguous() or x.nbytes >= SMALL:
             return None
         if not (x.is_cpu or x.is_cuda) or x.is_neg() or x.is_conj() or not _copy_lanes.is_held(x):
+            return None
+        if _readonly.is_marked(x):
             return None
         return x.dtype, x.get_device(), x.requires_grad
     except RuntimeError:

@@ -208,11 +208,10 @@ def share(steps: Steps, receiver: str, here: Here) -> None:
     if now.framework == receiver:
         then(Op.SHARE, f"the same {'tensor' if receiver == 'torch' else 'array'}")
     elif is_alias(now, receiver):
-        why = "an alias of the tensor behind the array" + (", which is not read-only" if not now.writable else "")
-        then(Op.SHARE, why, framework="torch", writable=True, origin="", loose=False)
+        then(Op.SHARE, "an alias of the tensor behind the array", framework="torch", origin="", loose=False)
     else:
         origin = "tensor" if receiver == "numpy" else ""
-        writable = now.writable if receiver == "numpy" else True
+        writable = now.writable or receiver != "torch"  # a tensor is known to be read-only; an array is made so last
         why = share_why(now.framework, receiver)
         captured = here.capturing and now.device != CPU
         why += "; nothing is recorded while a graph is captured" if captured else ""

@@ -67,6 +67,9 @@ def tensors(device: Device) -> Iterator[Traits]:
     ):
         yield Traits("torch", device, "complex64", lazy=lazy, graph=graph, **facts)
     yield Traits("torch", device, "complex32", lazy="conj")
+    if device == CPU:
+        for facts, graph in itertools.product(LAYOUTS.values(), (False, True)):
+            yield Traits("torch", device, "float32", writable=False, graph=graph, **facts)
     for pinned in (True, False) if device == CPU else (False,):
         yield Traits("torch", device, "float32", pinned=pinned)
         yield Traits("torch", device, "float32", pinned=pinned, spacing="strided", graph=True)

@@ -240,6 +240,8 @@ def is_strange(holder: str, want: Want, here: Here) -> bool:
 
 
 def is_writable(traits: Traits, want: Want, bound: bool) -> bool:
+    if want.framework == "torch" and want.out is None:  # it cannot say so, but what came read-only is known to be
+        return not bound or traits.writable or traits.device != CPU
     if want.framework != "numpy":
         return True
     if want.writable is not None or want.out is not None:

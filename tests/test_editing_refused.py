@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from tensorbridge import to_torch
 from tensorbridge._editing import editing
 from tensorbridge._errors import BridgeError, UnsupportedArrayError
 
@@ -23,6 +24,12 @@ def outgrown():
     with pytest.raises(RuntimeError, match="not resizable"):
         t.resize_(64)
     return t
+
+
+def shared_readonly():
+    a = np.ones(3)
+    a.setflags(write=False)
+    return to_torch(a, share_readonly=True)[1:]
 
 
 REFUSED = {
@@ -48,6 +55,7 @@ REFUSED = {
     "outgrown": (outgrown, "it needs 256 B and its storage holds 16 B", "Edit what is there, torch.empty(0"),
     "65 axes": (lambda: torch.zeros((1,) * 65), "at most 64 axes", "x.flatten()"),
     "uninitialized": (lambda: torch.nn.LazyLinear(3).weight, "not initialized", "forward"),
+    "read-only": (shared_readonly, "read-only, and was shared on your word", "t.clone()"),
     "an array": (lambda: np.zeros(3), "torch.Tensor", "numpy.ndarray"),
 }
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from tensorbridge import _dtypes, _streams
+from tensorbridge import _dtypes, _readonly, _streams
 from tensorbridge._adapters import _torch_cuda, _torch_steps
 from tensorbridge._adapters._torch_steps import DTYPES, NAMES
 from tensorbridge._array import CPU, ArrayInfo, Device, Layout, Traits, layout, order_text, shape_text, size_class
@@ -76,6 +76,7 @@ def _traits(t: Tensor, plain: bool, *, ask_pinned: bool) -> Traits:
         name,
         lay,
         not count or t.data_ptr() % itemsize == 0,
+        lazy == "zero" or not (_readonly.marked and _readonly.is_marked(t)),
         t.requires_grad or (forward_ad._current_level >= 0 and _has_tangent(t)),
         lazy,
         device == CPU and not _streams.forked() and t.is_pinned() if ask_pinned else None,
@@ -85,10 +86,18 @@ def _traits(t: Tensor, plain: bool, *, ask_pinned: bool) -> Traits:
 
 @lru_cache(maxsize=1024)
 def _of_kind(
-    device: Device, name: str, lay: Layout, aligned: bool, graph: bool, lazy: str, pinned: bool | None, size: str
+    device: Device,
+    name: str,
+    lay: Layout,
+    aligned: bool,
+    writable: bool,
+    graph: bool,
+    lazy: str,
+    pinned: bool | None,
+    size: str,
 ) -> Traits:
     order, spacing, overlap, _ = lay
-    return Traits("torch", device, name, order, spacing, overlap, False, aligned, True, graph, lazy, pinned, size)
+    return Traits("torch", device, name, order, spacing, overlap, False, aligned, writable, graph, lazy, pinned, size)
 
 
 _FACTS = [attrgetter(name) for name in ("dtype", "shape", "requires_grad")]
@@ -210,7 +219,7 @@ def describe(t: Tensor, traits: Traits) -> ArrayInfo:
         tuple(s * itemsize for s in t.stride()),
         t.numel() * itemsize,
         order_text(traits.order, traits.spacing),
-        True,
+        traits.writable,
         t.requires_grad,
         None if node is None else type(node).__name__,
         traits.lazy,

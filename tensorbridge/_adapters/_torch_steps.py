@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tensorbridge import _dtypes, _engine
+from tensorbridge import _dtypes, _engine, _readonly
 from tensorbridge._adapters import _numpy, _torch_cuda
 from tensorbridge._array import Traits
 from tensorbridge._step import Op, Step, Want
@@ -34,7 +34,7 @@ def performer(step: Step, before: Traits, want: Want) -> Callable[[Any], Any]:
         if before.framework == "torch" and after.framework == "numpy":
             return _to_numpy(before.dtype)
         if before.framework == "numpy":
-            return _alias if before.origin == "tensor" else _from_numpy(before)
+            return _shared(before)
         return _torch_cuda.from_cupy(before) if before.framework == "cupy" else _same
     if op == Op.FILL:
         return _filler(before, step, want)
@@ -89,6 +89,13 @@ def _from_numpy(before: Traits) -> Callable[[Any], Tensor]:
         return t if own else t.view(dtype)
 
     return share
+
+
+def _shared(before: Traits) -> Callable[[Any], Tensor]:
+    """A tensor over the memory of an array, which remembers that it came read-only."""
+    as_alias = before.origin == "tensor"
+    share, mark = (_alias, _readonly.mark) if as_alias else (_from_numpy(before), _readonly.mark_memory)
+    return share if before.writable else lambda a: mark(share(a))
 
 
 def _alias(a: Any) -> Tensor:
