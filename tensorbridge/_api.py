@@ -202,7 +202,7 @@ def to_torch(
     tensorbridge.CopyRequiredError: to_torch(copy=False): numpy float64 (3,) on cpu cannot be shared.
       pack   24 B   torch has no negative strides
       share   0 B   torch.from_numpy: the same memory
-    Allow the copy with copy=None, or reverse on the torch side: to_torch(a[::-1]).flip(0).
+    Allow the copy with copy=None, or reverse x, the argument, in torch: to_torch(x[::-1]).flip(0).
     """
     _options.require("torch")
     want = _options.want_torch(device, dtype, copy, share_readonly, detach, pin_memory, non_blocking, out)

@@ -94,7 +94,7 @@ def make_native(steps: Steps, want: Want, here: Here, wanted: str, crossing: boo
             copy(steps, Op.CAST, f"dtype={wanted} was asked for{bus}", here, dtype=wanted, cure=f"keep {source}")
     if steps.now.dtype.startswith(">") and (receiver != "numpy" or want.dtype):
         why = f"{receiver} has native byte order only" if receiver != "numpy" else f"dtype={wanted} is native"
-        cure = "swap once where the data is read: a.astype(a.dtype.newbyteorder('='))"
+        cure = "swap once where the data is read: x.astype(x.dtype.newbyteorder('='))"
         steps.then(Op.BYTESWAP, why, dtype=source, cure=cure)
 
 
@@ -175,7 +175,7 @@ def make_holdable(steps: Steps) -> None:
     """Layouts that torch refuses are packed, once."""
     now, then = steps.now, steps.then
     if now.spacing == "reversed":
-        cure = "reverse on the torch side: to_torch({reversed}).flip({axes})"
+        cure = "reverse x, the argument, in torch: to_torch({reversed}).flip({axes})"
         then(Op.PACK, "torch has no negative strides", cure=cure)
     elif now.spacing == "odd":
         then(Op.PACK, "torch strides are whole elements", cure="keep the column in an array of its own")

@@ -43,7 +43,7 @@ NO_COPY = {
         """to_torch(copy=False): numpy float64 (1000, 3) on cpu cannot be shared.
   pack   24 000 B   torch has no negative strides
   share       0 B   torch.from_numpy: the same memory
-Allow the copy with copy=None, or reverse on the torch side: to_torch(a[::-1]).flip(0).""",
+Allow the copy with copy=None, or reverse x, the argument, in torch: to_torch(x[::-1]).flip(0).""",
     ),
     "cast": (
         lambda: tb.to_torch(six(), copy=False, dtype="float32"),
@@ -85,7 +85,7 @@ Allow the copy with copy=None, or take a read-only view with writable=None.""",
         """to_torch(copy=False): numpy >float64 (6,) on cpu cannot be shared.
   byteswap  48 B   torch has native byte order only
   share      0 B   torch.from_numpy: the same memory
-Allow the copy with copy=None, or swap once where the data is read: a.astype(a.dtype.newbyteorder('=')).""",
+Allow the copy with copy=None, or swap once where the data is read: x.astype(x.dtype.newbyteorder('=')).""",
     ),
     "odd strides": (
         lambda: tb.to_torch(column(), copy=False),
@@ -144,11 +144,11 @@ def test_copy_that_may_not_be_names_its_steps_its_bytes_and_its_cure(what):
 
 
 REVERSED = {  # an array, and the words of its cure
-    "last axis": (lambda a: a[..., ::-1], "to_torch(a[:, :, ::-1]).flip(2)"),
-    "first axis": (lambda a: a[::-1], "to_torch(a[::-1]).flip(0)"),
-    "two axes": (lambda a: a[::-1, :, ::-1], "to_torch(a[::-1, :, ::-1]).flip(0, 2)"),
-    "transposed": (lambda a: a[::-1].T, "to_torch(a[:, :, ::-1]).flip(2)"),
-    "an axis of length 1": (lambda a: a[:, :1][::-1, ::-1], "to_torch(a[::-1]).flip(0)"),
+    "last axis": (lambda a: a[..., ::-1], "to_torch(x[:, :, ::-1]).flip(2)"),
+    "first axis": (lambda a: a[::-1], "to_torch(x[::-1]).flip(0)"),
+    "two axes": (lambda a: a[::-1, :, ::-1], "to_torch(x[::-1, :, ::-1]).flip(0, 2)"),
+    "transposed": (lambda a: a[::-1].T, "to_torch(x[:, :, ::-1]).flip(2)"),
+    "an axis of length 1": (lambda a: a[:, :1][::-1, ::-1], "to_torch(x[::-1]).flip(0)"),
 }
 
 
@@ -158,10 +158,10 @@ def test_the_cure_for_negative_strides_names_the_axes_that_have_them_and_works(n
     a = make(np.arange(24.0).reshape(2, 3, 4))
     with pytest.raises(tb.CopyRequiredError) as raised:
         tb.to_torch(a, copy=False)
-    assert str(raised.value).endswith(f"or reverse on the torch side: {cure}.")
+    assert str(raised.value).endswith(f"or reverse x, the argument, in torch: {cure}.")
     inner = cure.removeprefix("to_torch(").partition(")")[0]
-    assert tb.shares_memory(tb.to_torch(eval(inner, {"a": a}), copy=False), a)
-    assert np.array_equal(eval(cure, {"a": a, "to_torch": tb.to_torch}), a)
+    assert tb.shares_memory(tb.to_torch(eval(inner, {"x": a}), copy=False), a)
+    assert np.array_equal(eval(cure, {"x": a, "to_torch": tb.to_torch}), a)
     with pytest.raises(tb.CopyRequiredError, match=re.escape(cure)), tb.copy_guard("error"):
         tb.to_torch(a)
 
