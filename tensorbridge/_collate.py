@@ -299,7 +299,9 @@ def _converted(value: Any, asked: str) -> Tensor:
         text = str(error).removeprefix("to_torch(share_readonly=True): ")
         if isinstance(error, UnsupportedArrayError):
             text = re.sub(r'\n(?:Use|Say) (dtype="\w+")', r"\nUse tensorbridge.to_torch(x, \1)", text)
-            text += " Do so in the dataset, or in a function around collate." if "\n" in text else ""
+            batchwise = "whole data set" not in text  # codes that are made batch by batch mean something else in each
+            where = "in the dataset, or in a function around collate" if batchwise else "where the dataset is made"
+            text += f" Do so {where}." if "\n" in text else ""
         error.args = (f"{asked}: {text}",)
         raise
 

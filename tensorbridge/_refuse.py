@@ -100,10 +100,11 @@ OBSTACLES: dict[str, Refusal] = {
         'Convert x.astype("float64"), after dealing with None and text.',
     ),
     "string": _unsupported(
-        "text is not a number", "Encode it first: np.unique(x, return_inverse=True)[1] gives codes."
+        "text is not a number",
+        "Encode it first, once for the whole data set: np.unique(x, return_inverse=True)[1] gives codes.",
     ),
     "datetime": _unsupported(
-        "dates and durations are not plain numbers to torch and CuPy",
+        "dates and durations are numbers with a unit, and only plain numbers are converted",
         'Convert x.view("int64") and keep the unit beside it.',
     ),
     "void": _unsupported("raw bytes (a void dtype) have no number type", 'Say what they are: x.view("uint8").'),

@@ -241,7 +241,7 @@ REFUSED: dict[str, Any] = {
     "text array": (
         [{"x": np.zeros(1)}, {"x": np.array(["a"])}],
         r"^collate: batch\['x'\]: sample 1: numpy <U1 \(1,\) cannot be converted: text is not a number\.\n"
-        r"Encode it first: .* gives codes\. Do so in the dataset, or in a function around collate\.$",
+        r"Encode it first, once for the whole data set: .* gives codes\. Do so where the dataset is made\.$",
     ),
     "dtype that torch lacks": (
         [np.zeros(2, "longdouble")] * 2,
@@ -285,6 +285,14 @@ REFUSED: dict[str, Any] = {
     "meta": ([torch.ones(2, device="meta")] * 2, r"^collate: batch: sample 0: .*meta"),
     "sparse": ([torch.eye(2).to_sparse()] * 2, r"^collate: batch: sample 0: .*sparse"),
 }  # fmt: skip
+
+
+def test_the_cure_for_labels_of_text_gives_one_mapping_to_all_samples():
+    samples = [{"label": np.array(name)} for name in ("dog", "cat", "dog")]
+    with pytest.raises(tb.UnsupportedArrayError, match=r"whole data set: np\.unique\(x, return_inverse=True\)\[1\] "):
+        tb.collate(samples)
+    codes = np.unique([sample["label"] for sample in samples], return_inverse=True)[1]
+    assert tb.collate([{"label": code} for code in codes])["label"].tolist() == [1, 0, 1]
 
 
 @pytest.mark.parametrize("name", REFUSED)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import os
 import re
 import subprocess
@@ -49,6 +50,20 @@ def ragged(layout=torch.strided):
     return torch.nested.nested_tensor([torch.ones(2), torch.ones(3)], layout=layout)
 
 
+def objects(parts):
+    a = np.empty(len(parts), dtype=object)
+    a[:] = parts
+    return a
+
+
+def saved(dtype):
+    """Numbers that np.save writes without their dtype."""
+    file = io.BytesIO()
+    np.save(file, np.arange(3).astype(dtype))
+    file.seek(0)
+    return np.load(file)
+
+
 def packed():
     return torch.zeros(3, dtype=torch.uint8).view(torch.float4_e2m1fn_x2)
 
@@ -58,9 +73,10 @@ MISSING_NUMBER = 'Say float("nan") for what is missing, or leave it out.'
 ENCODE = "Encode it as numbers first."
 GIVE = "Give an array, a number or a list of them; of an object that holds an array, that array."
 DENSE = "a sparse tensor has no strided memory to share"
+REFERENCES = "object elements are Python references, not numbers"
 UNPACK = "Convert x.to_padded_tensor(0.0), x.values(), or each tensor of x.unbind()."
 FIELDS = "Convert one field, x['name'], or the tree {n: x[n] for n in x.dtype.names}."
-CODES = "Encode it first: np.unique(x, return_inverse=True)[1] gives codes."
+CODES = "Encode it first, once for the whole data set: np.unique(x, return_inverse=True)[1] gives codes."
 TREE = "Convert every leaf: tensorbridge.tree.to_numpy(x)."
 ONE_KIND = "Bring the parts to one framework, device and dtype first, by to_numpy or to_torch of each."
 PAD = "Pad the parts to one shape, or keep the list and use tensorbridge.tree."
@@ -156,7 +172,7 @@ REFUSED = {
     "object": (
         lambda: np.array([1, None], dtype=object),
         "numpy object (2,)",
-        "object elements are Python references, not numbers",
+        REFERENCES,
         'Convert x.astype("float64"), after dealing with None and text.',
     ),
     "text array": (lambda: np.array(["a", "bc"]), "numpy <U2 (2,)", "text is not a number", CODES),
@@ -170,13 +186,57 @@ REFUSED = {
     "dates": (
         lambda: np.array(["2020-01-01"], dtype="datetime64[D]"),
         "numpy datetime64[D] (1,)",
-        "dates and durations are not plain numbers to torch and CuPy",
+        "dates and durations are numbers with a unit, and only plain numbers are converted",
         'Convert x.view("int64") and keep the unit beside it.',
+    ),
+    "dates, big-endian": (
+        lambda: np.array(["2020-01-01"], dtype=">M8[D]"),
+        "numpy >M8[D] (1,)",
+        "dates and durations are numbers with a unit, and only plain numbers are converted",
+        'Convert x.astype("int64"), which swaps the bytes, and keep the unit beside it.',
+    ),
+    "objects that are arrays": (
+        lambda: objects([np.ones(2), np.zeros(2)]),
+        "numpy object (2,)",
+        REFERENCES,
+        "Convert np.stack(x) if its rows are of one length, or pad them first.",
+    ),
+    "objects that are lists": (
+        lambda: objects([[1, 2], [3, 4]]),
+        "numpy object (2,)",
+        REFERENCES,
+        "Convert np.stack(x) if its rows are of one length, or pad them first.",
+    ),
+    "objects that are lists, in a matrix": (
+        lambda: objects([[1, 2], [3, 4]]).reshape(2, 1),
+        "numpy object (2, 1)",
+        REFERENCES,
+        "Convert x.tolist() if its rows are of one length, or pad them first.",
+    ),
+    "objects that are text": (lambda: objects(["a", "b"]), "numpy object (2,)", REFERENCES, CODES),
+    "one object": (
+        lambda: np.array(2.0, dtype=object),
+        "numpy object ()",
+        REFERENCES,
+        "Convert what it holds, x.item().",
+    ),
+    "bfloat16 that went through np.save": (
+        lambda: saved(ml_dtypes.bfloat16),
+        "numpy |V2 (3,)",
+        "raw bytes (a void dtype) have no number type",
+        'Say what they are: x.view("uint8"), or x.view(ml_dtypes.bfloat16), which np.save writes as raw bytes.',
+    ),
+    "float8 that went through np.save": (
+        lambda: saved(ml_dtypes.float8_e4m3fn),
+        "numpy |V1 (3,)",
+        "raw bytes (a void dtype) have no number type",
+        'Say what they are: x.view("uint8"), or x.view(ml_dtypes.float8_e4m3fn) or such, which np.save writes as raw '
+        "bytes.",
     ),
     "durations": (
         lambda: np.array([1], dtype="timedelta64[s]"),
         "numpy timedelta64[s] (1,)",
-        "dates and durations are not plain numbers to torch and CuPy",
+        "dates and durations are numbers with a unit, and only plain numbers are converted",
         'Convert x.view("int64") and keep the unit beside it.',
     ),
     "void": (
@@ -266,18 +326,47 @@ def test_refusal_says_what_it_is_why_not_and_what_works(name, call):
 
 
 CALL = re.compile(
-    r"(?<![\w.])(?:np\.unique\(x.*?\)\[1\]|np\.ascontiguousarray\(x\)\.view\(\"uint8\"\)|(?:torch|tensorbridge)(?:\.\w+)+\(x[^()]*\)|(?:list|float)\(x\)"
+    r"(?<![\w.])(?:np\.unique\(x.*?\)\[1\]|np\.stack\(x\)|np\.ascontiguousarray\(x\)\.view\(\"uint8\"\)|(?:torch|tensorbridge)(?:\.\w+)+\(x[^()]*\)|(?:list|float)\(x\)"
     r"|x(?:\.\w+(?:\([^()]*\))?)+|x\['\w+'\]|\{n: .*?\})"
 )
+
+
+NAMES = {"torch": torch, "np": np, "ml_dtypes": ml_dtypes, "tensorbridge": tb, "value": 0.0}
 
 
 @pytest.mark.parametrize("name", [name for name in REFUSED if CALL.search(REFUSED[name][3])])
 def test_calls_that_a_refusal_names_do_work(name):
     make, _, _, cure = REFUSED[name]
     for call in CALL.findall(cure):
-        found = eval(call, {"x": make(), "torch": torch, "np": np, "tensorbridge": tb, "value": 0.0})
+        found = eval(call, NAMES | {"x": make()})
         one = isinstance(found, (np.ndarray, torch.Tensor, list, float))
         assert tb.describe(found) if one else tb.tree.to_numpy(found) is not None
+
+
+# name: the call that its cure names, and what that makes of it
+CURED = {
+    "dates": ('x.view("int64")', [18262]),
+    "dates, big-endian": ('x.astype("int64")', [18262]),
+    "durations": ('x.view("int64")', [1]),
+    "objects that are arrays": ("np.stack(x)", [[1, 1], [0, 0]]),
+    "objects that are lists": ("np.stack(x)", [[1, 2], [3, 4]]),
+    "objects that are lists, in a matrix": ("x.tolist()", [[[1, 2]], [[3, 4]]]),
+    "objects that are text": ("np.unique(x, return_inverse=True)[1]", [0, 1]),
+    "text array": ("np.unique(x, return_inverse=True)[1]", [0, 1]),
+    "one object": ("x.item()", 2),
+    "bfloat16 that went through np.save": ("x.view(ml_dtypes.bfloat16)", [0, 1, 2]),
+    "float8 that went through np.save": ("x.view(ml_dtypes.float8_e4m3fn)", [0, 1, 2]),
+    "uncoalesced": ("x.coalesce().values()", [3]),
+    "sparse": ("x.values()", [1, 1, 1]),
+}
+
+
+@pytest.mark.parametrize("name", CURED)
+def test_what_a_cure_makes_has_the_values_that_were_meant(name):
+    make, _, _, cure = REFUSED[name]
+    call, values = CURED[name]
+    assert call in cure
+    assert tb.to_torch(eval(call, NAMES | {"x": make()})).tolist() == values
 
 
 def test_two_calls_that_an_error_names_do_work():

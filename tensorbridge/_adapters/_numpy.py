@@ -11,7 +11,7 @@ import numpy as np
 
 from tensorbridge import _dtypes
 from tensorbridge._array import CPU, ArrayInfo, Layout, Traits, c_strides, layout, order_text, shape_text, size_class
-from tensorbridge._refuse import Obstacle
+from tensorbridge._refuse import OBSTACLES, Obstacle
 from tensorbridge._step import Op, Step, Want
 
 Array: TypeAlias = "np.ndarray[Any, Any]"
@@ -140,9 +140,41 @@ def _obstacle(a: Array) -> Obstacle:
     kinds = {"O": "object", "U": "string", "S": "string", "T": "string", "M": "datetime", "m": "datetime"}
     kind = "structured" if a.dtype.names else kinds.get(a.dtype.kind, "void" if a.dtype.type is np.void else "")
     obstacle = Obstacle(kind or "unknown dtype", what)
-    if kind != "void" or (a.ndim and (a.strides[-1] == a.itemsize or a.shape[-1] == 1)):
-        return obstacle
-    return obstacle.cured('Say what they are: np.ascontiguousarray(x).view("uint8").')  # a view wants elements in a row
+    cure = {"void": _cure_void, "object": _cure_object, "datetime": _cure_datetime}.get(kind)
+    return obstacle if cure is None else obstacle.cured(cure(a) or obstacle.refusal.cure)
+
+
+def _cure_void(a: Array) -> str:
+    row = a.ndim and (a.strides[-1] == a.itemsize or a.shape[-1] == 1)  # a view in bytes wants elements in a row
+    cure = f'Say what they are: {"x" if row else "np.ascontiguousarray(x)"}.view("uint8")'
+    return f"{cure}{_SAVED.get(a.itemsize, '')}."
+
+
+# What np.save writes of the dtypes of ml_dtypes is their size alone.
+_SAVED = {
+    1: ", or x.view(ml_dtypes.float8_e4m3fn) or such, which np.save writes as raw bytes",
+    2: ", or x.view(ml_dtypes.bfloat16), which np.save writes as raw bytes",
+}
+
+
+def _cure_object(a: Array) -> str:
+    if not a.ndim:
+        return "Convert what it holds, x.item()."
+    first = a.flat[0] if a.size else None
+    if isinstance(first, (str, bytes)):
+        return OBSTACLES["string"].cure
+    return cure_rows(first, "np.stack(x)" if a.ndim == 1 else "x.tolist()")
+
+
+def cure_rows(first: object, stack: str) -> str:
+    """What to do with Python objects of which the first is an array or a list."""
+    if not isinstance(first, (list, tuple)) and not getattr(first, "shape", ()):
+        return ""
+    return f"Convert {stack} if its rows are of one length, or pad them first."
+
+
+def _cure_datetime(a: Array) -> str:
+    return "" if a.dtype.isnative else 'Convert x.astype("int64"), which swaps the bytes, and keep the unit beside it.'
 
 
 def describe(a: Array, traits: Traits) -> ArrayInfo:
