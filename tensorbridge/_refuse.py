@@ -127,6 +127,13 @@ OBSTACLES: dict[str, Refusal] = {
         "it is no array of NumPy, torch or CuPy, and has no __dlpack__, array interface, buffer or __array__",
         "Give an array, a number or a list of them; of an object that holds an array, that array.",
     ),
+    "stand-in": _unsupported(
+        "it answers to every name, as a mock or a value that is being traced does, and holds no data",
+        "Give the array that it stands for; of a value that is being traced, convert outside the tracing.",
+    ),
+    "lazy": _unsupported("a LazyFrame is a query that has not run yet", "Convert x.collect()."),
+    "scipy": _unsupported("a sparse array has no strided memory to share", "Convert x.toarray()."),
+    "range": _unsupported("a range is no list of numbers yet", "Convert list(x)."),
     "set": _unsupported("the elements of a set have no order", "Convert list(x), or each element."),
     "empty list": _unsupported("an empty list has no dtype", 'Say which: numpy.empty(0, dtype="float32").'),
 }

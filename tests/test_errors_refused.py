@@ -10,6 +10,7 @@ import subprocess
 import sys
 import warnings
 from collections import namedtuple
+from unittest.mock import MagicMock, Mock
 
 import ml_dtypes
 import numpy as np
@@ -74,6 +75,10 @@ ENCODE = "Encode it as numbers first."
 GIVE = "Give an array, a number or a list of them; of an object that holds an array, that array."
 DENSE = "a sparse tensor has no strided memory to share"
 REFERENCES = "object elements are Python references, not numbers"
+STANDS_IN = (
+    "it answers to every name, as a mock or a value that is being traced does, and holds no data",
+    "Give the array that it stands for; of a value that is being traced, convert outside the tracing.",
+)
 UNPACK = "Convert x.to_padded_tensor(0.0), x.values(), or each tensor of x.unbind()."
 FIELDS = "Convert one field, x['name'], or the tree {n: x[n] for n in x.dtype.names}."
 CODES = "Encode it first, once for the whole data set: np.unique(x, return_inverse=True)[1] gives codes."
@@ -299,6 +304,18 @@ REFUSED = {
     "dataclass": (lambda: Batch(np.zeros(2)), "Batch", "a container is not one array", TREE),
     "namedtuple": (lambda: Pair(1, 2), "namedtuple Pair", "a container is not one array", TREE),
     "set": (lambda: {1, 2}, "set", "the elements of a set have no order", "Convert list(x), or each element."),
+    "mock": (Mock, "Mock", *STANDS_IN),
+    "mock of everything": (MagicMock, "MagicMock", *STANDS_IN),
+    "range": (lambda: range(3), "range", "a range is no list of numbers yet", "Convert list(x)."),
+    **{
+        f"sparse, {kind}": (
+            lambda kind=kind: getattr(pytest.importorskip("scipy.sparse"), kind)(np.eye(2)),
+            kind,
+            "a sparse array has no strided memory to share",
+            "Convert x.toarray().",
+        )
+        for kind in ("csr_matrix", "coo_array", "lil_array")
+    },
     "text": (lambda: "abc", "str", "text is not an array", ENCODE),
     "None": (lambda: None, "NoneType", NOT_AN_ARRAY, GIVE),
     "generator": (lambda: (i for i in range(3)), "generator", NOT_AN_ARRAY, GIVE),
@@ -358,6 +375,8 @@ CURED = {
     "float8 that went through np.save": ("x.view(ml_dtypes.float8_e4m3fn)", [0, 1, 2]),
     "uncoalesced": ("x.coalesce().values()", [3]),
     "sparse": ("x.values()", [1, 1, 1]),
+    "sparse, coo_array": ("x.toarray()", [[1, 0], [0, 1]]),
+    "range": ("list(x)", [0, 1, 2]),
 }
 
 
@@ -384,6 +403,12 @@ def test_transformed_function_is_named():
         "to_numpy: torch functorch float32 (3,) cannot be converted: inside torch.func.vmap, grad and the like a "
         "tensor has no memory of its own.\nConvert outside the transformed function."
     )
+
+
+def test_a_value_that_is_being_traced_is_told_from_an_array_that_fails():
+    with pytest.raises(tb.UnsupportedArrayError) as raised:
+        torch.fx.symbolic_trace(lambda x: tb.to_torch(x))
+    assert str(raised.value) == f"to_torch: Proxy cannot be converted: {STANDS_IN[0]}.\n{STANDS_IN[1]}"
 
 
 def test_dtensor_is_refused_with_its_two_ways_out():

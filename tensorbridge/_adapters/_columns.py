@@ -183,5 +183,5 @@ _COLUMN = {"pyarrow": _of_pyarrow, "pandas": _of_pandas, "polars": _of_polars}
 
 def cure(x: Any) -> str:
     """What helps a producer that refuses to export: a type that is not packed, not text, not dates."""
-    example = ', as in x.cast("uint8")' if hasattr(x, "cast") else ""
+    example = ', as in x.cast("uint8")' if hasattr(type(x), "cast") else ""
     return f"Cast it to plain numbers with its own library first{example}."

@@ -8,15 +8,14 @@ from __future__ import annotations
 
 import math
 import sys
-from collections import deque
-from collections.abc import Callable, Mapping, Set
+from collections.abc import Callable, Mapping
 from operator import index as index_of
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from tensorbridge import _dtypes, _refuse, _streams
-from tensorbridge._adapters import _columns, _dlpack, _numpy, _python, named
+from tensorbridge._adapters import _columns, _dlpack, _numpy, _python, _strangers, named
 from tensorbridge._adapters._arrow import Joined
 from tensorbridge._adapters._dlpack import malformed
 from tensorbridge._array import ArrayInfo, Device, Traits, c_strides, layout, order_text, size_class
@@ -74,8 +73,7 @@ def open(x: Any, want: Want) -> tuple[Any, Traits]:
         cure = "Give it a __dlpack_device__ that says where its memory is: (1, 0) is the host."
         raise Obstacle("not an array", cls.__name__, detail).cured(cure)
     else:
-        container = isinstance(x, (Mapping, deque)) or hasattr(cls, "__dataclass_fields__")
-        raise Obstacle("container" if container else "set" if isinstance(x, Set) else "not an array", cls.__name__)
+        raise Obstacle(_strangers.told(x), cls.__name__)
     return _read(found, via, x)
 
 
@@ -121,9 +119,13 @@ def _asked(call: Callable[[], Any], x: Any, what: str) -> Any:
     except (BridgeError, Obstacle):
         raise
     except TypeError as error:
+        if _strangers.answers_to_all(x):
+            raise Obstacle("stand-in", type(x).__name__) from error
         text = f"{type(x).__name__} refuses to export {what}: {error}\n{_columns.cure(x)}"
         raise UnsupportedArrayError(text) from error
     except Exception as error:  # foreign code may raise anything, and whose failure it was must be told from ours
+        if _strangers.answers_to_all(x):
+            raise Obstacle("stand-in", type(x).__name__) from error
         raise ProducerError(f"{type(x).__name__} failed to export {what}: {type(error).__name__}: {error}") from error
 
 

@@ -126,7 +126,7 @@ NO_NUMBERS = {
     "lists": (lambda: pl.Series([[1, 2], [3]]), "is ragged: its lists have 1 to 2 elements"),
     "objects": (lambda: pl.Series([object()], dtype=pl.Object), "not numbers"),
     "mixed table": (lambda: pl.DataFrame({"a": [1], "b": ["x"]}), "DataFrame, column 'b': .*text"),
-    "a query": (lambda: pl.LazyFrame({"a": [1]}), "no array"),
+    "a query": (lambda: pl.LazyFrame({"a": [1]}), r"a query that has not run yet\.\nConvert x\.collect\(\)"),
 }
 
 
