@@ -108,6 +108,7 @@ OBSTACLES: dict[str, Refusal] = {
         'Convert x.view("int64") and keep the unit beside it.',
     ),
     "void": _unsupported("raw bytes (a void dtype) have no number type", 'Say what they are: x.view("uint8").'),
+    "missing": _unsupported("", ""),
     "unknown dtype": _unsupported(_OWN_MEANING, "Cast it where it was made."),
     # lists, Python
     "ragged": _unsupported("", "Pad the parts to one shape, or keep the list and use tensorbridge.tree."),
@@ -137,6 +138,14 @@ OBSTACLES: dict[str, Refusal] = {
     "set": _unsupported("the elements of a set have no order", "Convert list(x), or each element."),
     "empty list": _unsupported("an empty list has no dtype", 'Say which: numpy.empty(0, dtype="float32").'),
 }
+
+
+def cure_rows(first: object, stack: str) -> str:
+    """What to do with Python objects of which the first is an array or a list."""
+    if not isinstance(first, (list, tuple)) and not getattr(first, "shape", ()):
+        return ""
+    return f"Convert {stack} if its rows are of one length, or pad them first."
+
 
 _CURE_DTYPE = {
     "complex32": "complex64",

@@ -56,15 +56,17 @@ class Whole(NamedTuple):
     def inside(self) -> Whole:
         return self._replace(nested=True)
 
-    def refuse_nulls(self, count: int, inside: str = "") -> None:
-        start = f"{type(self.x).__name__} cannot be converted: "
-        _missing.refuse_count(count, start, pandas=self.library == "pandas", inside=inside)
+    def refuse_nulls(self, count: int, kind: str, inside: str = "") -> None:
+        """`kind` is what the column holds, as far as it says how to fill it; `inside` the cure for what is in rows."""
+        if count:
+            cure = inside or _missing.cure_of_nulls(self.x, self.library, kind, self.said)
+            _missing.refuse_count(self.x, count, cure, inside=bool(inside))
 
 
 def column(x: Any, whole: Whole) -> Any:
     """A view of an Arrow array, or the array to be made of it; whatever is in the way is said of `whole`."""
     arrow = sys.modules["pyarrow"]
-    whole.refuse_nulls(x.null_count)
+    whole.refuse_nulls(x.null_count, _held(arrow, x.type))
     if not isinstance(x, arrow.ChunkedArray):
         return _part(arrow, x, whole)
     if arrow.types.is_boolean(x.type):  # joined as bits, then unpacked once
@@ -112,7 +114,9 @@ def _part(arrow: Any, chunk: Any, whole: Whole) -> Any:
     if types.is_boolean(kind):
         return _bits(chunk, lambda: chunk)
     if types.is_dictionary(kind) and (is_plain(kind.value_type) or types.is_boolean(kind.value_type)):
-        whole.refuse_nulls(chunk.dictionary.null_count, "Fill them first: x.cast(x.type.value_type).fill_null(0).")
+        whole.refuse_nulls(
+            chunk.dictionary.null_count, "codes", "Fill them first: x.cast(x.type.value_type).fill_null(0)."
+        )
         values, codes = _part(arrow, chunk.dictionary, whole), chunk.indices.to_numpy(zero_copy_only=True)
         return Joined((len(chunk),), values.dtype, lambda: made(values)[codes], DECODED)
     if types.is_fixed_size_list(kind) or types.is_list(kind) or types.is_large_list(kind):
@@ -133,18 +137,20 @@ def _lists(arrow: Any, lists: Any, whole: Whole) -> Any:
             raise ragged(whole, lengths)
         length = int(lengths[0]) if len(lengths) else 0
     values = lists.flatten()
-    whole.refuse_nulls(values.null_count, _fill(whole))
+    held = _held(arrow, values.type)
+    if held in HELD:  # what else there is, is refused for itself
+        whole.refuse_nulls(values.null_count, held, _fill(whole, "False" if "truth" in held else "0"))
     part = _part(arrow, values, whole.inside())
     return shaped(part, len(lists), length, *part.shape[1:])
 
 
-def _fill(whole: Whole) -> str:
+def _fill(whole: Whole, zero: str) -> str:
     """How to fill what is missing inside lists: their elements in a row are filled, and put back into rows."""
     if whole.library == "pandas":
-        filled = "x.list.flatten().fillna(0)"
+        filled = f"x.list.flatten().fillna({zero})"
     else:
         lists = "x.cast(x.type.storage_type)" if hasattr(whole.said, "storage_type") else "x"
-        filled = f"pyarrow.compute.fill_null(pyarrow.compute.list_flatten({lists}, recursive=True), 0)"
+        filled = f"pyarrow.compute.fill_null(pyarrow.compute.list_flatten({lists}, recursive=True), {zero})"
     return f"Fill them first: tensorbridge.to_numpy({filled}).reshape(len(x), -1)."
 
 
@@ -164,6 +170,29 @@ def _extension(arrow: Any, chunk: Any, whole: Whole) -> Any:
         shape = tuple(part.shape[axis] for axis in axes)
         return Joined(shape, part.dtype, lambda: part.join().transpose(axes), part.why)
     return part.transpose(axes)
+
+
+HELD = ("number", "truth", "codes", "truths", "rows")  # of which an array can be made, once nothing is missing
+
+
+def _held(arrow: Any, kind: Any) -> str:
+    """What a column holds, as far as that decides how its nulls are filled."""
+    types = arrow.types
+    if is_plain(kind):
+        return "number"
+    if types.is_boolean(kind):
+        return "truth"
+    if types.is_null(kind):
+        return "nothing"
+    if types.is_dictionary(kind) and is_plain(kind.value_type):
+        return "codes"
+    if types.is_dictionary(kind) and types.is_boolean(kind.value_type):
+        return "truths"
+    if isinstance(kind, arrow.BaseExtensionType):
+        return _held(arrow, kind.storage_type)
+    if types.is_fixed_size_list(kind) or types.is_list(kind) or types.is_large_list(kind):
+        return "rows" if _held(arrow, kind.value_type) in HELD else "unknown dtype"
+    return _kind(types, kind)
 
 
 def _kind(types: Any, kind: Any) -> str:

@@ -51,7 +51,6 @@ def is_scalar(x: Any) -> bool:
 
 def _table(x: Any) -> Any:
     """A table of one dtype is a matrix. One of several would be promoted, which is for the caller to say."""
-    _missing.refuse_nulls(x)
     parts, names = [], []
     for name, column in _missing.named_columns(x):
         try:
@@ -104,18 +103,27 @@ def _of_pandas(x: Any) -> Any:
     dtype, whole = x.dtype, Whole(x, "pandas", x.dtype)
     if hasattr(dtype, "pyarrow_dtype"):
         return _arrow.column(getattr(x, "array", x).__arrow_array__(), whole)
-    _missing.refuse_nulls(x)
-    if dtype.kind in "mM" or hasattr(dtype, "freq"):  # periods count their unit too
-        raise whole.obstacle("datetime")
     empty = np.asarray(x[:0])
-    if not _dtypes.of_numpy(empty.dtype):
-        text = "string" if hasattr(dtype, "storage") else "object"
-        raise whole.obstacle("categories" if hasattr(dtype, "categories") else text)
+    kind = _pandas_kind(dtype, empty.dtype)
+    if kind:
+        whole.refuse_nulls(_missing.count(x), kind)
+        raise whole.obstacle(kind)
+    held = "codes" if hasattr(dtype, "categories") else "truth" if empty.dtype.kind == "b" else "number"
+    whole.refuse_nulls(_missing.count(x), held)
     a = _shared(x)
     if a is not None:
         return a
     why = _arrow.DECODED if hasattr(dtype, "categories") else _SPARSE if hasattr(dtype, "fill_value") else _MADE
     return Joined((len(x),), empty.dtype, lambda: np.array(x), why)
+
+
+def _pandas_kind(dtype: Any, made: Any) -> str:
+    """What is in the way of a type that holds no numbers; `made` is the dtype of its array."""
+    if dtype.kind in "mM" or hasattr(dtype, "freq"):  # periods count their unit too
+        return "datetime"
+    if _dtypes.of_numpy(made):
+        return ""
+    return "categories" if hasattr(dtype, "categories") else "string" if hasattr(dtype, "storage") else "object"
 
 
 def is_index(x: Any) -> bool:
@@ -128,7 +136,7 @@ def is_index(x: Any) -> bool:
 
 def _of_polars(x: Any) -> Any:
     whole = Whole(x, "polars", x.dtype)
-    whole.refuse_nulls(x.null_count())
+    whole.refuse_nulls(x.null_count(), _polars_held(x.dtype))
     return _polars_part(x, whole)
 
 
@@ -156,9 +164,20 @@ def _polars_lists(x: Any, whole: Whole) -> Any:
         if len(x) and lengths.min() != length:
             raise _arrow.ragged(whole, (lengths.min(), length))
     values = x.explode() if length else x[:0].explode()  # which makes nulls of empty lists
-    whole.refuse_nulls(values.null_count(), f"Fill them first: {fill}.eval(polars.element().fill_null(0)).")
+    if _polars_held(values.dtype) in _arrow.HELD:  # what else there is, is refused for itself
+        zero = "False" if str(values.dtype) == "Boolean" else "0"
+        cure = f"Fill them first: {fill}.eval(polars.element().fill_null({zero}))."
+        whole.refuse_nulls(values.null_count(), "number", cure)
     part = _polars_part(values, whole.inside())
     return _arrow.shaped(part, len(x), length, *part.shape[1:])
+
+
+def _polars_held(dtype: Any) -> str:
+    """What a column holds, as far as that decides how its nulls are filled."""
+    if hasattr(dtype, "inner"):
+        return "rows" if _polars_held(dtype.inner) in _arrow.HELD else "unknown dtype"
+    held = {"Boolean": "truth", "Null": "nothing"}.get(str(dtype), "")
+    return held or _polars_kind(dtype) or "number"
 
 
 def _polars_kind(dtype: Any) -> str:

@@ -7,6 +7,7 @@ can do.
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Iterator
 from functools import lru_cache
@@ -14,8 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from tensorbridge._errors import UnsupportedArrayError
-from tensorbridge._refuse import OBSTACLES, Obstacle
+from tensorbridge._refuse import OBSTACLES, Obstacle, cure_rows
 
 _CLASSES = {
     "table": {"pyarrow": ("Table", "RecordBatch"), "pandas": ("DataFrame",), "polars": ("DataFrame",)},
@@ -58,22 +58,71 @@ def refuse_nulls(x: Any) -> None:
     if not (hasattr(x, "null_count") or hasattr(x, "isna") or hasattr(x, "itercolumns")):
         return
     for name, column in named_columns(x):
-        refuse_count(_missing(column), f"{type(x).__name__} cannot be converted: ", name, hasattr(column, "isna"))
-
-
-def refuse_count(count: int, start: str, name: object = "", pandas: bool = False, inside: str = "") -> None:
-    """Raise if `count` values are missing, `inside` the rows of the column if the cure for that is said."""
-    if count:
-        raise UnsupportedArrayError(
-            f"{start}{f'its column {name!r}' if name else 'it'} has {count} missing value{'s' * (count > 1)}"
-            f"{' inside its rows' * bool(inside)}, for which arrays have no sign.\n{inside or _FILL[pandas]}"
+        cure = (
+            "x.fillna(0), x.dropna()" if hasattr(column, "isna") else "x.fill_null(0), x.drop_null() or x.drop_nulls()"
         )
+        refuse_count(x, count(column), f"Fill or drop them first: {cure}.", f"its column {name!r}" if name else "it")
 
 
+def refuse_count(x: Any, count: int, cure: str, whose: str = "it", inside: bool = False) -> None:
+    """Raise if `count` values are missing, `inside` the rows of the column or as rows."""
+    if count:
+        detail = f"{whose} has {count} missing value{'s' * (count > 1)}{' inside its rows' * inside}"
+        raise Obstacle("missing", type(x).__name__, f"{detail}, for which arrays have no sign").cured(cure)
+
+
+# By library and by what the column holds, where filling or coding can do without dropping rows.
+_DROP = {"pyarrow": "x.drop_null()", "pandas": "x.dropna()", "polars": "x.drop_nulls()"}
 _FILL = {
-    True: "Fill or drop them first: x.fillna(0), x.dropna().",
-    False: "Fill or drop them first: x.fill_null(0), x.drop_null() or x.drop_nulls().",
+    "pyarrow": {
+        "number": "x.fill_null(0)",
+        "truth": "x.fill_null(False)",
+        "codes": "x.cast(x.type.value_type).fill_null(0)",
+        "nothing": 'x.cast("int64").fill_null(0)',
+    },
+    "pandas": {
+        "number": "x.fillna(0)",
+        "truth": "x.fillna(False)",
+        "codes": 'x.astype("float64").fillna(0)',
+        "nothing": 'x.astype("int64[pyarrow]").fillna(0)',
+    },
+    "polars": {
+        "number": "x.fill_null(0)",
+        "truth": "x.fill_null(False)",
+        "nothing": "x.cast(polars.Int64).fill_null(0)",
+    },
 }
+_CODES = {
+    "pyarrow": {
+        "string": "{whole}.dictionary_encode().indices.fill_null(-1)",
+        "categories": '{whole}.indices.cast("int64").fill_null(-1)',
+    },
+    "pandas": dict.fromkeys(("string", "categories", "object"), "pandas.factorize(x)[0]"),
+    "polars": {
+        "string": "x.cast(polars.Categorical).to_physical().cast(polars.Int64).fill_null(-1)",
+        "categories": "x.to_physical().cast(polars.Int64).fill_null(-1)",
+    },
+}
+
+
+def cure_of_nulls(x: Any, where: str, kind: str, said: object) -> str:
+    """What makes numbers of a column with missing values: one call, for their fill and for what else is in the way."""
+    drop = _DROP[where]
+    if kind in _CODES[where]:
+        codes = _CODES[where][kind].format(whole=_whole(x))
+        return f"Convert codes, {_ONCE}, -1 for what is missing: {codes}; or leave the column out: {_SELECT[where]}."
+    cure = _cure(x, where, kind, said)
+    if cure:
+        return f"{_OF_X.sub(drop, cure)}; or leave the column out: {_SELECT[where]}."
+    if kind == "nothing":
+        return f"Fill them first: {_FILL[where][kind]}."
+    if kind == "unknown dtype":
+        return f"Leave the column out: {_SELECT[where]}."
+    fill = _FILL[where].get(kind)
+    return f"Fill or drop them first: {fill}, {drop}." if fill else f"Drop them first: {drop}."
+
+
+_OF_X = re.compile(r"\bx\b")
 
 
 def named_columns(x: Any) -> Iterator[tuple[str, Any]]:
@@ -87,13 +136,13 @@ def named_columns(x: Any) -> Iterator[tuple[str, Any]]:
         yield "", x
 
 
-def _missing(column: Any) -> int:
+def count(column: Any) -> int:
     """How many values are missing by another sign than NaN."""
-    count = getattr(column, "null_count", None)
-    count = count() if callable(count) else count
-    if isinstance(count, int):
-        parts = None if count else _parts(column)
-        return count if parts is None else _missing(parts)
+    nulls = getattr(column, "null_count", None)
+    nulls = nulls() if callable(nulls) else nulls
+    if isinstance(nulls, int):
+        parts = None if nulls else _parts(column)
+        return nulls if parts is None else count(parts)
     dtype = getattr(column, "dtype", None)
     if not hasattr(column, "isna") or dtype is None or isinstance(dtype, np.dtype):
         return 0
@@ -118,7 +167,7 @@ def _parts(column: Any) -> Any:
 # By library and by what is in the way; {whole} is x, as one array where it is in chunks. What is not here has no cure.
 _CURES = {
     "pyarrow": {
-        "string": "Convert codes, {whole}.dictionary_encode().indices",
+        "string": "Convert codes, {once}: {whole}.dictionary_encode().indices",
         "categories": "Convert its codes, {whole}.indices",
         "datetime": 'Convert x.cast("int64") and keep the unit beside it',
         "datetime32": 'Convert x.cast("int32") and keep the unit beside it',
@@ -128,8 +177,8 @@ _CURES = {
         "ragged": "Pad its lists to one length",
     },
     "pandas": {
-        "string": "Convert codes, pandas.factorize(x)[0]",
-        "categories": "Convert codes, pandas.factorize(x)[0]",
+        "string": "Convert codes, {once}: pandas.factorize(x)[0]",
+        "categories": "Convert codes, {once}: pandas.factorize(x)[0]",
         "datetime": 'Convert x.astype("int64{arrow}") and keep the unit beside it',
         "datetime32": 'Convert x.astype("int32{arrow}") and keep the unit beside it',
         "decimal": 'Convert x.astype("float64")',
@@ -138,7 +187,7 @@ _CURES = {
         "ragged": "Pad its lists to one length",
     },
     "polars": {
-        "string": "Convert codes, x.cast(polars.Categorical).to_physical()",
+        "string": "Convert codes, {once}: x.cast(polars.Categorical).to_physical()",
         "categories": "Convert its codes, x.to_physical()",
         "datetime": "Convert x.to_physical() and keep the unit beside it",
         "decimal": "Convert x.cast(polars.Float64)",
@@ -152,6 +201,7 @@ _SELECT = {
     "pandas": 'df.select_dtypes(["number", "bool"], "timedelta")',
     "polars": "df.select(polars.selectors.integer() | polars.selectors.float() | polars.selectors.boolean())",
 }
+_ONCE = "once for the whole data set"
 _KNOWN_AS = {"datetime32": "datetime"}
 _WHY = {
     "categories": "its categories are not numbers",
@@ -169,13 +219,22 @@ def obstacle(x: Any, where: str, kind: str, said: object, detail: str = "", *, n
     name = _KNOWN_AS.get(kind, kind)
     found = Obstacle(name if name in OBSTACLES else "unknown dtype", f"{type(x).__name__} of {shorten(said)}")
     found.why = detail or _WHY.get(kind, found.why)
-    cure = "" if nested and kind != "ragged" else _CURES[where].get(kind, "")
-    cure = cure.format(
-        whole="x.combine_chunks()" if hasattr(x, "combine_chunks") else "x",
-        arrow="[pyarrow]" * hasattr(said, "pyarrow_dtype"),
-    )
-    leave = f"eave the column out: {_SELECT[where]}."
-    return found.cured(f"{cure}; or l{leave}" if cure else f"L{leave}")
+    cure = "" if nested and kind != "ragged" else _cure(x, where, kind, said)
+    select = f"df.drop({x.name!r})" if kind == "wide" and not nested else _SELECT[where]
+    return found.cured(f"{cure}; or leave the column out: {select}." if cure else f"Leave the column out: {select}.")
+
+
+def _cure(x: Any, where: str, kind: str, said: object) -> str:
+    if where == "pandas" and kind == "object" and len(x) and not hasattr(x, "get_indexer"):
+        rows = cure_rows(np.asarray(x[:1])[0], "np.stack(x)")
+        if rows:
+            return rows.removesuffix(".")
+    arrow = "[pyarrow]" * hasattr(said, "pyarrow_dtype")
+    return _CURES[where].get(kind, "").format(whole=_whole(x), arrow=arrow, once=_ONCE)
+
+
+def _whole(x: Any) -> str:
+    return "x.combine_chunks()" if hasattr(x, "combine_chunks") else "x"
 
 
 def shorten(said: object) -> str:

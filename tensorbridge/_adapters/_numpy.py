@@ -11,7 +11,7 @@ import numpy as np
 
 from tensorbridge import _dtypes
 from tensorbridge._array import CPU, ArrayInfo, Layout, Traits, c_strides, layout, order_text, shape_text, size_class
-from tensorbridge._refuse import OBSTACLES, Obstacle
+from tensorbridge._refuse import OBSTACLES, Obstacle, cure_rows
 from tensorbridge._step import Op, Step, Want
 
 Array: TypeAlias = "np.ndarray[Any, Any]"
@@ -164,13 +164,6 @@ def _cure_object(a: Array) -> str:
     if isinstance(first, (str, bytes)):
         return OBSTACLES["string"].cure
     return cure_rows(first, "np.stack(x)" if a.ndim == 1 else "x.tolist()")
-
-
-def cure_rows(first: object, stack: str) -> str:
-    """What to do with Python objects of which the first is an array or a list."""
-    if not isinstance(first, (list, tuple)) and not getattr(first, "shape", ()):
-        return ""
-    return f"Convert {stack} if its rows are of one length, or pad them first."
 
 
 def _cure_datetime(a: Array) -> str:

@@ -7,6 +7,7 @@ import decimal
 import re
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import polars as pl
 import pyarrow as pa
@@ -81,6 +82,130 @@ CURES: dict[str, tuple[Any, str, Any]] = {
         lambda: pa.DictionaryArray.from_arrays(pa.array([0, 1]), pa.array([5, None])),
         "x.cast(x.type.value_type).fill_null(0)",
         [5, 0],
+    ),
+    "arrow null row": (lambda: pa.array([[1, 2], None, [3, 4]]), "x.drop_null()", [[1, 2], [3, 4]]),
+    "arrow null row of a fixed length": (
+        lambda: pa.array([[1, 2], None], pa.list_(pa.int64(), 2)),
+        "x.drop_null()",
+        [[1, 2]],
+    ),
+    "arrow nothing": (lambda: pa.nulls(2), 'x.cast("int64").fill_null(0)', [0, 0]),
+    "arrow truth and null": (lambda: pa.array([True, None]), "x.fill_null(False)", [True, False]),
+    "arrow text and null": (
+        lambda: pa.array(["b", None, "a"]),
+        "x.dictionary_encode().indices.fill_null(-1)",
+        [0, -1, 1],
+    ),
+    "arrow text and null in chunks": (
+        lambda: pa.chunked_array([["b", None], ["a"]]),
+        "x.combine_chunks().dictionary_encode().indices.fill_null(-1)",
+        [0, -1, 1],
+    ),
+    "arrow codes and null": (
+        lambda: pa.array(["b", None]).dictionary_encode(),
+        'x.indices.cast("int64").fill_null(-1)',
+        [0, -1],
+    ),
+    "arrow codes of numbers and null": (
+        lambda: pa.array([5, None]).dictionary_encode(),
+        "x.cast(x.type.value_type).fill_null(0)",
+        [5, 0],
+    ),
+    "arrow dates and null": (lambda: pa.array([1, None], pa.date32()), 'x.drop_null().cast("int32")', [1]),
+    "arrow decimals and null": (
+        lambda: pa.array([1, None], pa.decimal128(3)),
+        'x.drop_null().cast("float64")',
+        [1],
+    ),
+    "arrow records and null": (
+        lambda: pa.array([{"name": 1}, None]),
+        "pyarrow.compute.struct_field(x.drop_null(), name)",
+        [1],
+    ),
+    "arrow null among truths in a list": (
+        lambda: pa.array([[True, None]]),
+        "tensorbridge.to_numpy(pyarrow.compute.fill_null("
+        "pyarrow.compute.list_flatten(x, recursive=True), False)).reshape(len(x), -1)",
+        [[True, False]],
+    ),
+    "pandas rows of lists": (lambda: pd.Series([[1, 2], [3, 4]]), "np.stack(x)", [[1, 2], [3, 4]]),
+    "pandas rows of arrays": (
+        lambda: pd.Series([np.ones(2), np.zeros(2)], index=[5, 7]),
+        "np.stack(x)",
+        [[1, 1], [0, 0]],
+    ),
+    "pandas integer and null": (lambda: pd.Series([1, None], dtype="Int64"), "x.fillna(0)", [1, 0]),
+    "pandas truth and null": (lambda: pd.Series([True, None], dtype="boolean"), "x.fillna(False)", [True, False]),
+    "pandas categories and null": (
+        lambda: pd.Series([3, None, 3], dtype="category"),
+        'x.astype("float64").fillna(0)',
+        [3, 0, 3],
+    ),
+    "pandas categories without null": (lambda: pd.Series([3, None, 3], dtype="category"), "x.dropna()", [3, 3]),
+    "pandas labels that are categories": (
+        lambda: pd.CategoricalIndex([3, None]),
+        'x.astype("float64").fillna(0)',
+        [3, 0],
+    ),
+    "pandas text and null": (lambda: pd.Series(["b", None, "a"]), "pandas.factorize(x)[0]", [0, -1, 1]),
+    "pandas text categories and null": (
+        lambda: pd.Series(["b", None, "a"], dtype="category"),
+        "pandas.factorize(x)[0]",
+        [0, -1, 1],
+    ),
+    "pandas arrow text and null": (lambda: arrow_pandas(["b", None], pa.string()), "pandas.factorize(x)[0]", [0, -1]),
+    "pandas arrow nothing": (
+        lambda: arrow_pandas([None, None], pa.null()),
+        'x.astype("int64[pyarrow]").fillna(0)',
+        [0, 0],
+    ),
+    "pandas arrow codes of numbers and null": (
+        lambda: arrow_pandas(pa.array([5, None]).dictionary_encode(), pa.dictionary(pa.int32(), pa.int64())),
+        'x.astype("float64").fillna(0)',
+        [5, 0],
+    ),
+    "pandas arrow null row": (
+        lambda: arrow_pandas([[1, 2], None], pa.list_(pa.int64())),
+        "x.dropna()",
+        [[1, 2]],
+    ),
+    "pandas zoned moments and null": (
+        lambda: pd.Series([MOMENT, None]).astype("datetime64[s]").dt.tz_localize("UTC"),
+        'x.dropna().astype("int64")',
+        [1577836800],
+    ),
+    "pandas arrow dates and null": (
+        lambda: arrow_pandas(pa.array([1, None], pa.date32()), pa.date32()),
+        'x.dropna().astype("int32[pyarrow]")',
+        [1],
+    ),
+    "polars truth and null": (lambda: pl.Series([True, None]), "x.fill_null(False)", [True, False]),
+    "polars nothing": (lambda: pl.Series([None, None]), "x.cast(polars.Int64).fill_null(0)", [0, 0]),
+    "polars null row": (lambda: pl.Series([[1, 2], None]), "x.drop_nulls()", [[1, 2]]),
+    "polars text and null": (
+        lambda: pl.Series(["b", None]),
+        "x.cast(polars.Categorical).to_physical().cast(polars.Int64).fill_null(-1)",
+        None,
+    ),
+    "polars categories and null": (
+        lambda: pl.Series(["b", None], dtype=pl.Enum(["a", "b"])),
+        "x.to_physical().cast(polars.Int64).fill_null(-1)",
+        [1, -1],
+    ),
+    "polars dates and null": (
+        lambda: pl.Series([datetime.date(1970, 1, 2), None]),
+        "x.drop_nulls().to_physical()",
+        [1],
+    ),
+    "polars wide and null": (
+        lambda: pl.Series([1, None], dtype=pl.Int128),
+        "x.drop_nulls().cast(polars.Int64)",
+        [1],
+    ),
+    "polars null among truths in a list": (
+        lambda: pl.Series([[True, None]]),
+        "x.list.eval(polars.element().fill_null(False))",
+        [[True, False]],
     ),
     "pandas text": (lambda: pd.Series(["b", "a", "b"]), "pandas.factorize(x)[0]", [0, 1, 0]),
     "pandas text labels": (lambda: pd.Index(["b", "a", "b"]), "pandas.factorize(x)[0]", [0, 1, 0]),
@@ -160,13 +285,33 @@ def test_the_cure_that_is_said_works(name):
         with pytest.raises(tb.UnsupportedArrayError, match=re.escape(cure)) as caught:
             convert(x)
         assert len(str(caught.value).splitlines()) == 2
-    names = {"x": x, "name": "name", "tensorbridge": tb, "pyarrow": pa, "pandas": pd, "polars": pl}
+    names = {"x": x, "np": np, "name": "name", "tensorbridge": tb, "pyarrow": pa, "pandas": pd, "polars": pl}
     cured = eval(cure, names)
     for a in (tb.to_numpy(cured), tree.to_numpy({"c": cured})["c"]):
-        assert a.dtype.kind in "iuf"
+        assert a.dtype.kind in "iufb"
         assert len(a) == len(cured)
         if expected is not None:
             assert a.tolist() == expected
+
+
+def test_the_way_to_leave_a_wide_polars_column_out_works():
+    df = pl.DataFrame({"wide": pl.Series([1], dtype=pl.Int128), "n": [2]})
+    with pytest.raises(tb.UnsupportedArrayError, match=r"or leave the column out: df\.drop\('wide'\)\.$"):
+        tb.to_numpy(df)
+    assert tb.to_numpy(df.drop("wide")).tolist() == [[2]]
+
+
+def test_a_query_of_polars_is_collected():
+    x = pl.LazyFrame({"n": [1, 2]})
+    with pytest.raises(tb.UnsupportedArrayError, match=r"Convert x\.collect\(\)"):
+        tb.to_torch(x)
+    assert tb.to_torch(x.collect()).tolist() == [[1], [2]]
+
+
+@pytest.mark.parametrize("make", [lambda: pa.array([["a"], None]), lambda: pl.Series([["a"], None])])
+def test_nulls_beside_what_has_no_cure_are_left_out_with_their_column(make):
+    with pytest.raises(tb.UnsupportedArrayError, match=r"1 missing value.*\nLeave the column out"):
+        tb.to_numpy(make())
 
 
 def test_the_cure_for_polars_records_works():

@@ -97,7 +97,7 @@ def test_a_missing_value_is_an_error_that_says_how_many_and_what_to_do(name, cop
     """`np.asarray` makes NaN of it, and floats of its integers."""
     source = MISSING[name]()
     for convert in (tb.to_numpy, tb.to_torch):
-        with pytest.raises(tb.UnsupportedArrayError, match=r"has 1 missing value.*\n.*fillna\(0\).*dropna\(\)"):
+        with pytest.raises(tb.UnsupportedArrayError, match=r"has 1 missing value.*\n.*fillna\((0|False)\).*dropna\(\)"):
             convert(source, copy=copy)
     if name != "categories":
         filled = source.fillna(False if name == "boolean" else 0)
@@ -107,7 +107,7 @@ def test_a_missing_value_is_an_error_that_says_how_many_and_what_to_do(name, cop
 
 def test_a_missing_value_in_a_table_is_named_by_its_column():
     table = pd.DataFrame({"height": [1.0, 2.0], "age": pd.Series([1, None], dtype="Int64")})
-    with pytest.raises(tb.UnsupportedArrayError, match="its column 'age' has 1 missing value"):
+    with pytest.raises(tb.UnsupportedArrayError, match=r"column 'age': .*it has 1 missing value"):
         tb.to_numpy(table)
 
 

@@ -99,7 +99,9 @@ def test_a_null_is_an_error_that_says_how_many_and_what_to_do(name, copy):
     """`np.asarray` makes NaN of it, and floats of its integers."""
     make, count = MISSING[name]
     for convert in (tb.to_numpy, tb.to_torch):
-        with pytest.raises(tb.UnsupportedArrayError, match=rf"has {count} missing value.*\n.*fill_null\(0\)"):
+        with pytest.raises(
+            tb.UnsupportedArrayError, match=rf"has {count} missing value.*\n.*(fill_null\(|drop_nulls\()"
+        ):
             convert(make(), copy=copy)
 
 
@@ -111,7 +113,7 @@ def test_the_cure_for_a_null_works():
 
 
 def test_a_null_in_a_table_is_named_by_its_column():
-    with pytest.raises(tb.UnsupportedArrayError, match="its column 'age' has 1 missing value"):
+    with pytest.raises(tb.UnsupportedArrayError, match=r"column 'age': .*it has 1 missing value"):
         tb.to_numpy(pl.DataFrame({"height": [1.0, 2.0], "age": [1, None]}))
 
 

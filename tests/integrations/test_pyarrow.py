@@ -150,7 +150,7 @@ def test_the_cure_for_a_null_works():
 
 def test_a_null_in_a_table_is_named_by_its_column():
     for make in (pa.table, pa.record_batch):
-        with pytest.raises(tb.UnsupportedArrayError, match="its column 'age' has 1 missing value"):
+        with pytest.raises(tb.UnsupportedArrayError, match=r"column 'age': .*it has 1 missing value"):
             tb.to_numpy(make({"height": [1.0, 2.0], "age": [1, None]}))
 
 
