@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -35,6 +36,17 @@ def test_unknown_subcommand_exits_2_with_usage():
     done = run("nope")
     assert done.returncode == 2
     assert done.stderr.startswith("usage: python -m tensorbridge")
+
+
+def test_extras_that_a_message_says_to_install_exist():
+    project = (ROOT / "pyproject.toml").read_text().partition("[project.optional-dependencies]")[2].partition("\n[")[0]
+    extras = dict(re.findall(r"^([\w-]+) = \[(.*)\]$", project, re.MULTILINE))
+    sources = "\n".join(path.read_text() for path in (ROOT / "tensorbridge").rglob("*.py"))
+    named = set(re.findall(r"pip install 'tensorbridge\[([\w-]+)\]'", sources))
+    assert named == {"demo", "bench"}
+    assert "torch" in extras["demo"]
+    assert "scikit-learn" in extras["demo"]
+    assert "matplotlib" in extras["bench"]
 
 
 def test_info_asks_installed_metadata_and_imports_nothing():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import gc
+import re
 import types
 import warnings
 import weakref
@@ -234,6 +235,16 @@ def test_an_object_that_raises_at_whatever_it_is_asked_is_quoted(error):
 @pytest.mark.parametrize("name", COMPLETE)
 def test_a_column_without_missing_values_is_converted(name):
     assert tb.to_numpy(COMPLETE[name]())[0] == 1
+
+
+def test_the_cure_for_an_object_that_gives_an_array_of_arrays_works():
+    rows = np.empty(2, dtype=object)
+    rows[:] = [np.ones(2), np.zeros(2)]
+    x = Array(rows)
+    with pytest.raises(tb.UnsupportedArrayError) as caught:
+        tb.to_numpy(x)
+    call = re.search(r"Convert (.*) if its rows", str(caught.value)).group(1)
+    assert eval(call, {"np": np, "x": x}).tolist() == [[1, 1], [0, 0]]
 
 
 # -- Neither

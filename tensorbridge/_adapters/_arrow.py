@@ -66,7 +66,8 @@ class Whole(NamedTuple):
 def column(x: Any, whole: Whole) -> Any:
     """A view of an Arrow array, or the array to be made of it; whatever is in the way is said of `whole`."""
     arrow = sys.modules["pyarrow"]
-    whole.refuse_nulls(x.null_count, _held(arrow, x.type))
+    if x.null_count:
+        whole.refuse_nulls(x.null_count, _held(arrow, x.type))
     if not isinstance(x, arrow.ChunkedArray):
         return _part(arrow, x, whole)
     if arrow.types.is_boolean(x.type):  # joined as bits, then unpacked once
@@ -137,7 +138,7 @@ def _lists(arrow: Any, lists: Any, whole: Whole) -> Any:
             raise ragged(whole, lengths)
         length = int(lengths[0]) if len(lengths) else 0
     values = lists.flatten()
-    held = _held(arrow, values.type)
+    held = _held(arrow, values.type) if values.null_count else ""
     if held in HELD:  # what else there is, is refused for itself
         whole.refuse_nulls(values.null_count, held, _fill(whole, "False" if "truth" in held else "0"))
     part = _part(arrow, values, whole.inside())

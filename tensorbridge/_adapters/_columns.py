@@ -136,7 +136,8 @@ def is_index(x: Any) -> bool:
 
 def _of_polars(x: Any) -> Any:
     whole = Whole(x, "polars", x.dtype)
-    whole.refuse_nulls(x.null_count(), _polars_held(x.dtype))
+    if x.null_count():
+        whole.refuse_nulls(x.null_count(), _polars_held(x.dtype))
     return _polars_part(x, whole)
 
 

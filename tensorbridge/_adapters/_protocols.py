@@ -100,7 +100,10 @@ def _described(a: Any, via: str, x: Any) -> Traits:
 
 def _as_array(obstacle: Obstacle) -> Obstacle:
     """The cures are calls on NumPy arrays, and this is none."""
-    return obstacle.cured(obstacle.refusal.cure.replace("x.", "np.asanyarray(x).").replace("x[", "np.asanyarray(x)["))
+    cure = obstacle.refusal.cure
+    for used in ("x.", "x[", "stack(x"):
+        cure = cure.replace(used, used.replace("x", "np.asanyarray(x)"))
+    return obstacle.cured(cure)
 
 
 def _speaks(x: Any, method: str) -> bool:
