@@ -47,7 +47,7 @@ QUESTIONS: tuple[Question, ...] = (
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--quick", action="store_true", help="fewer sizes and shorter rounds: about a minute")
+    parser.add_argument("--quick", action="store_true", help="fewer sizes and shorter rounds: about two minutes")
     parser.add_argument("--out", type=Path, default=Path("bench-report"), metavar="DIR", help="default: ./bench-report")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="cuda: the rows of a CUDA device too")
     parser.add_argument(
@@ -230,7 +230,7 @@ class Progress:
             self._stream.flush()
         elif 10 * done // total > self._tenth:
             self._tenth = 10 * done // total
-            print(f"bench: {done}/{total} rows {left}  {what}", file=self._stream)
+            print(f"bench: {done}/{total} visits to rows {left}  {what}", file=self._stream)
 
     def end(self) -> None:
         if self._live:
