@@ -59,8 +59,8 @@ class Traits(NamedTuple):
     pinned: bool | None = None  # page-locked host memory; None: not asked
     size: str = "small"  # "empty", "small" (< 64 KiB), "medium", "large" (>= 4 MiB), "beyond" what NumPy can hold
     origin: str = ""  # who stands behind a view: "tensor" (a NumPy view of one), "memmap", "unknown" (`__array__`);
-    # "copied": nobody, the producer has made a copy for us and says so; of a column or a table, which is no array yet,
-    # what has to be done to make one
+    # nobody: "copied", the producer has made a copy for us and says so, "made", and it is seen; of a column or a table,
+    # which is no array yet, what has to be done to make one
 
 
 class ArrayInfo(NamedTuple):

@@ -11,7 +11,7 @@ from typing import Any
 from tensorbridge import _dtypes, _engine, _refuse, _roads
 from tensorbridge._array import CPU, Device, Traits
 from tensorbridge._refuse import CALLED
-from tensorbridge._step import COLUMNS, MOVING, PROTOCOLS, Here, Op, Step, Want
+from tensorbridge._step import COLUMNS, EXPORTED, MOVING, PROTOCOLS, Here, Op, Step, Want
 
 OF_OUT = ("order", "spacing", "loose", "aligned", "lazy")  # what filling leaves as it is
 
@@ -62,9 +62,8 @@ def make_array(steps: Steps, want: Want, here: Here) -> None:
     if traits.framework in PROTOCOLS:
         reader = _refuse.holder(traits, want, here)
         can_say = traits.writable or reader != "numpy"  # torch and CuPy arrays have no read-only flag
-        if traits.origin == "copied":
-            why = "the producer gave a copy, and says so"
-            then(Op.EXPORT, why, framework=reader, writable=can_say, origin="")
+        if traits.origin in EXPORTED:
+            then(Op.EXPORT, EXPORTED[traits.origin], framework=reader, writable=can_say, origin="")
             steps.fresh = traits.writable and not traits.overlap
         else:
             then(Op.IMPORT, _IMPORT_WHY[traits.framework], framework=reader, writable=can_say)

@@ -19,7 +19,7 @@ class Op:
     ORDER = "order"  # the consumer's stream waits for the producer's
     SHARE = "share"  # the same memory under the other framework
     PROTECT = "protect"  # a read-only view
-    EXPORT = "export"  # a foreign array that its producer has copied for us, seen through its protocol
+    EXPORT = "export"  # a foreign array that its producer has copied or made for us, seen through its protocol
     STACK = "stack"  # a list, a column or a table into one array
     RESOLVE = "resolve"  # lazy conjugate, negative and zero bits made real
     BYTESWAP = "byteswap"  # native byte order
@@ -37,6 +37,11 @@ MOVING = frozenset(
 )
 COLUMNS = frozenset({"column", "table"})  # of other libraries, that are no array yet
 PROTOCOLS = frozenset({"dlpack", "cuda_array_interface", "array_interface", "buffer", "__array__"})
+# Memory that a producer has given away, and how we know.
+EXPORTED = {
+    "copied": "the producer gave a copy, and says so",
+    "made": "the object made this array for us: nobody else holds it",
+}
 
 
 class Want(NamedTuple):

@@ -154,6 +154,19 @@ class CopyingArray(Speaker):
         return self.inner.copy()
 
 
+class MakingArray(Speaker):
+    """Makes an array each time, and says nothing of it."""
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> Any:
+        return self.inner.copy()
+
+
+class MakingInterface(Speaker):
+    @property
+    def __array_interface__(self) -> Any:
+        return {**self.inner.__array_interface__, "data": bytearray(self.inner.tobytes())}
+
+
 def numbers(x: Any) -> Any:
     """The values of `x` as complex128, by element access and each framework's own widening casts."""
     if isinstance(x, Speaker):
@@ -375,6 +388,9 @@ FOREIGN: dict[str, Build] = {
     "arrayed-reversed": lambda: Arrayed(digits(6)[::-1]),
     "arrayed-copied": lambda: CopyingArray(digits(*SIX)),
     "arrayed-copied-big-endian": lambda: CopyingArray(digits(6, dtype=">i4")),
+    "arrayed-copied-silently": lambda: MakingArray(digits(*SIX)),
+    "arrayed-copied-silently-fortran": lambda: MakingArray(digits(*SIX).T),
+    "interface-copied-silently": lambda: MakingInterface(digits(*SIX)),
     "bytes": lambda: bytes([1, 2, 3]),
     "bytearray": lambda: bytearray([1, 2, 3]),
     "array.array": lambda: array.array("f", [1.0, 2.0, 3.0]),

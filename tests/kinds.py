@@ -101,7 +101,10 @@ SOURCES = {
         *(
             Traits(protocol, CPU, dtype, spacing=spacing, writable=writable, origin=origin)
             for (protocol, origin), dtype, spacing, writable in itertools.product(
-                (("array_interface", ""), ("buffer", ""), ("__array__", "unknown"), ("__array__", "copied")),
+                (
+                    *(("array_interface", ""), ("array_interface", "made"), ("buffer", "")),
+                    *(("__array__", "unknown"), ("__array__", "copied"), ("__array__", "made")),
+                ),
                 ("float32", ">int64"),
                 ("dense", "reversed"),
                 (True, False),

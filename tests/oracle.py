@@ -7,8 +7,8 @@ memory that their arrays can stand on:
 * `cupy.ndarray`: device memory, any strides, native byte order, no read-only flag to keep.
 * `numpy.ndarray`: host memory, anything that has a dtype.
 * DLPack: a capsule may say that its memory is a copy made for this call (DLPACK_FLAG_BITMASK_IS_COPIED). NumPy's
-  `__array__`: a `ValueError` for copy=False says that only a copy can be had. Such memory is nobody else's, and has
-  cost one pass before anything is done with it.
+  `__array__`: a `ValueError` for copy=False says that only a copy can be had. Memory that nothing else refers to was
+  made for this call. Such memory is nobody else's, and has cost one pass before anything is done with it.
 
 The oracle does not know steps. It says which errors are right, whether the result stands on the memory of the source,
 how often the bus is crossed and with how wide elements, between how many passes over the data are needed, and what the
@@ -111,7 +111,7 @@ def expect(traits: Traits, want: Want, here: Here) -> Verdict:
     askew = askew and traits.framework != want.framework
     pins = want.pin_memory and traits.pinned is not True
     # A scalar is wrapped as fresh memory, which no step has to make again.
-    exported = traits.origin == "copied"
+    exported = traits.origin in ("copied", "made")
     own = exported and traits.writable and not traits.overlap  # by the copy that the producer made
     fresh = want.copy is True and not is_list and not is_scalar and not own
     kept = (keeps_promises(traits, want, holder) and not is_strange(holder, want, here)) or is_scalar or is_list or own

@@ -71,6 +71,7 @@ SPECIFICATION = [
     ("a copy that it made is shown", Traits("dlpack", origin="copied"), Want("torch"), "export share"),
     ("and is fresh memory", Traits("dlpack", origin="copied"), Want("numpy", copy=True), "export share"),
     ("unless read-only", Traits("dlpack", writable=False, origin="copied"), Want("torch"), "export copy share"),
+    ("so is one that it made", Traits("__array__", origin="made"), Want("torch", copy=True), "export share"),
     ("torch and CuPy share the GPU", torch_on(CUDA0), Want("cupy"), "detach share"),
     ("CuPy and torch too", cupy_on(CUDA0), Want("torch"), "share"),
     ("CuPy reverses, torch does not", cupy_on(CUDA0, spacing="reversed"), Want("torch"), "pack share"),

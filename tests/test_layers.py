@@ -23,7 +23,7 @@ LAYERS = [
     {"_rules", "_staging"},
     {"_plan", "_watch"},
     {"_adapters"},
-    {"_adapters._missing", "_adapters._numbers", "_adapters._numpy", "_adapters._strangers"},
+    {"_adapters._made", "_adapters._missing", "_adapters._numbers", "_adapters._numpy", "_adapters._strangers"},
     {"_adapters._arrow", "_adapters._dlpack", "_adapters._python", "_adapters._torch_cuda", "_adapters._cupy"},
     {"_adapters._columns", "_adapters._torch_steps"},
     {"_adapters._protocols", "_adapters._torch"},

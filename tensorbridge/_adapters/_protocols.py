@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from tensorbridge import _dtypes, _refuse, _streams
-from tensorbridge._adapters import _columns, _dlpack, _numpy, _python, _strangers, named
+from tensorbridge._adapters import _columns, _dlpack, _made, _numpy, _python, _strangers, named
 from tensorbridge._adapters._arrow import Joined
 from tensorbridge._adapters._dlpack import malformed
 from tensorbridge._array import ArrayInfo, Device, Traits, c_strides, layout, order_text, size_class
@@ -27,7 +27,7 @@ from tensorbridge._errors import (
     UnsupportedArrayError,
 )
 from tensorbridge._refuse import Obstacle
-from tensorbridge._step import Op, Step, Want
+from tensorbridge._step import EXPORTED, Op, Step, Want
 
 
 class Foreign(NamedTuple):
@@ -62,8 +62,9 @@ def open(x: Any, want: Want) -> tuple[Any, Traits]:
         return _by_dlpack(x, want)
     if (facts := _offered(x, "__cuda_array_interface__")) is not None:
         via, found = "cuda_array_interface", _by_cai(x, facts)
-    elif (facts := _offered(x, "__array_interface__")) is not None:
-        via, found = "array_interface", _by_array_interface(x, facts)
+    elif (box := [_offered(x, "__array_interface__")])[0] is not None:
+        origin = "made" if _made.for_us(box) else ""
+        return _read(_by_array_interface(x, box[0]), "array_interface", x, origin)
     elif (view := _buffer(x)) is not None:
         via, found = "buffer", _by_buffer(x, view)
     elif _speaks(x, "__array__"):
@@ -77,9 +78,9 @@ def open(x: Any, want: Want) -> tuple[Any, Traits]:
     return _read(found, via, x)
 
 
-def _read(found: Any, via: str, x: Any, *, copied: bool = False) -> tuple[Any, Traits]:
+def _read(found: Any, via: str, x: Any, origin: str = "") -> tuple[Any, Traits]:
     traits = _foreign_traits(found, via) if isinstance(found, Foreign) else _described(found, via, x)
-    return found, traits._replace(origin="copied") if copied else traits
+    return found, traits._replace(origin=origin or traits.origin)
 
 
 def _column(seen: Any, x: Any) -> tuple[Any, Traits]:
@@ -145,7 +146,7 @@ def _by_dlpack(x: Any, want: Want) -> tuple[Any, Traits]:
     if kind in _dlpack.HOST:
         capsule = _asked(lambda: _dlpack.request(x, copy=want.copy), x, "DLPack")
         found, copied = _dlpack.host_array(x, capsule)
-        return _read(found, "dlpack", x, copied=copied)
+        return _read(found, "dlpack", x, "copied" * copied)
     if kind not in _dlpack.CUDA:
         raise DeviceError(
             f"{type(x).__name__} lies on a device of DLPack type {kind}; only the host and CUDA are known here.\n"
@@ -158,7 +159,7 @@ def _by_dlpack(x: Any, want: Want) -> tuple[Any, Traits]:
     with _streams.on_device(index):
         capsule = _asked(lambda: _dlpack.request(x, copy=want.copy, stream=number), x, "DLPack")
     found, copied = _device_array(x, capsule, number)
-    return _read(found, "dlpack", x, copied=copied)
+    return _read(found, "dlpack", x, "copied" * copied)
 
 
 def _refuse_fork(x: Any) -> None:
@@ -314,9 +315,9 @@ def _by_array(x: Any, want: Want) -> tuple[Any, Traits]:
     Any other failure then says nothing: the word may be unknown, or come with a warning.
     """
 
-    def export() -> tuple[Any, bool]:
+    def export() -> tuple[list[Any], bool]:  # nobody but that list is to hold the array
         try:
-            return x.__array__(copy=False), False
+            return [x.__array__(copy=False)], False
         except (TypeError, ValueError, RuntimeError, Warning) as error:
             has_to = isinstance(error, ValueError) or (isinstance(error, RuntimeError) and "copy" in str(error))
             if want.copy is False and (has_to or isinstance(error, TypeError)):
@@ -325,28 +326,29 @@ def _by_array(x: Any, want: Want) -> tuple[Any, Traits]:
             if want.copy is False:
                 raise
         if has_to and want.copy:  # what it makes otherwise, it may keep
-            return np.array(x, copy=True, subok=True), True
-        return np.asanyarray(x), has_to  # a mask must not get lost
+            return [np.array(x, copy=True, subok=True)], True
+        return [np.asanyarray(x)], has_to  # a mask must not get lost
 
-    a, copied = _asked(export, x, "__array__")
-    if not isinstance(a, np.ndarray):
-        raise malformed(x, f"__array__ returned {type(a).__name__}")
-    return _by_array_of(x, a, copied=copied)
+    box, copied = _asked(export, x, "__array__")
+    if not isinstance(box[0], np.ndarray):
+        raise malformed(x, f"__array__ returned {type(box[0]).__name__}")
+    origin = "copied" if copied else "made" if _made.for_us(box) else ""
+    return _by_array_of(x, box[0], origin)
 
 
-def _by_array_of(x: Any, a: Any, *, copied: bool = False) -> tuple[Any, Traits]:
+def _by_array_of(x: Any, a: Any, origin: str = "") -> tuple[Any, Traits]:
     """What `x` gives as its array. The labels of a table come read-only: they are hashed."""
     if _columns.is_index(x):
         a = a.view()
         a.setflags(write=False)
     found = _described(a, "__array__", x)
-    return a, found._replace(origin="copied" if copied else found.origin or "unknown")
+    return a, found._replace(origin=origin or found.origin or "unknown")
 
 
 def describe(handle: Any, traits: Traits) -> ArrayInfo:
     """A copy that the producer made has no address: it is gone after the look, and the next may lie where it was."""
     info = _described_in_full(handle, traits)
-    return info._replace(address=0) if traits.origin == "copied" else info
+    return info._replace(address=0) if traits.origin in EXPORTED else info
 
 
 def _described_in_full(handle: Any, traits: Traits) -> ArrayInfo:
