@@ -92,6 +92,56 @@ def test_data_may_be_a_buffer_or_the_object_s_own():
     assert bytes(own) == b"\x07\0\x02\0"
 
 
+BUFFERS = {
+    "too short": (8, {}, "bytes 0 to 64 of its buffer, which holds 8"),
+    "one byte short": (63, {}, "bytes 0 to 64 of its buffer, which holds 63"),
+    "an offset beyond": (64, {"offset": 8}, "bytes 8 to 72 of its buffer, which holds 64"),
+    "an offset before": (64, {"offset": -8}, "bytes -8 to 56 of its buffer, which holds 64"),
+    "strides beyond": (64, {"strides": (16,)}, "bytes 0 to 120 of its buffer, which holds 64"),
+    "strides before": (64, {"strides": (-8,)}, "bytes -56 to 8 of its buffer, which holds 64"),
+    "nothing": (0, {"shape": ()}, "bytes 0 to 8 of its buffer, which holds 0"),
+}
+ENOUGH = {
+    "just": (64, {}),
+    "after an offset": (72, {"offset": 8}),
+    "one element again and again": (8, {"strides": (0,)}),
+    "backwards from the last": (64, {"strides": (-8,), "offset": 56}),
+    "no element": (0, {"shape": (0, 3)}),
+    "dates as numbers": (np.zeros(8, "<M8[s]"), {}),
+}
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("name", BUFFERS)
+def test_an_array_interface_that_reaches_out_of_its_buffer_is_a_malformed_producer(name, target):
+    held, fields, words = BUFFERS[name]
+    facts = {"version": 3, "shape": (8,), "typestr": "<f8", **fields}
+    for data in (bytes(held), bytearray(held)):
+        producer = Says(__array_interface__={**facts, "data": data})
+        with pytest.raises(tb.ProducerError, match=rf"malformed producer: __array_interface__ needs {words}\.$"):
+            TARGETS[target](producer)
+    own = type("Own", (bytearray,), {"__array_interface__": facts})(held)
+    with pytest.raises(tb.ProducerError, match=words):
+        tb.plan(own, target)
+
+
+@pytest.mark.parametrize("name", ENOUGH)
+def test_an_array_interface_may_use_its_buffer_up(name):
+    held, fields = ENOUGH[name]
+    data = bytearray(held) if isinstance(held, int) else held
+    facts = {"version": 3, "shape": (8,), "typestr": "<f8", "data": data, **fields}
+    assert not tb.to_numpy(Says(__array_interface__=facts)).any()
+
+
+def test_the_buffer_of_an_array_interface_cannot_be_grown_under_the_result():
+    data = bytearray(np.arange(8.0))
+    a = tb.to_numpy(Says(__array_interface__={"version": 3, "shape": (8,), "typestr": "<f8", "data": data}))
+    with pytest.raises(BufferError):
+        data.extend(bytes(2**20))
+    a[0] = 1
+    assert np.frombuffer(data)[0] == 1
+
+
 GARBAGE = {
     "no dict": [1],
     "null address": {"data": (0, False)},

@@ -103,7 +103,7 @@ def _origin(a: Array) -> str:
         return ""
     storage = cast(Any, base).untyped_storage()
     first: int = a.__array_interface__["data"][0] - storage.data_ptr()
-    low, high = _reach(a)
+    low, high = reach(a)
     within = first + low >= 0 and first + high <= storage.nbytes()
     return "tensor" if within and first % a.itemsize == 0 else ""
 
@@ -120,7 +120,7 @@ def owner_of(a: Any) -> Any:
         owner = below
 
 
-def _reach(a: Array) -> tuple[int, int]:
+def reach(a: Array) -> tuple[int, int]:
     """How far the bytes of an array lie from its first element: from where, and up to where."""
     if not a.size:
         return 0, 0

@@ -202,15 +202,23 @@ def _by_array_interface(x: Any, facts: Any) -> Any:
         raise malformed(x, "__array_interface__ is no dict with a shape and a typestr")
     if facts.get("mask") is not None:
         raise Obstacle("masked", type(x).__name__)
-    if facts.get("data") is None:
-        view = _buffer(x)  # "then the buffer of the object is used", says the protocol
-        if view is None:
+    data: Any = facts.get("data")
+    if data is None:
+        data = _buffer(x)  # "then the buffer of the object is used", says the protocol
+        if data is None:
             raise malformed(x, '__array_interface__ lacks "data", and the object has no buffer to take for it')
-        facts = {**facts, "data": view}
     try:
-        return np.asarray(_Interface(x, facts))
+        if not isinstance(data, tuple):
+            data = np.frombuffer(data, "uint8")  # which holds the export, as NumPy does not of an interface
+        a = np.asarray(_Interface(x, {**facts, "data": data}))
     except (TypeError, ValueError, OverflowError, BufferError) as error:
         raise malformed(x, f"__array_interface__: {error}") from error
+    if a.size and isinstance(data, np.ndarray):  # NumPy does not ask how long the buffer is
+        low, high = (facts.get("offset", 0) + end for end in _numpy.reach(a))
+        if low < 0 or high > data.size:
+            words = f"__array_interface__ needs bytes {low} to {high} of its buffer, which holds {data.size}"
+            raise malformed(x, words)
+    return a
 
 
 class _Interface:
