@@ -299,7 +299,7 @@ def describe(x: Any) -> ArrayInfo:
 
     Cost
     ----
-    No element is read; waits for nothing.
+    No element is read; waits for nothing. A foreign object is asked for its array, and may read it to give it.
 
     Examples
     --------
@@ -378,7 +378,7 @@ def shares_memory(a: Any, b: Any) -> bool:
 
     Cost
     ----
-    No element is read, device memory included; waits for nothing.
+    No element is read, device memory included; waits for nothing. Foreign objects are asked for their arrays.
 
     Examples
     --------
