@@ -228,7 +228,7 @@ def _plain_numbers(values: list[Any]) -> Tensor | None:
 
 
 def _arrays(values: list[Any], where: _Where | None) -> Tensor:
-    if not _watch.watching:
+    if not (_watch.watching or _lanes._intercepted()):
         made = _plain_arrays(values) if set(map(type, values)) <= _ARRAYS else _plain_tensors(values)
         if made is not None:
             return made
@@ -336,12 +336,12 @@ def _in_worker() -> bool:
 
 
 def _empty(shape: tuple[int, ...], dtype: Any) -> Tensor:
-    """Memory for a batch: shared where it goes to another process."""
+    """Memory for a batch on the host, whatever torch's default device: shared where it goes to another process."""
     torch: Any = sys.modules["torch"]
     if not _in_worker():
-        return torch.empty(shape, dtype=dtype)  # type: ignore[no-any-return]
+        return torch.empty(shape, dtype=dtype, device="cpu")  # type: ignore[no-any-return]
     storage = torch.UntypedStorage._new_shared(math.prod(shape) * dtype.itemsize, device="cpu")
-    return torch.empty(0, dtype=dtype).set_(storage, 0, shape)  # type: ignore[no-any-return]
+    return torch.empty(0, dtype=dtype, device="cpu").set_(storage, 0, shape)  # type: ignore[no-any-return]
 
 
 mark()  # torch may be there already

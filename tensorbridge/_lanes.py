@@ -29,6 +29,7 @@ _plain_numpy: frozenset[Any] = frozenset()
 _host: frozenset[Any] = frozenset()  # its names, as `device`
 _forward_ad: Any  # torch's module: inside a dual level a plain-looking tensor may carry a tangent
 _from_numpy: Callable[[Any], Any]
+_intercepted: Callable[[], bool] = lambda: False
 _marked, _is_marked = _readonly.marked, _readonly.is_marked
 _compiling: Callable[[], Any] = lambda: None  # not None: compiled code is calling, and nothing is shared with it
 
@@ -37,8 +38,19 @@ opened: Callable[[], None] = lambda: None  # called once, when torch has shown u
 
 
 def open(adapter: Adapter) -> None:
-    global _Tensor, _common, _float32, _plain_dtypes, _plain_numpy, _forward_ad, _from_numpy, _compiling, _host
+    global \
+        _Tensor, \
+        _common, \
+        _float32, \
+        _plain_dtypes, \
+        _plain_numpy, \
+        _forward_ad, \
+        _from_numpy, \
+        _compiling, \
+        _host, \
+        _intercepted
     facts: Any = adapter
+    _intercepted = facts.is_intercepted
     _forward_ad, _from_numpy, _host = facts.forward_ad, facts.from_numpy, facts.HOST
     _eager.mark()
     _compiling = _eager.compiling

@@ -73,7 +73,7 @@ def result_runs() -> list[Run]:
 
     runs = []
     for name, write in RESULT_WRITES.items():
-        x = torch.tensor([1.0, 2.0], requires_grad=True)
+        x = torch.tensor([1.0, 2.0], requires_grad=True, device="cpu")
         y = x * 2
         z = (y**2).sum()
         runs.append(_run(name, write, y, z, x, RIGHT))
@@ -86,8 +86,8 @@ def input_runs() -> list[Run]:
 
     runs = []
     for name, write in INPUT_WRITES.items():
-        w = torch.tensor([1.0, 1.0], requires_grad=True)
-        batch = torch.tensor([3.0, 4.0])
+        w = torch.tensor([1.0, 1.0], requires_grad=True, device="cpu")
+        batch = torch.tensor([3.0, 4.0], device="cpu")
         loss = (w * batch).sum()
         runs.append(_run(name, write, batch, loss, w, [3.0, 4.0]))
     return runs
@@ -122,8 +122,8 @@ def figure(path: str) -> None:
     """The picture of ``((x @ w) ** 2).sum()`` that the page shows."""
     import torch
 
-    x = torch.tensor([[1.0, 2.0]])
-    w = torch.tensor([[3.0], [4.0]], requires_grad=True)
+    x = torch.tensor([[1.0, 2.0]], device="cpu")
+    w = torch.tensor([[3.0], [4.0]], requires_grad=True, device="cpu")
     y = x @ w
     z = y**2
     tb.autograd_graph(z).save(path)

@@ -477,3 +477,36 @@ def test_device_samples_are_stacked_on_the_device():
     batch = tb.collate([{"x": torch.full((2,), i, device="cuda")} for i in range(3)])
     assert batch["x"].is_cuda
     assert batch["x"].tolist() == [[0, 0], [1, 1], [2, 2]]
+
+
+# -- Where torch makes no memory
+
+
+def fake_mode():
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    return FakeTensorMode()
+
+
+def functional_mode():
+    from torch._subclasses.functional_tensor import FunctionalTensorMode
+
+    return FunctionalTensorMode()
+
+
+@pytest.mark.parametrize("mode", [fake_mode, functional_mode])
+@pytest.mark.parametrize("stack", [tb.collate, tb.to_torch, tb.tree.to_torch])
+def test_arrays_become_what_the_mode_makes_of_them_as_in_to_torch(stack, mode):
+    with mode():
+        made = tb.to_torch(np.zeros(3))
+        result = stack([np.zeros(3), np.ones(3)])
+        assert type(made) is not torch.Tensor
+        assert type(result[0]) is type(made)
+        assert result[0] is not result[1]
+        assert result[0].shape == (3,)
+
+
+def test_real_tensors_are_refused_by_name_in_fake_mode():
+    x = torch.zeros(3)
+    with fake_mode(), pytest.raises(tb.UnsupportedArrayError, match=r"collate: batch: sample 0: .*FakeTensorMode"):
+        tb.collate([x, x])

@@ -53,6 +53,11 @@ def is_plain(t: Tensor) -> bool:
     return _keys(t).raw_repr() & _ASKED == _HOST and type(t) in EXACT and not _modes()
 
 
+def is_intercepted() -> bool:
+    """Whether a mode or a transform answers for torch: a tensor made now may have no memory (fake, functional)."""
+    return bool(_modes()) or _functorch.peek_interpreter_stack() is not None
+
+
 def kind(t: Tensor) -> Traits | None:
     """The traits of a plain tensor on the host, where they are quickly told."""
     try:
