@@ -38,17 +38,8 @@ opened: Callable[[], None] = lambda: None  # called once, when torch has shown u
 
 
 def open(adapter: Adapter) -> None:
-    global \
-        _Tensor, \
-        _common, \
-        _float32, \
-        _plain_dtypes, \
-        _plain_numpy, \
-        _forward_ad, \
-        _from_numpy, \
-        _compiling, \
-        _host, \
-        _intercepted
+    global _Tensor, _common, _float32, _plain_dtypes, _plain_numpy, _host
+    global _forward_ad, _from_numpy, _compiling, _intercepted
     facts: Any = adapter
     _intercepted = facts.is_intercepted
     _forward_ad, _from_numpy, _host = facts.forward_ad, facts.from_numpy, facts.HOST

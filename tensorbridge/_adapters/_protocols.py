@@ -146,7 +146,7 @@ def _by_dlpack(x: Any, want: Want) -> tuple[Any, Traits]:
     if kind in _dlpack.HOST:
         capsule = _asked(lambda: _dlpack.request(x, copy=want.copy), x, "DLPack")
         found, copied = _dlpack.host_array(x, capsule)
-        return _read(found, "dlpack", x, "copied" * copied)
+        return _read(found, "dlpack", x, "copied" if copied else "")
     if kind not in _dlpack.CUDA:
         raise DeviceError(
             f"{type(x).__name__} lies on a device of DLPack type {kind}; only the host and CUDA are known here.\n"
@@ -159,7 +159,7 @@ def _by_dlpack(x: Any, want: Want) -> tuple[Any, Traits]:
     with _streams.on_device(index):
         capsule = _asked(lambda: _dlpack.request(x, copy=want.copy, stream=number), x, "DLPack")
     found, copied = _device_array(x, capsule, number)
-    return _read(found, "dlpack", x, "copied" * copied)
+    return _read(found, "dlpack", x, "copied" if copied else "")
 
 
 def _refuse_fork(x: Any) -> None:
