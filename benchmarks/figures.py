@@ -6,6 +6,7 @@
 A figure in a page stands between two comments, of which the first says where it comes from:
 
     <!-- time: A1 · float32 (16,) | tensorbridge -->0.80 µs<!-- end -->
+    <!-- slow: row | way -->1.2 ms<!-- end -->                the slow end of the range of the rounds
     <!-- rate: B1 · to_torch(a, out=w), 64 MiB | memcpy -->12 GB/s<!-- end -->
     <!-- ratio: row | slower way | faster way -->3.1<!-- end -->
     <!-- fact: CPU -->...<!-- end -->
@@ -20,7 +21,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from tensorbridge._bench._measure import Timing, median
+from tensorbridge._bench._measure import Timing, median, spread
 from tensorbridge._bench._report import duration, goals_table, table
 from tensorbridge._bench._results import Result, Run, compared, load
 
@@ -28,7 +29,7 @@ ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 MACHINE = "intel-xeon-2-cores"
 PAGES = (ROOT / "docs" / "cost.md", ROOT / "README.md")
-MARK = re.compile(r"(<!-- (time|rate|ratio|fact|table)(?:@([\w-]+))?: (.*?) -->)(.*?)(<!-- end -->)", re.DOTALL)
+MARK = re.compile(r"(<!-- (time|slow|rate|ratio|fact|table)(?:@([\w-]+))?: (.*?) -->)(.*?)(<!-- end -->)", re.DOTALL)
 
 # What the README tells first: the words, the row, the line that people write, and the fastest for one who knows.
 HEADLINE = (
@@ -74,6 +75,10 @@ def _time(run: Run, key: str, way: str) -> str:
     return duration(median(timing(run, key, way).ns))
 
 
+def _slow(run: Run, key: str, way: str) -> str:
+    return duration(spread(timing(run, key, way).ns)[1])
+
+
 def _rate(run: Run, key: str, way: str) -> str:
     return f"{result(run, key).nbytes / median(timing(run, key, way).ns):.2g} GB/s"
 
@@ -116,7 +121,14 @@ def over_sizes(run: Run) -> str:
 
 
 TABLES: dict[str, Callable[[Run], str]] = {"headline": headline, "sizes": over_sizes, "goals": goals_table}
-KINDS: dict[str, Callable[..., str]] = {"time": _time, "rate": _rate, "ratio": _ratio, "fact": _fact, "table": _table}
+KINDS: dict[str, Callable[..., str]] = {
+    "time": _time,
+    "slow": _slow,
+    "rate": _rate,
+    "ratio": _ratio,
+    "fact": _fact,
+    "table": _table,
+}
 
 
 def results_of(machine: str) -> Run:
