@@ -38,4 +38,7 @@ def is_marked(t: Any) -> bool:
 
 
 def is_memory_marked(t: Any) -> bool:
-    return bool(marked) and t.untyped_storage()._cdata in marked
+    try:
+        return bool(marked) and t.untyped_storage()._cdata in marked
+    except RuntimeError:  # sparse, inside torch.func ...: it has no memory of its own
+        return False

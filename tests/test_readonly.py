@@ -131,3 +131,47 @@ def test_nothing_is_remembered_of_memory_that_is_gone():
     del view, alias
     gc.collect()
     assert len(_readonly.marked) == before
+
+
+STRANGE = {
+    "sparse": lambda: torch.eye(3).to_sparse(),
+    "sparse rows": lambda: torch.eye(3).to_sparse_csr(),
+    "mkldnn": lambda: torch.zeros(3).to_mkldnn(),
+    "nested": lambda: torch.nested.nested_tensor([torch.ones(2), torch.ones(3)]),
+    "meta": lambda: torch.zeros(3, device="meta"),
+    "functional": lambda: torch._to_functional_tensor(torch.zeros(3)),
+    "zero": lambda: torch._efficientzerotensor((3,)),
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", STRANGE)
+def test_what_has_no_memory_is_told_as_ever_while_something_is_remembered(name):
+    def said() -> list[str]:
+        words = []
+        calls = (
+            lambda x: tb.to_numpy(x),
+            lambda x: tb.to_torch(np.ones(3, "f4"), out=x),
+            lambda x: tb.tree.to_numpy([x]),
+            lambda x: tb.tree.to_numpy([x], copy=False),
+            lambda x: str(tb.plan(x, "numpy")),
+            lambda x: tb.editing(x).__enter__(),
+        )
+        for call in calls:
+            try:
+                words.append(repr(call(STRANGE[name]())))
+            except Exception as error:
+                words.append(f"{type(error).__name__}: {error}")
+        return words
+
+    before = said()
+    t = tb.to_torch(frozen(), share_readonly=True)
+    assert said() == before
+    assert torch.vmap(lambda x: tb_error(x))(torch.ones(2, 3)).shape == (2, 3)
+    del t
+
+
+def tb_error(x: torch.Tensor) -> torch.Tensor:
+    with pytest.raises(tb.UnsupportedArrayError):
+        tb.to_numpy(x)
+    return x

@@ -81,7 +81,7 @@ def _traits(t: Tensor, plain: bool, *, ask_pinned: bool) -> Traits:
         name,
         lay,
         not count or t.data_ptr() % itemsize == 0,
-        lazy == "zero" or not (_readonly.marked and _readonly.is_marked(t)),
+        not (_readonly.marked and _readonly.is_marked(t)),
         t.requires_grad or (forward_ad._current_level >= 0 and _has_tangent(t)),
         lazy,
         device == CPU and not _streams.forked() and t.is_pinned() if ask_pinned else None,
