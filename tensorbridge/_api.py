@@ -84,8 +84,8 @@ def to_numpy(
         overflows to nan from NumPy, to the largest number from torch). Default: the dtype of `x`; bfloat16 and float8
         arrive as ml_dtypes types of the same bits.
     copy : bool or None
-        None shares when no promise is broken, else copies once. False never moves a byte. True returns fresh memory in
-        the memory order of `x`.
+        None shares when no promise is broken, else copies once. False never moves a byte, and refuses what a foreign
+        object has made for us to answer. True returns fresh memory in the memory order of `x`.
     writable : bool or None
         None: fresh memory is writable; shared memory is as the source, and read-only if the source requires grad, is
         immutable, or overlaps itself. True: writable; a read-only or overlapping source is copied; a tensor that

@@ -265,7 +265,7 @@ def plan(tree: Any, to: Literal["numpy", "torch", "cupy"], *, pack: bool = True,
 
     Cost
     ----
-    No element is read; waits for nothing.
+    No element is read; waits for nothing. Foreign objects are asked for their arrays, and may copy to give them.
 
     Examples
     --------

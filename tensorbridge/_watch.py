@@ -61,7 +61,9 @@ class copy_guard(ContextDecorator):
     Parameters
     ----------
     mode : "error", "warn" or "allow"
-        "error" raises before anything moves; "warn" warns at the caller's line; "allow" opens a gap in an outer guard.
+        "error" raises before anything moves, but for what a foreign object does when it is asked for its array: one
+        with `__array__` may read a whole file first. "warn" warns at the caller's line; "allow" opens a gap in an outer
+        guard.
     min_bytes : int
         Smaller moves pass: the bytes of the selected kinds, summed per array.
     kinds : iterable of "h2h", "h2d", "d2h", "d2d", optional

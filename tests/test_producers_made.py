@@ -274,6 +274,32 @@ def test_an_empty_array_has_no_byte_that_was_moved():
     assert tb.to_numpy(Accepts(lambda: np.empty((0, 3))), copy=False).shape == (0, 3)
 
 
+ASKED = {
+    "describe": tb.describe,
+    "plan": lambda x: tb.plan(x, "torch"),
+    "tree.plan": lambda x: tb.tree.plan([x], "torch"),
+    "shares_memory": lambda x: tb.shares_memory(x, np.zeros(2)),
+    "copy=False": lambda x: tb.to_torch(x, copy=False),
+    "copy_guard": tb.copy_guard("error")(tb.to_torch),
+}
+
+
+@pytest.mark.parametrize("call", ASKED)
+def test_an_object_has_made_its_array_by_the_time_it_can_be_described_planned_or_refused(call):
+    made = []
+
+    def make():
+        made.append(1)
+        return np.arange(2.0)
+
+    if call.startswith("copy"):
+        with pytest.raises(tb.CopyRequiredError, match=WHY):
+            ASKED[call](Accepts(make))
+    else:
+        ASKED[call](Accepts(make))
+    assert len(made) == 1
+
+
 def test_in_a_tree_it_is_made_once_an_object():
     made = []
 
