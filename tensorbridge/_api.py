@@ -168,7 +168,8 @@ def to_torch(
     non_blocking : bool
         To a device, return before the transfer is done; then leave `x` alone until it is.
     out : torch.Tensor, shape ``(*s)``, optional
-        Filled and returned; it fixes dtype and device.
+        Filled and returned; it fixes dtype and device. It joins the graph of a tensor, as with ``out.copy_(x)``, unless
+        `detach`: say so where one `out` is filled again and again.
 
     Returns
     -------

@@ -235,15 +235,16 @@ def with_out(want: Want, out: Any) -> Want:
             f"{call}: out is on {traits.device}, and device={str(want.device)!r} was asked for; leave device out"
         )
     if not traits.writable or traits.graph or traits.overlap or traits.lazy == "zero" or _is_frozen(out):
-        raise ValueError(f"{call}: {_why_not_filled(traits)}")
+        raise ValueError(f"{call}: {_why_not_filled(traits, want)}")
     return want._replace(dtype=name, device=None if want.framework == "numpy" else traits.device, out=traits)
 
 
-def _why_not_filled(out: Traits) -> str:
+def _why_not_filled(out: Traits, want: Want) -> str:
     if not out.writable:
         return "out is read-only"
     if out.graph:
-        return "out requires grad; fill out.detach(), or use copy_ under autograd's eyes"
+        wanted = "" if want.detach else ", and say detach=True where the source's graph is not wanted in it"
+        return f"out requires grad; fill out.detach(){wanted}"
     if out.overlap:
         return "out overlaps itself: two of its elements are one"
     if out.lazy == "zero":

@@ -122,8 +122,9 @@ def _into_out(steps: _rules.Steps, out: Traits, want: Want, here: Here, where: D
             then(Op.BYTESWAP, "torch has native byte order only", dtype=steps.now.dtype[1:])
         _rules.make_holdable(steps)
     choice = _rules.filling(steps.now, out, receiver, here)
+    joins = ", which joins the autograd graph{grad_fn}, as with copy_" if steps.now.graph else ""
     then(
-        Op.FILL, f"into the caller's array, `out`{_roads.into(steps.now, out)}{choice.said}", by=choice.by,
+        Op.FILL, f"into the caller's array, `out`{joins}{_roads.into(steps.now, out)}{choice.said}", by=choice.by,
         framework=receiver, device=out.device, dtype=out.dtype, pinned=out.pinned,
         **{field: getattr(out, field) for field in _rules.OF_OUT},
     )  # fmt: skip

@@ -294,7 +294,7 @@ OUTS = {
     "graph": (
         ValueError,
         lambda: tb.to_torch(six(), out=torch.zeros(6, requires_grad=True)),
-        "out requires grad; fill out.detach(), or use copy_ under autograd's eyes",
+        "out requires grad; fill out.detach(), and say detach=True where the source's graph is not wanted in it",
     ),
     "dtype": (
         ValueError,

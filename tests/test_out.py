@@ -86,6 +86,40 @@ def test_out_keeps_the_graph_of_a_tensor_unless_detached():
     assert not tb.to_torch(x, out=torch.zeros(3), detach=True).requires_grad
 
 
+def test_plan_says_that_out_joins_the_graph_and_only_then():
+    y = tensor(3).requires_grad_() * 2
+    joins = "into the caller's array, `out`, which joins the autograd graph (MulBackward0), as with copy_"
+    assert tb.plan(y, "torch", out=torch.zeros(3)).steps[-1].why == joins
+    for plan in (
+        tb.plan(y, "torch", out=torch.zeros(3), detach=True),
+        tb.plan(y, "torch", out=torch.zeros(3, dtype=torch.int64)),
+        tb.plan(y, "numpy", out=np.zeros(3)),
+        tb.plan(y.detach(), "torch", out=torch.zeros(3)),
+    ):
+        assert "joins" not in str(plan)
+
+
+def test_one_out_for_many_sources_in_a_graph_by_the_cure_that_the_error_names():
+    x, out = tensor(3).requires_grad_(), torch.zeros(3)
+    tb.to_torch(x * 2, out=out)
+    cure = r"fill out\.detach\(\), and say detach=True where the source's graph is not wanted in it"
+    with pytest.raises(ValueError, match=cure):
+        tb.to_torch(x * 3, out=out)
+    with_graph = tb.to_torch(x * 3, out=out.detach())
+    assert with_graph.requires_grad
+    for factor in (4, 5):
+        filled = tb.to_torch(x * factor, out=out.detach(), detach=True)
+        assert not filled.requires_grad
+        assert out.tolist() == [factor, 2 * factor, 3 * factor]
+    fresh = torch.zeros(3)
+    for factor in (2, 3):
+        assert tb.to_torch(x * factor, out=fresh, detach=True) is fresh
+        assert not fresh.requires_grad
+    with pytest.raises(ValueError) as refused:
+        tb.to_torch(x * 3, out=out, detach=True)
+    assert str(refused.value).endswith("out requires grad; fill out.detach()")
+
+
 def test_filling_a_numpy_view_of_a_tensor_is_seen_by_autograd():
     saved = torch.ones(3)
     w = torch.ones(3, requires_grad=True)
