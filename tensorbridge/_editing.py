@@ -99,12 +99,21 @@ def editing(tensor: torch.Tensor) -> AbstractContextManager[NDArray[Any]]:
 def _edit_host(torch: Any, tensor: torch.Tensor) -> Iterator[NDArray[Any]]:
     alias = _alias(torch, tensor)
     array, owner = _as_numpy(torch, alias)
-    torch.autograd.graph.increment_version(alias)  # seen by a backward inside the block
+    count, close, is_ending = (
+        torch.autograd.graph.increment_version,
+        _close,
+        sys.is_finalizing,
+    )  # names end before blocks
+    count(alias)  # seen by a backward inside the block
     try:
         yield array
     finally:
-        _close(array, owner)
-        torch.autograd.graph.increment_version(alias)  # seen by the backward of a graph that was built inside the block
+        close(array, owner)
+        try:
+            count(alias)  # seen by the backward of a graph that was built inside the block
+        except (AttributeError, TypeError, NameError):
+            if not is_ending():  # where the interpreter ends with the block open, torch may have ended before
+                raise
 
 
 class _HostCopy:
@@ -130,14 +139,15 @@ def _edit_copy(torch: Any, tensor: torch.Tensor) -> Iterator[NDArray[Any]]:
         _open_copies[key] = copy
         copy.blocks += 1
     array, owner = _as_numpy(torch, copy.host)
+    close, lock, copies = _close, _lock, _open_copies  # names end before blocks, where the interpreter ends
     try:
         yield array
     finally:
-        _close(array, owner)
-        with _lock:
+        close(array, owner)
+        with lock:
             copy.blocks -= 1
             if not copy.blocks:
-                del _open_copies[key]
+                del copies[key]
     _refuse_moment(torch, alias)
     with _lock:
         if _version(copy.alias) != copy.version:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import threading
 from types import SimpleNamespace
 
@@ -175,3 +177,26 @@ def test_in_a_forked_process_a_cuda_tensor_is_refused(monkeypatch):
     )
     with pytest.raises(DeviceError, match="spawn"):
         _editing._refuse_moment(torch, like_cuda)
+
+
+LEFT_OPEN = """
+import contextlib, sys
+import torch, tensorbridge as tb
+from tensorbridge import _editing
+
+def edits(t):
+    with tb.editing(t) as a:
+        yield a
+
+if sys.argv[1] == "copy":
+    _editing.on_host = lambda tensor: False
+t = torch.zeros(3)
+contextlib.left_open = edits(t)  # ended after the names of tensorbridge are gone
+next(contextlib.left_open)
+"""
+
+
+@pytest.mark.parametrize("road", ["host", "copy"])
+def test_a_block_that_is_open_when_the_interpreter_ends_is_closed_in_silence(road):
+    ended = subprocess.run([sys.executable, "-c", LEFT_OPEN, road], capture_output=True, text=True, check=False)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (0, "", "")
