@@ -99,11 +99,8 @@ def editing(tensor: torch.Tensor) -> AbstractContextManager[NDArray[Any]]:
 def _edit_host(torch: Any, tensor: torch.Tensor) -> Iterator[NDArray[Any]]:
     alias = _alias(torch, tensor)
     array, owner = _as_numpy(torch, alias)
-    count, close, is_ending = (
-        torch.autograd.graph.increment_version,
-        _close,
-        sys.is_finalizing,
-    )  # names end before blocks
+    count = torch.autograd.graph.increment_version
+    close, is_ending = _close, sys.is_finalizing  # where the interpreter ends, names end before blocks
     count(alias)  # seen by a backward inside the block
     try:
         yield array
@@ -139,7 +136,7 @@ def _edit_copy(torch: Any, tensor: torch.Tensor) -> Iterator[NDArray[Any]]:
         _open_copies[key] = copy
         copy.blocks += 1
     array, owner = _as_numpy(torch, copy.host)
-    close, lock, copies = _close, _lock, _open_copies  # names end before blocks, where the interpreter ends
+    close, lock, copies = _close, _lock, _open_copies  # as above
     try:
         yield array
     finally:
