@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-from collections import OrderedDict, UserList, defaultdict, deque
+from collections import ChainMap, OrderedDict, UserList, defaultdict, deque
 from collections.abc import Callable, Iterator, Mapping
 from enum import Enum
 from functools import partial
@@ -72,6 +72,7 @@ DICT = Kind(_dict_open, lambda node, keys, children: dict(zip(keys, children, st
 LIST = Kind(sequence_open, lambda node, _, children: children, at, exotic=False)
 TUPLE = Kind(sequence_open, lambda node, _, children: tuple(children), at, exotic=False)
 MAPPING = Kind(_mapping_open, _rebuild.mapping_build)
+CHAINMAP = Kind(lambda node: (list(node.maps), None), _rebuild.chainmap_build, lambda node, _, i: f".maps[{i}]")
 DATACLASS = Kind(_dataclass_open, _rebuild.dataclass_build, _dot)
 ROOT = Kind(
     lambda node: ([node], None), lambda node, _, children: children[0], lambda node, _, i: "batch", exotic=False
@@ -175,6 +176,8 @@ def _by_class(x: Any, cls: type) -> Any:
     columns = _tables.opener(x)
     if columns is not None:
         return Kind(columns, DICT.build, exotic=False)
+    if issubclass(cls, ChainMap):
+        return CHAINMAP
     if issubclass(cls, Mapping):
         return MAPPING
     if _is_array(x, cls):
@@ -207,6 +210,8 @@ def rebuilt(kind: Kind, node: Any, keys: Any, children: list[Any], where: Callab
     except (TypeError, ValueError, AttributeError, LookupError, RuntimeError) as error:
         text = f"{where() or 'batch'}: a {type(node).__name__} cannot be built from converted values"
         cure = "Register it with torch.utils._pytree.register_pytree_node, or convert its arrays one by one."
+        if isinstance(node, Mapping):
+            cure = f"Give dict(x) in its place. {cure}"
         raise UnsupportedArrayError(f"{text}: {type(error).__name__}: {error}.\n{cure}") from error
 
 

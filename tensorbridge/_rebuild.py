@@ -66,6 +66,15 @@ def tuple_build(node: Any, _: Any, children: list[Any]) -> Any:
     return like
 
 
+def chainmap_build(node: Any, _: Any, children: list[Any]) -> Any:
+    """Its maps are kept apart: a write to its like goes to the first one, and a copy would share the others."""
+    cls: Any = type(node)
+    like = cls.__new__(cls)
+    _keep_attributes(like, node)
+    like.maps = children
+    return like
+
+
 def dataclass_build(node: Any, names: list[str], children: list[Any]) -> Any:
     """An instance made without ``__init__``: its fields are not arguments of it (init=False), or were changed since."""
     cls: Any = type(node)

@@ -261,11 +261,14 @@ def plan(tree: Any, to: Literal["numpy", "torch", "cupy"], *, pack: bool = True,
     Raises
     ------
     BridgeError, ValueError, TypeError
-        What the conversion would raise; but a device or framework that is missing here is planned for.
+        What the conversion would raise; but a device or framework that is missing here is planned for, and whether a
+        container accepts converted values is seen in the conversion alone (an `xarray.Dataset` takes no tensors: give
+        ``dict(x)``). One that cannot be built even of its own values is refused here too.
 
     Cost
     ----
-    No element is read; waits for nothing. Foreign objects are asked for their arrays, and may copy to give them.
+    No element is read; waits for nothing. Foreign objects are asked for their arrays, and may copy to give them. The
+    containers are built once, of the arrays that they hold.
 
     Examples
     --------
@@ -296,6 +299,8 @@ def plan(tree: Any, to: Literal["numpy", "torch", "cupy"], *, pack: bool = True,
         alone = leaves
     plans = {leaf.place: plan_of(leaf, None) for leaf in alone}
     plans |= {leaves[i].place: plan_of(leaves[i], block) for block in blocks for i in block.members}
+    if out is None:
+        flat.built([*flat.leaves])  # of its own values: a container that cannot be built again is refused here too
     found = [LeafPlan(paths[i], plans[same.get(i, i)], paths[same[i]] if i in same else "") for i in range(len(paths))]
     own = [leaf.plan for leaf in found if not leaf.same_as]
     moved = sum(made.bytes_moved for made in own)

@@ -100,6 +100,27 @@ def test_field_that_was_never_set_stays_unset(a):
     assert not hasattr(tree.to_torch(source), "mask")
 
 
+class Scopes(collections.ChainMap):  # type: ignore[type-arg]
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.name = name
+
+
+@pytest.mark.parametrize("make", [collections.ChainMap, lambda: Scopes("kept")])
+def test_maps_of_a_chain_are_kept_apart(a, make):
+    source = make()
+    source.maps[:] = [{"n": 1}, {"x": a, "n": 2}, collections.OrderedDict(x=a[::-1])]
+    made = tree.to_torch(source)
+    assert type(made) is type(source)
+    assert getattr(made, "name", None) == getattr(source, "name", None)
+    assert [type(inner) for inner in made.maps] == [dict, dict, collections.OrderedDict]
+    assert made.maps[0] == {"n": 1}
+    assert_tensor_of(a, made.maps[1]["x"])
+    assert_tensor_of(a[::-1], made.maps[2]["x"])
+    assert source.maps[1]["x"] is a
+    assert [leaf.path for leaf in tree.plan(source, "torch").leaves] == ["batch.maps[1]['x']", "batch.maps[2]['x']"]
+
+
 def test_mapping_that_cannot_be_built_is_refused_by_name_and_left_alone(a):
     class Strange(Wrapped):
         def __init__(self, name: str) -> None:
@@ -108,9 +129,21 @@ def test_mapping_that_cannot_be_built_is_refused_by_name_and_left_alone(a):
 
     source = Strange("x")
     source["obs"] = a
-    with pytest.raises(tb.UnsupportedArrayError, match=r"batch\['in'\]: a Strange cannot be built .*\n.*register"):
-        tree.to_torch({"in": source})
-    assert source["obs"] is a
+    refused = r"batch\['in'\]: a Strange cannot be built .*\nGive dict\(x\) in its place. Register"
+    for call in (tree.to_torch, lambda x: tree.plan(x, "torch"), lambda x: tree.plan(x, "numpy")):
+        with pytest.raises(tb.UnsupportedArrayError, match=refused):
+            call({"in": source})
+        assert source["obs"] is a
+    assert_tensor_of(a, tree.to_torch({"in": dict(source)})["in"]["obs"])
+
+
+def test_planning_builds_containers_and_changes_none(a):
+    for make in CONTAINERS.values():
+        source = make(a)
+        before = parts(source)
+        tree.plan(source, "torch")
+        assert parts(source)[0] == before[0]
+        assert all(x is y for x, y in zip(parts(source)[1], before[1], strict=True))
 
 
 # -- What is not an array
