@@ -245,6 +245,19 @@ def test_run_writes_report_results_and_plots(tmp_path: Path, capsys: pytest.Capt
 
 
 @pytest.mark.usefixtures("short")
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_rows_of_a_device_that_was_asked_for_and_is_not_there_are_told_at_the_end(
+    device: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(_machine, "gpu_missing", lambda: "no CUDA device: torch sees none")
+    monkeypatch.setattr(_command, "QUESTIONS", (two_rows(), two_rows()._replace(name="C1", device="cuda")))
+    assert _command.main(arguments("--quick", "--device", device, "--out", str(tmp_path))) == 0
+    last = capsys.readouterr().err.splitlines()[-1]
+    told = "bench: 2 rows of the CUDA device were not measured: no CUDA device: torch sees none (2)"
+    assert (last == told) == (device == "cuda")
+
+
+@pytest.mark.usefixtures("short")
 def test_old_results_are_compared_when_asked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     _command.main(arguments("--quick", "--out", str(tmp_path)))
     _command.main(arguments("--quick", "--out", str(tmp_path), "--compare", str(tmp_path / "results.json")))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from datetime import datetime, timezone
 from importlib.util import find_spec
@@ -83,6 +84,8 @@ def main(args: argparse.Namespace) -> int:
         f"{args.out / 'report.md'}: {sum(not r.missing for r in run.results)} rows"
         + (f"; {run.stopped}" if run.stopped else "")
     )
+    if args.device == "cuda" and (text := not_measured(run)):
+        print(f"bench: {text}", file=sys.stderr)
     if old is not None:
         print(_compare.compare(old, run, str(args.compare)))
     if stop is None:
@@ -90,6 +93,13 @@ def main(args: argparse.Namespace) -> int:
     if isinstance(stop, KeyboardInterrupt):
         return 130
     raise stop
+
+
+def not_measured(run: Run) -> str:
+    """Which rows of a device are missing that was asked for, and why; empty if none are."""
+    why = Counter(r.missing for r in run.results if r.device != "cpu" and r.missing and not r.wrong)
+    rows = f"{why.total()} row{'s' * (why.total() != 1)} of the CUDA device were not measured"
+    return f"{rows}: {'; '.join(f'{reason} ({count})' for reason, count in why.most_common())}" if why else ""
 
 
 def writable(out: Path) -> None:
