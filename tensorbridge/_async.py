@@ -12,7 +12,7 @@ import contextvars
 import os
 import sys
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Generator, Iterable
 from contextlib import ExitStack
 from inspect import unwrap
 from typing import TYPE_CHECKING, Any
@@ -33,7 +33,11 @@ _lock = threading.Lock()
 
 
 class Transfer:
-    """Arrays on their way to the host. They cannot be reached before their bytes are there."""
+    """Arrays on their way to the host. They cannot be reached before their bytes are there.
+
+    In a coroutine, ``await transfer`` waits for them without holding up the event loop; a wait that is cancelled does
+    not cancel the transfer.
+    """
 
     __slots__ = ("_future",)
 
@@ -63,6 +67,11 @@ class Transfer:
                 raise
             raise TimeoutError(f"the transfer is not done after {timeout} s; it goes on") from None
 
+    def __await__(self) -> Generator[Any, None, Any]:
+        import asyncio
+
+        return asyncio.shield(asyncio.wrap_future(self._future)).__await__()
+
     def __repr__(self) -> str:
         return f"<tensorbridge.Transfer: {'done' if self.done() else 'under way'}>"
 
@@ -85,8 +94,9 @@ def to_numpy_async(x: Any, *, pinned: bool = False) -> Transfer:
     Returns
     -------
     Transfer
-        ``done()``, ``result(timeout=None)``. The result is what `to_numpy` returns. Of memory on the host there is
-        nothing to transfer: it is done at once, and shares as `to_numpy` does.
+        ``done()``, ``result(timeout=None)``; or await it. The result is what `to_numpy` returns for an array or a
+        number, and what `tree.to_numpy` returns for a container: a list is one, so numbers in it stay numbers. Of
+        memory on the host there is nothing to transfer: it is done at once, and shares as `to_numpy` does.
 
     Raises
     ------
@@ -104,6 +114,8 @@ def to_numpy_async(x: Any, *, pinned: bool = False) -> Transfer:
     >>> transfer = to_numpy_async({"loss": np.zeros(2)})
     >>> transfer.done(), transfer.result()
     (True, {'loss': array([0., 0.])})
+    >>> to_numpy_async([1, np.zeros(2)]).result()
+    [1, array([0., 0.])]
     """
     if pinned is not True and pinned is not False:
         raise TypeError(f"to_numpy_async(pinned={pinned!r}): pinned is True or False")

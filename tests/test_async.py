@@ -1,5 +1,6 @@
 """`to_numpy_async`: done at once on the host; on a fake of CUDA, nothing is handed out too early or freed too soon."""
 
+import asyncio
 import gc
 import threading
 import weakref
@@ -93,6 +94,35 @@ def test_elements_that_numpy_does_not_have_are_left_to_be_refused():
 
     info = tb.describe(torch.zeros(3, dtype=torch.uint8))._replace(dtype="float4_e2m1fn_x2")
     assert _async._laid_out(np.zeros(3, np.uint8), info) is None
+
+
+def test_a_list_is_a_tree():
+    assert tb.to_numpy_async([1, 2]).result() == tb.tree.to_numpy([1, 2]) == [1, 2]
+    assert tb.to_numpy_async(3).result().shape == ()
+
+
+def test_what_is_done_or_refused_can_be_awaited():
+    async def awaited(x):
+        return await tb.to_numpy_async(x)
+
+    a = np.zeros(2)
+    assert np.shares_memory(asyncio.run(awaited(a)), a)
+    with pytest.raises(tb.UnsupportedArrayError):
+        asyncio.run(awaited(np.array(["text"])))
+
+
+def test_awaiting_does_not_hold_up_the_loop_and_giving_up_does_not_cancel_the_transfer(machine, late):
+    async def main():
+        transfers = [tb.to_numpy_async(late), tb.to_numpy_async(late)]  # the second waits for its turn
+        for transfer in transfers:
+            with pytest.raises(asyncio.TimeoutError):
+                await asyncio.wait_for(transfer, 0.05)
+            assert not transfer.done()
+        let_go(machine)
+        return [await transfer for transfer in transfers]
+
+    for result in asyncio.run(main()):
+        assert result.tolist() == [[7.0] * 3] * 2
 
 
 @pytest.mark.parametrize("pinned", [None, 1, "yes"])
