@@ -46,7 +46,9 @@ def to_numpy(
     Returns
     -------
     containers of the same types, keys and order (a table becomes a dict of columns)
-        What is not an array (text, None, numbers, bytes, sets) is the same object. The same memory twice stays one.
+        What is not an array (text, None, numbers, bytes, sets) is the same object. The same memory twice stays one: of
+        one address, dtype, shape and strides, writable or requiring grad both or neither. Other views of one memory,
+        ``W`` and ``W.T``, become two where they are copied.
 
     Raises
     ------
@@ -100,7 +102,8 @@ def to_torch(
     Returns
     -------
     containers of the same types, keys and order (a table becomes a dict of columns)
-        What is not an array is the same object. The same memory twice stays one: tied weights stay tied.
+        What is not an array is the same object. The same memory twice stays one: tied weights stay tied;
+        which memory is the same, says `tree.to_numpy`.
 
     Raises
     ------

@@ -73,7 +73,8 @@ class copy_guard(ContextDecorator):
     -------
     context manager
         The innermost one decides. It holds for this thread and this async task; tasks and `prefetch` workers started
-        inside inherit it, plain threads and child processes do not.
+        inside inherit it, plain threads and child processes do not: `asyncio.to_thread` does, ``loop.run_in_executor``
+        does not.
 
     Raises
     ------

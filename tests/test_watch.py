@@ -143,6 +143,16 @@ def test_guard_does_not_reach_another_thread(reversed_array):
     assert len(done) == 1
 
 
+def test_guard_reaches_a_thread_of_asyncio_and_none_of_an_executor(reversed_array):
+    async def main():
+        with tb.copy_guard("error"):
+            with pytest.raises(tb.CopyRequiredError):
+                await asyncio.to_thread(tb.to_torch, reversed_array)
+            await asyncio.get_running_loop().run_in_executor(None, tb.to_torch, reversed_array)
+
+    asyncio.run(main())
+
+
 def test_guard_holds_for_its_own_async_task_and_those_started_in_it(reversed_array):
     async def convert():
         return tb.to_torch(reversed_array)
