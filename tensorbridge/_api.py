@@ -159,7 +159,7 @@ def to_torch(
         returns fresh memory in the memory order of `x`.
     share_readonly : bool
         A tensor cannot be read-only, so a read-only source is copied. True shares it instead: you will not write. What
-        `to_numpy` makes of the tensor or of a view of it is read-only; `out=` and `editing` refuse it.
+        `to_numpy` shares of it on the host, or of a view of it, is read-only; `out=` and `editing` refuse it.
     detach : bool
         True leaves the graph of a tensor behind; the default keeps it. A `dtype` without gradients (integers, bool)
         ends it, as in torch, and the plan says so.

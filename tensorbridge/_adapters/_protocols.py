@@ -122,15 +122,17 @@ def _asked(call: Callable[[], Any], x: Any, what: str) -> Any:
         return call()
     except (BridgeError, Obstacle):
         raise
-    except TypeError as error:
-        if _strangers.answers_to_all(x):
-            raise Obstacle("stand-in", type(x).__name__) from error
-        text = f"{type(x).__name__} refuses to export {what}: {error}\n{_columns.cure(x)}"
-        raise UnsupportedArrayError(text) from error
     except Exception as error:  # foreign code may raise anything, and whose failure it was must be told from ours
-        if _strangers.answers_to_all(x):
-            raise Obstacle("stand-in", type(x).__name__) from error
-        raise ProducerError(f"{type(x).__name__} failed to export {what}: {type(error).__name__}: {error}") from error
+        raise _failed(x, what, error) from error
+
+
+def _failed(x: Any, what: str, error: Exception) -> Exception:
+    name = type(x).__name__
+    if _strangers.answers_to_all(x):
+        return Obstacle("stand-in", name)
+    if isinstance(error, TypeError):
+        return UnsupportedArrayError(f"{name} refuses to export {what}: {error}\n{_columns.cure(x)}")
+    return ProducerError(f"{name} failed to export {what}: {type(error).__name__}: {error}")
 
 
 # -- DLPack

@@ -1,6 +1,6 @@
 """The stopwatch: ways of doing one thing, timed in interleaved rounds whose order rotates, and checked.
 
-A case is visited several times, minutes apart and with new arrays: a machine changes its pace, and where the system
+A case is visited several times, far apart and with new arrays: a machine changes its pace, and where the system
 puts an array matters. What a single visit calls its scatter knows of neither.
 
 A way is a line of code, as a user would write it; the line that is shown is the line that is timed. One call may be too
