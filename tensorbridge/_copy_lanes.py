@@ -1,8 +1,7 @@
 """Fast lanes for copies: `copy=True` or `out=`, alone, of plain dense arrays of exact types.
 
 As in `_lanes`: a lane takes only what it can tell for sure in a few checks, and gives what the full road gives. None is
-no answer: the full road decides. Where arrays are so small that torch's kernels use one thread, they are called, for
-their calls are cheaper; from there on NumPy copies, over a view that it borrows for the moment.
+no answer: the full road decides. NumPy copies, over a view of the tensor that it borrows for the moment.
 """
 
 from __future__ import annotations
@@ -15,8 +14,8 @@ import numpy as np
 from tensorbridge import _readonly
 from tensorbridge._adapters import Adapter
 
-_SMALL = 32_768  # bytes; torch's kernels start a second thread at so many elements
 _ndarray = np.ndarray
+_may_share_memory = np.may_share_memory
 
 _Tensor: Any = None
 _plain: frozenset[Any] = frozenset()
@@ -39,36 +38,20 @@ def open(adapter: Adapter) -> None:
 
 def tensor_to_numpy(x: Any, options: dict[str, Any]) -> Any:
     """What `to_numpy` gives for a tensor of exactly that type."""
-    copy, out = options.get("copy") is True, options.get("out")
-    if len(options) != 1 or not (copy or type(out) is _ndarray) or x.dtype not in _plain:
+    if len(options) != 1 or x.dtype not in _plain or not _is_dense(x):
         return None
-    try:
-        if not _is_dense(x):
-            return None
-        if x.requires_grad:
-            x = x.detach()
-        small = x.nbytes <= _SMALL
-        if not small and not _is_plain(x):
-            return None
-        if copy:
-            # Not x.numpy(): the storage of x must stay resizable.
-            made = (x.clone() if small else _from_numpy(_borrowed(x).copy("K"))).numpy()
-            return None if made.flags.owndata else made
-        assert out is not None
-        if not out.flags.carray or out.dtype not in _plain_numpy:
-            return None
-        if out.base is not None and (type(out.base) is not _ndarray or out.base.base is not None):
-            return None
-        into = _from_numpy(out)
-        if into.dtype is x.dtype and into.shape == x.shape and _are_apart(into, x):
-            if small:
-                into.copy_(x)
-            else:
-                np.copyto(out, _borrowed(x))
-            return out
-    except (RuntimeError, TypeError, ValueError):  # no memory of its own, a lazy bit, a strange stride: too rare to ask
-        pass
-    return None
+    if options.get("copy") is True:
+        return _borrowed(x).copy()
+    out: Any = options.get("out")
+    if type(out) is not _ndarray or not out.flags.carray or out.dtype not in _plain_numpy:
+        return None
+    if out.base is not None and (type(out.base) is not _ndarray or out.base.base is not None):
+        return None
+    view = _borrowed(x)
+    if view.dtype is not out.dtype or view.shape != out.shape or _may_share_memory(view, out):
+        return None
+    out[...] = view
+    return out
 
 
 def array_to_torch(x: Any, options: dict[str, Any]) -> Any:
@@ -78,34 +61,23 @@ def array_to_torch(x: Any, options: dict[str, Any]) -> Any:
     if options.get("copy") is True:
         return _from_numpy(x.copy("K"))
     out: Any = options.get("out")
-    if type(out) is not _Tensor or not x.flags.carray or out.requires_grad:
+    if type(out) is not _Tensor or not x.flags.carray or out.requires_grad or not _is_dense(out):
         return None
-    source = _from_numpy(x)
-    try:
-        if not _is_dense(out):
-            return None
-        fits = out.dtype is source.dtype and out.shape == source.shape and _are_apart(out, source)
-        if not fits or not _is_plain(out) or out.is_inference() or _readonly.is_marked(out):
-            return None
-        if x.nbytes <= _SMALL:
-            return out.copy_(source)
-        np.copyto(_borrowed(out), x)
-        _increment_version(out)
-        return out
-    except RuntimeError:  # no memory of its own
-        pass
-    return None
+    if out.dtype not in _plain or out.is_inference() or _readonly.is_marked(out):
+        return None
+    view = _borrowed(out)
+    if view.dtype is not x.dtype or view.shape != x.shape or _may_share_memory(view, x):
+        return None
+    view[...] = x
+    _increment_version(out)
+    return out
 
 
 def _is_dense(t: Any) -> bool:
-    return t.is_cpu and t.is_contiguous() and _forward_ad._current_level < 0 and is_held(t)
+    """Whether this is a plain tensor on the host, whose elements lie in C's order in its own memory."""
+    return _is_plain(t) and t.is_contiguous() and _forward_ad._current_level < 0 and is_held(t)
 
 
 def is_held(t: Any) -> bool:
     """Whether the storage of a dense tensor holds all of it. After a ``resize_`` that failed it does not."""
     return bool(t.storage_offset() * t.element_size() + t.nbytes <= t.untyped_storage().nbytes())
-
-
-def _are_apart(a: Any, b: Any) -> bool:
-    """Whether two dense tensors of one size have no byte in common."""
-    return abs(a.data_ptr() - b.data_ptr()) >= a.nbytes  # type: ignore[no-any-return]

@@ -58,11 +58,7 @@ def of_tensor(now: Traits, dtype: str, order: str, here: Here) -> Kernel:
 
 
 def into(now: Traits, out: Traits, here: Here) -> Kernel:
-    """Whose kernel fills memory of the other framework, where both could. torch sees the memory of an array for less
-    than NumPy that of a tensor, and counts its write; so small blocks, in which it starts no thread, are torch's.
-    """
-    if now.dtype == out.dtype and now.size == "small" and _dtypes.DTYPES[now.dtype].itemsize > 1:
-        return Kernel("torch")
+    """Whose kernel fills memory of the other framework, where both could."""
     if now.framework == "torch":
         return of_tensor(now, out.dtype, out.order, here)
     return kernel(now, out.dtype, out.order, here)

@@ -24,6 +24,7 @@ _Roads = dict[Traits, _convert.Road]
 _kinds: dict[type, Callable[[Any], Traits | None]] = {}  # of the types that have plain arrays
 _asked: dict[tuple[Any, ...], _Roads | None] = {}  # by the options in the caller's words; None: leads off the host
 _NOTHING: _Roads = {}
+_borrowed: Callable[[Any], Any] = lambda x: x  # a tensor's memory as an array
 _WORDS: set[type] = {bool, type(None), str, type, *map(type, _dtypes.OF_NUMPY)}  # types of options that may be a key
 _KEPT = 1024
 
@@ -57,7 +58,7 @@ def remembering(full: _F) -> _F:
         traits = kind(x)
         road = roads.get(traits)  # type: ignore[arg-type]
         watched = _watch.watching and (road is None or road.moves or _watch.is_traced())
-        if road is None or watched or _may_start_threads(traits) or not (out is None or _are_apart(x, traits, out)):
+        if road is None or watched or _may_start_threads(traits) or not (out is None or _are_apart(x, out)):
             result = full(x, **options)
             joined = out is not None and traits is not None and traits.graph  # out, now in that graph
             if road is None and traits is not None and not joined:
@@ -82,14 +83,9 @@ def _kind_of_out(out: Any, x: Any) -> Traits | None:
         return None
 
 
-def _are_apart(x: Any, traits: Any, out: Any) -> bool:
-    """Whether two dense arrays certainly have no byte in common."""
-    here, there = _address(x), _address(out)
-    return bool(traits.spacing == "dense" and (here + x.nbytes <= there or there + out.nbytes <= here))
-
-
-def _address(x: Any) -> int:
-    return x.__array_interface__["data"][0] if type(x) is np.ndarray else x.data_ptr()  # type: ignore[no-any-return]
+def _are_apart(x: Any, out: Any) -> bool:
+    """Whether two arrays certainly have no byte in common."""
+    return not np.may_share_memory(_borrowed(x), _borrowed(out))
 
 
 def _may_start_threads(traits: Any) -> bool:
@@ -112,8 +108,10 @@ def _remember(words: tuple[Any, ...], options: dict[str, Any], traits: Traits) -
 
 def _open() -> None:
     """torch is there."""
+    global _borrowed
     numpy: Any = adapter_of(np.ndarray)
     torch: Any = adapter_of(_lanes._Tensor)
+    _borrowed = torch.borrowed
     _WORDS.update(map(type, {torch.COMMON, *torch.HOST}))
     _kinds[np.ndarray] = numpy.kind
     _kinds.update(dict.fromkeys(torch.EXACT, torch.kind))

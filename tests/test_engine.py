@@ -56,15 +56,6 @@ def test_plain_copies_stay_with_numpy_and_large_transposes_go_to_torch():
     assert _engine.kernel(plain._replace(size="small"), "float32", "F", LOADED).by == "numpy"
 
 
-def test_small_blocks_are_filled_by_torch_where_it_starts_no_thread():
-    small = Traits("numpy", size="small")
-    for source in (small, Traits("torch", size="small")):
-        assert _engine.into(source, small, LOADED).by == "torch"
-        assert _engine.into(source._replace(dtype="uint8"), small._replace(dtype="uint8"), LOADED).by == "numpy"
-        assert _engine.into(source._replace(size="medium"), small._replace(size="medium"), LOADED).by == "numpy"
-    assert _engine.into(small._replace(dtype="float64"), small, LOADED).by == "numpy"
-
-
 MEDIUM = 100_000
 PLAIN_COPIES = {
     "array, copied": lambda: tb.plan(np.zeros(MEDIUM), "torch", copy=True),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import sys
 from collections.abc import Callable, Sequence
 from functools import lru_cache
@@ -230,6 +231,15 @@ def _restrided(a: Array) -> Array:
 def _filled(a: Array, out: Array) -> Array:
     np.copyto(out, a, casting="unsafe")
     return out
+
+
+class _Bytes(ctypes.c_char * sys.maxsize):  # type: ignore[misc]
+    """All bytes from an address on. The shape of an array over them says how many are meant."""
+
+
+def at(address: int, shape: Sequence[int], dtype: Any, strides: Sequence[int] | None = None) -> Array:
+    """A writable array at an address, which it keeps nothing alive at; a quarter of the price of `Memory`."""
+    return np.ndarray(shape, dtype, _Bytes.from_address(address), 0, strides)
 
 
 class Memory:

@@ -22,6 +22,9 @@ DTYPES: dict[str, Any] = {
     name: getattr(torch, row.torch) for name, row in _dtypes.DTYPES.items() if row.torch and hasattr(torch, row.torch)
 }
 NAMES: dict[torch.dtype, str] = {dtype: name for name, dtype in DTYPES.items()}
+_IN_NUMPY: dict[torch.dtype, Any] = {
+    dtype: _dtypes.DTYPES[name].numpy or np.dtype((np.void, dtype.itemsize)) for name, dtype in DTYPES.items()
+}
 _CARRIER: dict[str, Any] = {
     name: getattr(torch, _dtypes.DTYPES[name].carrier) for name in DTYPES if _dtypes.DTYPES[name].carrier
 }
@@ -136,13 +139,11 @@ def _array_copied(before: Traits, after: Traits) -> Callable[[Any], Any]:
 def _into_numpy_pages(before: Traits, after: Traits, by: str) -> Callable[[Tensor], Tensor]:
     """A tensor copied into memory that NumPy allocates, in huge pages where torch would take small ones."""
     view = _from_numpy(after._replace(framework="numpy"))
-    own: Any = _dtypes.DTYPES[before.dtype].numpy
-    carrier, dtype = _CARRIER.get(before.dtype), _dtypes.DTYPES[after.dtype].numpy
+    dtype = _dtypes.DTYPES[after.dtype].numpy
     order: Any = "C" if before.overlap else "K"
 
     def copy(t: Tensor) -> Tensor:
-        # By DLPack: Tensor.numpy would make the storage of the source refuse to be resized for good.
-        source = np.from_dlpack(t.detach() if carrier is None else t.view(carrier)).view(own)
+        source = borrowed(t)
         fresh = np.empty_like(source, dtype=dtype, order=order)
         if by == "numpy":
             np.copyto(fresh, source, casting="unsafe")
@@ -194,12 +195,8 @@ def _filler(before: Traits, step: Step, want: Want) -> Callable[..., Any]:
 
 
 def borrowed(t: Any) -> Any:
-    """A NumPy view for the moment: `Tensor.numpy` would make the storage refuse to be resized for good."""
+    """A NumPy view for as long as `t` is held: `Tensor.numpy` would make the storage refuse to be resized for good."""
     if not isinstance(t, Tensor):
         return t
-    row, itemsize = _dtypes.DTYPES[NAMES[t.dtype]], t.element_size()
-    if not t.numel():
-        return np.empty(tuple(t.shape), row.numpy)
-    strides = tuple(s * itemsize for s in t.stride())
-    carrier = np.dtype(row.carrier or row.numpy)
-    return np.asarray(_numpy.Memory(t.data_ptr(), tuple(t.shape), strides, carrier.str, False, t)).view(row.numpy)
+    strides = None if t.is_contiguous() else [s * t.element_size() for s in t.stride()]
+    return _numpy.at(t.data_ptr(), t.shape, _IN_NUMPY[t.dtype], strides)
