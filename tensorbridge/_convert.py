@@ -134,9 +134,9 @@ def moment(traits: Traits, want: Want) -> Here:
     index = traits.device.index
     lent = crosses or (traits.framework != "cupy" and "cupy" in sides and traits.device != CPU)
     return Here(
-        same_stream=not crosses or _streams.same(index),
+        same_stream=not (crosses and _streams.usable("torch")) or _streams.same(index),
         capturing=_streams.capturing(),
-        gpu="torch" if "torch" in sys.modules else "cupy",
+        gpu="torch" if _streams.usable("torch") else "cupy",
         torch="torch" in sys.modules,
         per_thread=lent and "cupy" in sys.modules and _streams.current("cupy", index) == _streams.PER_THREAD_DEFAULT,
     )

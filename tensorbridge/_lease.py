@@ -5,8 +5,8 @@ kernels may still be queued on the borrower's stream, and the owner's allocator 
 
 * torch's memory, lent to CuPy: `record_stream`, always (it does nothing on the stream of the allocation, and the
   current stream need not be that one). torch records an event on that stream when the block is freed, so the stream is
-  held for the life of the process. It does nothing, silently, for memory that torch did not allocate: there the storage
-  is not resizable, and a lease does it.
+  held for the life of the process. It does nothing, silently, for memory that torch did not allocate (its storage
+  is not resizable), nor with every allocator that torch can be given: there a lease does it.
 * CuPy's memory, lent to torch, and memory of neither: a lease. A weak reference on what the borrower holds (a storage,
   or the owner object in a CuPy array) is told when the last view is gone; an event is then recorded on every stream
   that the memory was used on, and the owner is dropped once those have passed: at once, or at the next crossing. CuPy
@@ -24,6 +24,8 @@ import sys
 import weakref
 from collections import deque
 from typing import Any
+
+import numpy as np
 
 from tensorbridge import _stream_order, _streams
 
@@ -84,16 +86,27 @@ def lend_storage(tensor: Any, owner: Any, number: int, index: int) -> None:
     lend(storage, storage._cdata, owner, number, index)
 
 
-def lend_array(owner: Any, number: int, index: int) -> Loan:
+def unseen(held: object) -> Any:
+    """`held`, out of sight of the garbage collector, for CuPy's memory objects to hold.
+
+    Of a reference cycle it tells weak references, and calls `__del__`, while other objects of the cycle may still use
+    the memory. A NumPy array takes no part in that: what it holds ends when it does.
+    """
+    holder = np.empty((), object)
+    holder[()] = held
+    return holder
+
+
+def lend_array(owner: Any, number: int, index: int) -> Any:
     """`owner`'s memory is in the hands of CuPy, which uses it on stream `number`: what its array is to hold."""
     loan = Loan()
     lend(loan, id(loan), owner, number, index)
-    return loan
+    return unseen(loan)
 
 
 def lend_tensor(tensor: Any, number: int, index: int, stream: object, *, capturing: bool = False) -> Any:
     """The memory of `tensor`, an alias, is in the hands of CuPy on its stream `number`: what its array is to hold."""
-    if not tensor.untyped_storage().resizable():
+    if not tensor.untyped_storage().resizable() or sys.modules["torch"].cuda.get_allocator_backend() != "native":
         return lend_array(tensor, number, index)
     if not capturing:
         _streams.hold(number, index, stream)
@@ -139,6 +152,7 @@ def _released(lease: Lease) -> None:
 def _forked() -> None:
     global _disowned
     _disowned = True
+    _streams.never_freed(_leases, _pending)
 
 
 os.register_at_fork(after_in_child=_forked)
@@ -219,7 +233,8 @@ def _array_used_on(x: Any, number: int, index: int) -> None:
     if isinstance(owner, getattr(sys.modules.get("torch"), "Tensor", ())):
         _tensor_used_on(owner, number, index)
         return
-    base = owner if isinstance(owner, Loan) else x if x.base is None else x.base
+    loan = owner.item() if type(owner) is np.ndarray and owner.dtype.hasobject else None
+    base = loan if isinstance(loan, Loan) else x if x.base is None else x.base
     lease = _leases.get(id(base))
     if lease is not None:
         lease.uses.add((number, index))

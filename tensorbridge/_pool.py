@@ -10,10 +10,12 @@ Blocks that CuPy allocated before stay with its old pool until they are freed. T
 from __future__ import annotations
 
 import sys
+from functools import partial
 from typing import Any
 
 from tensorbridge import _options, _streams
 from tensorbridge._errors import DeviceError
+from tensorbridge._lease import unseen
 
 
 class share_memory_pool:
@@ -60,7 +62,7 @@ class share_memory_pool:
         torch.cuda.init()
         self._cupy = cupy
         self._before: Any = cupy.cuda.get_allocator()
-        self._malloc: Any = cupy.cuda.PythonFunctionAllocator(_allocate, _free).malloc
+        self._malloc: Any = partial(_malloc, cupy)  # an object of its own, by which `restore` knows it
         cupy.cuda.set_allocator(self._malloc)
 
     def restore(self) -> None:
@@ -90,6 +92,27 @@ def _allocate(nbytes: int, index: int) -> int:
         raise sys.modules["cupy"].cuda.memory.OutOfMemoryError(nbytes, torch.cuda.memory_allocated(index)) from error
 
 
-def _free(address: int, index: int) -> None:
-    if not sys.is_finalizing():
-        sys.modules["torch"].cuda.caching_allocator_delete(address)
+class _Block:
+    """A block of torch's, which goes back with its last reference.
+
+    CuPy's `PythonFunctionAllocator` loses blocks: its memory objects take part in garbage collection (CuPy 14.2), which
+    takes their free function from them before they end, so an array in a reference cycle is never given back.
+    """
+
+    __slots__ = ("address",)
+
+    def __init__(self, address: int) -> None:
+        self.address = address
+
+    def __del__(self, sys: Any = sys) -> None:  # of this module nothing may be left when the interpreter ends
+        if not sys.is_finalizing():
+            sys.modules["torch"].cuda.caching_allocator_delete(self.address)
+
+
+def _malloc(cupy: Any, nbytes: int) -> Any:
+    cuda = cupy.cuda
+    index = cuda.runtime.getDevice()
+    if not nbytes:
+        return cuda.MemoryPointer(cuda.UnownedMemory(0, 0, None, index), 0)
+    address = _allocate(nbytes, index)
+    return cuda.MemoryPointer(cuda.UnownedMemory(address, nbytes, unseen(_Block(address)), index), 0)

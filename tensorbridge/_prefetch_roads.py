@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from tensorbridge import _lease, _leaves, _stream_order, _streams
 from tensorbridge._array import CPU
 from tensorbridge._containers import flatten
-from tensorbridge._errors import UnsupportedArrayError
+from tensorbridge._errors import DeviceError, UnsupportedArrayError
 from tensorbridge._step import Want
 
 
@@ -77,6 +77,11 @@ class Cuda(Host):
         stream = _current_stream(self.framework, self.index)
         number = _streams.identify(stream)[0]
         if number != self.number:
+            if _streams.capturing():
+                raise DeviceError(
+                    "prefetch: a CUDA graph is being captured, and the transfer of a batch is no part of it.\n"
+                    "Take the batch before, and copy it into the static input."
+                )
             batch.mark.holds_back(number, self.index)
             for array in batch.memory:
                 with suppress(ValueError):  # memory of another library that came as it was: used as without prefetch

@@ -213,7 +213,6 @@ class Ring:
 
 _ring: Ring | None = None
 _threads: ThreadPoolExecutor | None = None
-_inherited: list[object] = []  # a forked child can neither use nor free what its parent pinned
 _lock = threading.Lock()
 
 
@@ -227,7 +226,7 @@ def ring() -> Ring:
 
 def _forked() -> None:
     global _ring, _threads, _lock
-    _inherited.append(_ring)
+    _streams.never_freed(_ring)
     _ring, _threads, _lock = None, None, threading.Lock()
 
 

@@ -7,6 +7,7 @@ event has when it is asked for, so the event can be recorded again at once.
 
 from __future__ import annotations
 
+import os
 import sys
 import threading
 from typing import Any
@@ -101,3 +102,6 @@ def mark(number: int, index: int) -> Mark:
         event = cupy.cuda.Event(disable_timing=True)
         cupy.cuda.runtime.eventRecord(event.ptr, number)
     return Mark(event)
+
+
+os.register_at_fork(after_in_child=lambda: _streams.never_freed(_events))

@@ -15,6 +15,7 @@ Specification of the numbers: ``__dlpack__`` in the array API, and ``__cuda_arra
 
 from __future__ import annotations
 
+import ctypes
 import os
 import sys
 import threading
@@ -42,7 +43,10 @@ def current(framework: str, index: int) -> int:
     if framework == "torch":
         torch = sys.modules["torch"]
         if not torch.cuda._is_in_bad_fork():  # where a tensor can still be described
-            torch.cuda.init()
+            try:
+                torch.cuda.init()
+            except AssertionError as error:  # a torch without CUDA beside a CuPy that has it
+                raise DeviceError(f"torch cannot hold device memory here: {error}.\nMove to the host first.") from error
         return torch._C._cuda_getCurrentRawStream(index) or LEGACY_DEFAULT  # 20 times cheaper than current_stream()
     return int(sys.modules["cupy"].cuda.get_current_stream(index).ptr) or LEGACY_DEFAULT
 
@@ -83,6 +87,14 @@ def refuse_fork() -> None:
             "CUDA cannot be used in a forked process.\n"
             "Start workers with the spawn method, or do it in the main process."
         )
+
+
+def never_freed(*objects: object) -> None:
+    """Keep them beyond the end of the interpreter. In a forked child the parent's events and page-locked memory can
+    neither be used nor freed: torch, which tries, ends the process.
+    """
+    for x in objects:
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(x))
 
 
 def _after_fork() -> None:
@@ -239,6 +251,7 @@ def identify(stream: Any) -> tuple[int, int]:
             f"{type(stream).__name__} is no CUDA stream: it has no __cuda_stream__. "
             "Give a stream of torch, CuPy or cuda.core, or its raw handle"
         )
+    number = int(number)  # older releases of cuda.core answer with an object
     if number < 0:
         raise ValueError(f"{number} is no stream handle")
     if number == PER_THREAD_DEFAULT:
@@ -306,6 +319,7 @@ def use_stream(stream: Any) -> Iterator[Any]:
             own = stream if isinstance(stream, cupy.cuda.Stream) else wrapped("cupy", number, index)
             stack.callback(_use_again, cupy, cupy.cuda.get_current_stream(index), index)
             stack.enter_context(own)  # `.use()` would be forgotten at the end of a with block of CuPy's inside
+            stack.enter_context(cupy.cuda.Device(index))  # again: `own` is left on whatever device is current then
         yield stream
 
 

@@ -20,6 +20,7 @@ from tensorbridge import _device_lanes, _lease, _staging, _stream_order, _stream
 def installed(monkeypatch, *, devices=1, without=()):
     """For a fixture: the machine, with torch and CuPy on it where tensorbridge looks for them, and nothing kept yet."""
     machine = Machine(devices)
+    machine.backend = "native"  # torch's allocator
     machine.torch, machine.cupy = make_torch(machine), make_cupy(machine)
     sys.modules.pop("tensorbridge._adapters._cupy", None)  # made for the real CuPy, where it is installed
     for name in ("torch", "cupy"):
@@ -196,6 +197,7 @@ def make_torch(machine):
     cuda.is_current_stream_capturing = lambda: machine.is_capturing(machine.device, current[machine.device])
     cuda.caching_allocator_alloc = allocate
     cuda.caching_allocator_delete = lambda address: machine.torch_memory.release(blocks.pop(address))
+    cuda.get_allocator_backend = lambda: machine.backend
     cuda.memory_allocated = lambda index=0: machine.torch_memory.used
 
     def full(shape, value):
@@ -345,25 +347,12 @@ def make_cupy(machine):
         machine.did("memcpy", kind, nbytes, (device, number))
         machine.kernel(device, number, lambda: np.copyto(at(target, (nbytes,), "u1"), at(source, (nbytes,), "u1")))
 
-    def allocator(malloc, free):
-        class Memory:
-            def __init__(self, nbytes):
-                self.device_id, self.ptr = machine.device, 0
-                self.ptr = malloc(nbytes, self.device_id)
-
-            def __del__(self):
-                if self.ptr:
-                    free(self.ptr, self.device_id)
-
-        return types.SimpleNamespace(malloc=lambda nbytes: MemoryPointer(Memory(nbytes), 0))
-
     events = weakref.WeakValueDictionary()
     chosen = [lambda nbytes: MemoryPointer(OwnMemory(machine.cupy_memory.alloc(nbytes)), 0)]
     cupy.ndarray, cupy.cuda = ndarray, cuda
     cupy.empty = lambda shape, dtype=np.float32: ndarray(shape, dtype)
     cuda.Stream, cuda.Event, cuda.Device = Stream, CudaEvent, Device
     cuda.UnownedMemory, cuda.MemoryPointer = UnownedMemory, MemoryPointer
-    cuda.PythonFunctionAllocator = allocator
     cuda.get_allocator = lambda: chosen[0]
     cuda.set_allocator = lambda malloc: chosen.__setitem__(0, malloc)
     cuda.alloc = lambda nbytes: chosen[0](nbytes)
@@ -402,7 +391,10 @@ def make_cupy(machine):
         machine.kernel(device, current[device], lambda: a.array().fill(value))
         return a
 
-    cupy.full = full
+    def copyto(out, x, casting):
+        memcpy(out.data.ptr, x.data.ptr, x.nbytes, 3, current[machine.device])
+
+    cupy.full, cupy.copyto = full, copyto
     return cupy
 
 

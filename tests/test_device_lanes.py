@@ -8,6 +8,9 @@ from races import ON_CUPY, ON_TORCH, SHAPE, Race, address, plays, with_adapters
 import tensorbridge as tb
 from tensorbridge import _device_lanes, _lease, _streams
 from tensorbridge._adapters import _torch_cuda
+from tensorbridge._convert import moment
+from tensorbridge._plan import decide
+from tensorbridge._step import Want
 
 ONE = 0x60  # the stream that is current in both
 
@@ -44,6 +47,33 @@ def test_a_lane_makes_what_the_full_road_makes_and_asks_cuda_for_the_same(machin
     assert type(by_lane) is type(by_road)
     assert [call for call in machine.calls if call[0] != "is_capturing"] == asked
     assert len(_lease._leases) == (2 if isinstance(x, machine.cupy.ndarray) else 0)
+
+
+@pytest.fixture
+def torch_without_cuda(machine, monkeypatch):
+    """A torch for the CPU alone, beside a CuPy that has a device."""
+
+    def init():
+        raise AssertionError("Torch not compiled with CUDA enabled")
+
+    monkeypatch.setattr(machine.torch.cuda, "init", init)
+    for name in ("is_available", "is_initialized"):
+        monkeypatch.setattr(machine.torch.cuda, name, lambda: False)
+
+
+@pytest.mark.usefixtures("torch_without_cuda")
+def test_what_a_torch_without_cuda_cannot_hold_comes_to_the_host_through_cupy(machine):
+    here = moment(ON_CUPY, Want("torch", tb.Device("cpu")))
+    steps = decide(ON_CUPY, Want("torch", tb.Device("cpu")), here).steps
+    assert [(step.op, step.after.framework) for step in steps] == [("to_host", "numpy"), ("share", "torch")]
+
+
+@pytest.mark.usefixtures("torch_without_cuda")
+def test_a_torch_without_cuda_gets_no_device_memory(machine):
+    x = machine.cupy.full(SHAPE, 1.0)
+    assert _torch_cuda.plain_from_cupy(x) is None
+    with pytest.raises(tb.DeviceError, match="not compiled with CUDA enabled"):
+        _streams.current("torch", 0)
 
 
 def test_a_lane_leaves_a_tensor_without_memory_of_its_own_to_be_refused(machine, monkeypatch):

@@ -33,6 +33,39 @@ def cupy(machine):
 OWNERS = pytest.mark.parametrize("owner", ["torch", "cupy"])
 
 
+def test_memory_is_kept_while_a_finalizer_of_the_same_cycle_uses_it(cupy, monkeypatch):
+    """The collector tells weak references first, then it calls `__del__`."""
+    monkeypatch.setattr(_lease._Ending, "passed", lambda ending: True)
+    seen = []
+
+    class Owner:
+        def __del__(self):
+            seen.append("owner dropped")
+
+    class Node:
+        def __del__(self):
+            seen.append("memory used")
+
+    node = Node()
+    node.itself = node
+    node.memory = cupy.cuda.UnownedMemory(4096, 4, _lease.lend_array(Owner(), 1, 0), 0)
+    del node
+    gc.collect()
+    assert seen == ["memory used", "owner dropped"]
+
+
+@pytest.mark.parametrize("backend", ["cudaMallocAsync", "pluggable"])
+def test_what_another_allocator_of_torchs_has_given_is_leased(machine, backend):
+    """torch hands `record_stream` on to it, and it may do nothing, or warn."""
+    machine.backend = backend
+    race = Race(machine, "torch", crossings())
+    freed, taken = plays(race)
+    assert taken != freed
+    assert race.values == {1.0}
+    assert "record_stream" not in machine.names()
+    assert race.settled() == 0
+
+
 @OWNERS
 def test_the_raw_road_reads_the_memory_of_its_successor(machine, owner):
     """The negative control of all races here."""

@@ -1,5 +1,6 @@
 """`share_memory_pool`: CuPy allocates from torch's pool, on the right stream, and can be given its own back."""
 
+import gc
 import sys
 
 import fake_frameworks
@@ -58,6 +59,21 @@ def test_a_freed_block_is_reused_on_its_own_stream_only(machine, cuda):
         assert cuda.alloc(64).ptr == first
         machine.current["cupy"][0] = 0x70
         assert cuda.alloc(64).ptr != first
+
+
+def test_a_block_is_held_by_what_the_garbage_collector_does_not_take_apart(machine, cuda):
+    """CuPy's `PythonFunctionAllocator` is: of an array in a cycle it loses the block, for it can free it no more."""
+    with tb.share_memory_pool():
+        memory = cuda.alloc(64).mem
+    assert not gc.is_tracked(memory._owner)
+    del memory
+    assert machine.torch_memory.used == 0
+
+
+def test_nothing_is_asked_of_torch_for_no_bytes(machine, cuda):
+    with tb.share_memory_pool():
+        nothing = cuda.alloc(0)
+    assert (nothing.ptr, machine.blocks) == (0, {})
 
 
 def test_it_can_be_undone_once_and_twice_does_no_harm(machine, cuda):

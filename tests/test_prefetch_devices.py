@@ -86,6 +86,19 @@ def test_work_of_the_consumer_waits_for_its_batch_on_a_device(waits, machine, mo
     assert list(ready) == []
 
 
+def test_no_batch_is_handed_over_while_a_graph_is_captured(machine):
+    """Its transfer is no part of the graph: waiting for it would break the capture."""
+    machine.current["cupy"][0] = 0x50
+    ready = tb.prefetch([np.ones(3, "f4")] * 3, to="cupy")
+    next(ready)
+    machine.capturing.add((0, 0x50))
+    machine.calls.clear()
+    with pytest.raises(tb.DeviceError, match="Take the batch before"):
+        next(ready)
+    machine.capturing.clear()
+    ready.close()
+
+
 def test_batches_that_were_on_the_device_are_let_go_once_they_were_read(machine):
     gone: list[Any] = []
 

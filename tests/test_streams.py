@@ -51,6 +51,18 @@ class CudaCoreStream:
         return 0, self.handle
 
 
+class Handle:
+    """What older releases of cuda.core answer with."""
+
+    def __int__(self):
+        return 0x78
+
+
+class OlderCudaCoreStream:
+    def __cuda_stream__(self):
+        return 0, Handle()
+
+
 class OnlyTheProtocol:
     def __cuda_stream__(self):
         return 0, 0x77
@@ -63,6 +75,7 @@ STREAMS = {
     "CuPy's null stream, on the current device": (lambda m: m.cupy.cuda.Stream.null, (1, 0)),
     "a cuda.core stream": (lambda m: CudaCoreStream(0x70, 1), (0x70, 1)),
     "anything with the protocol, on the current device": (lambda m: OnlyTheProtocol(), (0x77, 0)),
+    "a stream whose handle is an object": (lambda m: OlderCudaCoreStream(), (0x78, 0)),
     "a raw handle": (lambda m: 0x90, (0x90, 0)),
     "0": (lambda m: 0, (1, 0)),
     "1": (lambda m: 1, (1, 0)),
@@ -126,6 +139,14 @@ def test_use_stream_puts_everything_back_after_an_error_and_nests(machine, torch
         raise ZeroDivisionError
     assert currents(machine, 0) == currents(machine, 1) == (1, 1)
     assert machine.device == 0
+
+
+def test_use_stream_leaves_the_streams_of_other_devices_alone_whichever_device_is_current_at_its_end(machine, torch):
+    machine.current["torch"][1] = machine.current["cupy"][1] = 0x700
+    with tb.use_stream(torch.cuda.Stream(0)):
+        machine.device = 1
+    assert currents(machine, 0) == (1, 1)
+    assert currents(machine, 1) == (0x700, 0x700)
 
 
 def test_a_cupy_stream_that_was_made_current_by_use_is_current_again_afterwards(machine, cupy):

@@ -374,6 +374,25 @@ def test_a_peer_copy_waits_for_the_source_and_keeps_it(machine):
     assert machine.device == 0
 
 
+def test_filling_an_array_on_another_device_waits_for_the_source_and_keeps_it(machine):
+    adapter = fake_frameworks.cupy_adapter()
+    machine.current["cupy"][0], machine.current["cupy"][1] = 0x50, 0x60
+    x = machine.cupy.full((2, 3), 1.0)
+    with machine.cupy.cuda.Device(1):
+        out = machine.cupy.empty((2, 3))
+    step = Step("fill", "", after=Traits("cupy", CUDA1))
+    fill = adapter.performer(step, Traits("cupy", CUDA0), Want("cupy", CUDA1, out=Traits("cupy", CUDA1)))
+    with machine.hold(0, 0x50):
+        assert fill(x, out) is out
+        machine.run()
+        used = machine.cupy_memory.used
+        del x
+        assert machine.cupy_memory.used == used, "the source is kept"
+    machine.run()
+    assert set(out.array().ravel()) == {1.0}
+    assert _lease.settle() == 0
+
+
 def test_a_transfer_leaves_the_current_device_and_streams_as_they_were(machine):
     adapter = fake_frameworks.cupy_adapter()
     a = ARRAYS["C"]()

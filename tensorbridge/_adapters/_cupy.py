@@ -260,6 +260,12 @@ def _filler(before: Traits, want: Want) -> Callable[..., Any]:
         return out
 
     def into_cupy(x: Any, out: Any) -> Any:
+        source, target = x.data.device_id, out.data.device_id
+        if source != target:
+            if before.spacing != "dense":
+                with cupy.cuda.Device(source):
+                    x = x.copy(order="K")
+            x = _peer_copied(x, source, target)
         cupy.copyto(out, x, casting="unsafe")
         return out
 

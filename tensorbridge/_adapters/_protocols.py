@@ -7,7 +7,6 @@ cannot say so (a DLPack without flags), arrives read-only.
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Callable, Mapping
 from operator import index as index_of
 from typing import Any, NamedTuple
@@ -154,7 +153,7 @@ def _by_dlpack(x: Any, want: Want) -> tuple[Any, Traits]:
             f"{type(x).__name__} lies on a device of DLPack type {kind}; only the host and CUDA are known here.\n"
             "Copy it to the host with its own library first."
         )
-    reader = want.framework if want.framework != "numpy" else "torch" if "torch" in sys.modules else "cupy"
+    reader = want.framework if want.framework != "numpy" else "torch" if _streams.usable("torch") else "cupy"
     _refuse_fork(x)
     number = _stream(type(x).__name__, reader, index)
     _refuse_capture(x)  # the producer may record an event

@@ -50,6 +50,8 @@ def plain_from_cupy(x: Any) -> Tensor | None:
     if data.ptr % x.itemsize:
         return None
     index = data.device_id
+    if not _streams.usable("torch"):
+        return None
     number = _streams.current("torch", index)
     if number != _streams.current("cupy", index) or _streams.in_child or _streams.capturing():
         return None

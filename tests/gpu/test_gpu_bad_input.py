@@ -1,5 +1,6 @@
 """Bad input on a device, and memory of others: clear errors, and devices, streams and pools are left as found."""
 
+import gc
 import subprocess
 import sys
 import time
@@ -84,6 +85,22 @@ if not pid:
     print(told == len(calls) and described and tb.info().devices == (), flush=True)
     os._exit(0)
 os.waitpid(pid, 0)
+""",
+    "a forked child that runs to the interpreter's end": """
+import os, sys, numpy as np, torch, tensorbridge as tb
+from tensorbridge import _lease, _stream_order
+tb.to_numpy(tb.to_torch(np.zeros(1 << 24), device="cuda"))  # through the ring
+t = torch.ones(1 << 20, device="cuda")
+with torch.cuda.stream(torch.cuda.Stream()): c = tb.to_cupy(t)  # ordered by an event
+kept = _stream_order.mark(1, 0)
+_lease._pending.append(kept)
+del t, c, kept
+torch.cuda.synchronize()
+sys.stdout.flush()
+pid = os.fork()
+if not pid: sys.exit(0)
+print(os.waitpid(pid, 0)[1] == 0)
+_lease._pending.clear()
 """,
     "a device lost from view": """
 import os
@@ -234,3 +251,16 @@ def test_one_pool_serves_both_and_can_be_undone(torch, cupy):
     assert cupy.cuda.get_allocator() is allocator
     assert torch.cuda.memory_allocated() == before
     assert _streams.same(0)
+
+
+def test_the_pool_of_both_gets_the_blocks_of_arrays_in_cycles_back(torch, cupy):
+    gc.collect()
+    before = torch.cuda.memory_allocated()
+    with tb.share_memory_pool():
+        for _ in range(10):
+            cycle = [cupy.ones(MIB, cupy.uint8)]
+            cycle.append(cycle)
+        del cycle
+        gc.collect()
+    torch.cuda.synchronize()
+    assert torch.cuda.memory_allocated() == before
