@@ -24,6 +24,8 @@ from tensorbridge._array import CPU, ArrayInfo
 from tensorbridge._containers import ARRAY, OTHER, flatten, kind_of
 from tensorbridge._eager import told
 from tensorbridge._errors import DeviceError
+from tensorbridge._leaf import identity
+from tensorbridge._pack import ALIGN
 
 if TYPE_CHECKING:
     from concurrent.futures import Future, ThreadPoolExecutor
@@ -201,28 +203,22 @@ def _into_pinned(x: Any) -> Any:
     flat = flatten(x) if is_tree else None
     leaves = [x] if flat is None else flat.leaves
     infos = [_api.describe(leaf) for leaf in leaves]
+    keys = [identity(info, leaf) or id(leaf) for info, leaf in zip(infos, leaves, strict=True)]
     places: dict[Any, int] = {}
     end = 0
-    for info in infos:
-        if info.device != CPU and _key(info) not in places:
-            places[_key(info)] = end
+    for key, info in zip(keys, infos, strict=True):
+        if info.device != CPU and key not in places:
+            places[key] = end
             end += -(-info.nbytes // ALIGN) * ALIGN
     block = _staging.pinned_empty(end)
     filled: dict[Any, Any] = {}
-    for leaf, info in zip(leaves, infos, strict=True):
-        if _key(info) not in filled:
-            start = places.get(_key(info))
+    for key, leaf, info in zip(keys, leaves, infos, strict=True):
+        if key not in filled:
+            start = places.get(key)
             out = None if start is None else _laid_out(block[start : start + info.nbytes], info)
-            filled[_key(info)] = _api.to_numpy(leaf, out=out)
-    results = [filled[_key(info)] for info in infos]
+            filled[key] = _api.to_numpy(leaf, out=out)
+    results = [filled[key] for key in keys]
     return results[0] if flat is None else flat.built(results)
-
-
-ALIGN = 256  # bytes: what CUDA gives any array of its own
-
-
-def _key(info: ArrayInfo) -> tuple[Any, ...]:
-    return info.framework, info.device, info.address, info.dtype, info.shape, info.strides, info.lazy
 
 
 def _laid_out(block: Any, info: ArrayInfo) -> Any:

@@ -248,6 +248,27 @@ def test_pinned_results_of_a_tree_are_views_of_one_block(machine, monkeypatch):
     assert block.nbytes == 2 * _async.ALIGN
 
 
+class Maker:
+    """Makes its array anew whenever it is asked, so that no address tells two of them apart."""
+
+    def __init__(self, value):
+        self.value = value
+
+    def __array__(self, dtype=None, copy=None):
+        return np.full(3, self.value)
+
+
+@pytest.mark.parametrize("pinned", [False, True])
+def test_what_lies_on_the_host_beside_device_memory_stays_itself(machine, pinned):
+    a = np.zeros(3)
+    frozen = a.view()
+    frozen.flags.writeable = False
+    tree = [machine.cupy.full((3,), 9.0), a, frozen, Maker(1.0), Maker(2.0)]
+    made = tb.to_numpy_async(tree, pinned=pinned).result(timeout=30)
+    assert [x[0] for x in made] == [9.0, 0.0, 0.0, 1.0, 2.0]
+    assert [made[1].flags.writeable, made[2].flags.writeable] == [True, False]
+
+
 @pytest.mark.parametrize("name", ["transposed", "0-d", "empty", "plain"])
 def test_pinned_results_keep_the_memory_order(machine, name):
     arrays = {
