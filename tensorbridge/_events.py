@@ -109,13 +109,14 @@ class Trace:
         """
         import json  # only needed here
 
-        threads = {name: number for number, name in enumerate(dict.fromkeys(e.thread for e in self.events), 1)}
+        events = list(self.events)  # other threads may still add to them
+        threads = {name: number for number, name in enumerate(dict.fromkeys(e.thread for e in events), 1)}
         pid = os.getpid()
         records: list[dict[str, Any]] = [
             {"name": "thread_name", "ph": "M", "pid": pid, "tid": number, "args": {"name": name}}
             for name, number in threads.items()
         ]
-        for event in self.events:
+        for event in events:
             steps = [f"{s.op} {bytes_text(s.nbytes)}: {s.why}" for s in event.steps]
             records.append(
                 {
@@ -139,7 +140,7 @@ class Trace:
             with open(path, "w", encoding="utf-8") as file:
                 json.dump({"traceEvents": records, "displayTimeUnit": "ns"}, file)
         except OSError as error:
-            text = f"the trace cannot be written ({error.strerror}); its {len(self.events)} events are kept"
+            text = f"the trace cannot be written ({error.strerror}); its {len(events)} events are kept"
             raise OSError(error.errno, text, os.fspath(path)) from error
 
 

@@ -284,6 +284,19 @@ def test_saved_trace_is_chrome_trace_json(tmp_path, reversed_array):
     assert event["args"]["steps"][0] == "pack 48 B: torch has no negative strides"
 
 
+def test_a_trace_can_be_saved_while_other_threads_add_to_it(tmp_path, reversed_array):
+    class Growing(list):
+        def __iter__(self):
+            yield from super().__iter__()
+            self.append(self[-1]._replace(thread=f"thread {len(self)}"))
+
+    with tb.trace() as seen:
+        tb.to_torch(reversed_array)
+    seen.events = Growing(seen.events)
+    seen.save(tmp_path / "trace.json")
+    assert len(json.loads((tmp_path / "trace.json").read_text())["traceEvents"]) == 2
+
+
 def test_unwritable_path_is_an_error_and_the_events_are_kept(tmp_path, reversed_array):
     with tb.trace() as seen:
         tb.to_torch(reversed_array)
