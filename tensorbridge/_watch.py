@@ -196,7 +196,7 @@ def allow(plan: Plan, asked: str) -> None:
             warnings.warn(text, CopyWarning, stacklevel=_caller()[1])
         else:
             path, _, line = where.rpartition(":")
-            warnings.warn_explicit(text, CopyWarning, path, int(line))
+            warnings.warn_explicit(text, CopyWarning, path, int(line), registry=_said)
         return
     last = 'Allow it with copy_guard("allow") around this call' + (f", or {cure}." if cure else ".")
     error = CopyRequiredError("\n".join([first, *step_lines(plan.steps), last]))
@@ -209,6 +209,8 @@ _HERE = os.path.dirname(os.path.abspath(__file__)) + os.sep
 
 # Set in a worker's context: the ``file:line`` that started it, as no line of the caller's is on its stack.
 called_from: ContextVar[str | None] = ContextVar("tensorbridge_called_from", default=None)
+# What workers have warned of: as the registry of a module, so that Python's filters say a thing once there too.
+_said: dict[str | tuple[str, type[Warning], int], int] = {}
 
 
 def _caller() -> tuple[str, int]:

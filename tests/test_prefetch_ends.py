@@ -8,6 +8,7 @@ import sys
 import textwrap
 import threading
 import time
+import warnings
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
@@ -245,6 +246,13 @@ def test_trace_and_warning_name_the_line_that_asked_for_each_conversion():
     lines = [line_of("# in the transform"), line_of("# for the worker")]
     assert [event.where for event in seen.events] == lines
     assert [f"{w.filename}:{w.lineno}" for w in warned] == lines
+
+
+def test_a_guard_warns_once_of_equal_batches_as_python_does_of_a_line():
+    with warnings.catch_warnings(record=True) as warned, tb.copy_guard("warn"):
+        warnings.simplefilter("default")
+        list(on_host([np.arange(3)[::-1] for _ in range(4)]))
+    assert [w.category for w in warned] == [tb.CopyWarning]
 
 
 def test_context_variables_are_those_of_the_caller():
