@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Callable, Mapping
 from importlib import import_module
@@ -134,8 +135,8 @@ def device_named(device: Any, framework: str) -> Device | None:
         else:
             raise TypeError(f"device={device!r}: give a name, a CUDA index, torch.device or cupy.cuda.Device")
     name = f"cuda:{device}" if isinstance(device, int) else device
-    kind, _, index = name.partition(":")
-    if kind not in ("cpu", "cuda") or (index and not index.isdigit()) or (":" in name and not index):
+    kind = name.partition(":")[0]
+    if not re.fullmatch("(cpu|cuda)(:(0|[1-9][0-9]*))?", name):
         hint = _device_hint(device, kind, framework) if isinstance(device, str) else ""
         raise ValueError(f'device={device!r}: choose "cpu", "cuda", "cuda:0" ... or a CUDA index from 0{hint}')
     return CPU if kind == "cpu" else Device(name)

@@ -76,6 +76,11 @@ OPTIONS = {
         'device=\'meta\': choose "cpu", "cuda", "cuda:0" ... or a CUDA index from 0; other devices are torch\'s own '
         "matter: to_torch(x).to('meta')",
     ),
+    "device by an index that torch refuses": (
+        ValueError,
+        lambda: tb.plan(six(), "torch", device="cuda:01"),
+        'device=\'cuda:01\': choose "cpu", "cuda", "cuda:0" ... or a CUDA index from 0; did you mean \'cuda\'?',
+    ),
     "negative device": (
         ValueError,
         lambda: tb.to_torch(six(), device=-1),
