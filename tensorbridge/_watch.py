@@ -133,9 +133,6 @@ class copy_guard(ContextDecorator):
             )
         return super().__call__(function)
 
-    def _recreate_cm(self) -> copy_guard:
-        return copy_guard(self._policy.mode, min_bytes=self._policy.min_bytes, kinds=self._policy.kinds)
-
     def __repr__(self) -> str:
         mode, min_bytes, kinds = self._policy
         chosen = f", kinds={sorted(kinds)}" if kinds != set(KINDS) else ""

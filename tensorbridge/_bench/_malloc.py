@@ -1,7 +1,8 @@
 """The C library's allocator, told whether results come fresh from the kernel or from its own free memory.
 
 glibc moves its threshold while a program runs, so the same line gets fresh pages early in a program and warm ones
-later, and pages that NumPy asked to be huge end up under torch's tensors. A benchmark has to say which it means.
+later, and pages that NumPy asked to be huge end up under torch's tensors. A benchmark has to say which it means. Where
+the library is not glibc, "fresh" rests on results being kept alive alone.
 """
 
 from __future__ import annotations
@@ -11,9 +12,7 @@ import sys
 from typing import Any
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
-MAPPED = (
-    128 * 1024
-)  # bytes: glibc's threshold at the start of a program; larger blocks come from the kernel, and go back
+MAPPED = 128 * 1024  # bytes: the threshold at the start of a program; larger blocks come from the kernel, and go back
 LARGEST = 32 * 1024**2  # bytes: what the threshold grows to; blocks up to here are then reused
 
 
@@ -25,11 +24,6 @@ def _glibc() -> Any:
 
 
 _libc = _glibc()
-
-
-def is_ruled() -> bool:
-    """Whether this allocator can be told; elsewhere "fresh" rests on results being kept alive alone."""
-    return _libc is not None
 
 
 def give_fresh() -> None:
