@@ -150,10 +150,12 @@ def c_strides(shape: tuple[int, ...], itemsize: int) -> tuple[int, ...]:
     return tuple(strides)
 
 
-def reached(shape: tuple[int, ...], strides: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Shape and strides without the axes that lead to no other address: what is left, NumPy can hold."""
-    axes = [(n, s) for n, s in zip(shape, strides, strict=True) if s and n != 1]
-    return tuple([n for n, _ in axes]), tuple([s for _, s in axes])
+def reach(shape: tuple[int, ...], strides: tuple[int, ...], itemsize: int) -> tuple[int, int]:
+    """How far the bytes of an array lie from its first element: from where, and up to where."""
+    if 0 in shape:
+        return 0, 0
+    steps = [(n - 1) * s for n, s in zip(shape, strides, strict=True)]
+    return sum(s for s in steps if s < 0), sum(s for s in steps if s > 0) + itemsize
 
 
 def order_text(order: str, spacing: str) -> str:

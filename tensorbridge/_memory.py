@@ -10,7 +10,7 @@ import numpy as np
 
 from tensorbridge import _dtypes
 from tensorbridge._adapters import _numpy
-from tensorbridge._array import ArrayInfo, reached
+from tensorbridge._array import ArrayInfo, reach
 
 _DENSE = frozenset({"C", "F"})
 _BOUND: Any = 10_000  # candidate solutions that NumPy may try
@@ -59,9 +59,8 @@ def first_meeting(written: Mapping[int, ArrayInfo], read: Mapping[int, ArrayInfo
 def _bounds(info: ArrayInfo) -> tuple[int, int]:
     if info.order in _DENSE:
         return info.address, info.address + info.nbytes
-    steps = [(n - 1) * s for n, s in zip(info.shape, info.strides, strict=True)]
-    itemsize = _dtypes.DTYPES[info.dtype.lstrip(">")].itemsize
-    return info.address + sum(s for s in steps if s < 0), info.address + sum(s for s in steps if s > 0) + itemsize
+    low, high = reach(info.shape, info.strides, _dtypes.DTYPES[info.dtype.lstrip(">")].itemsize)
+    return info.address + low, info.address + high
 
 
 def _at_address(info: ArrayInfo) -> Any:
@@ -69,6 +68,10 @@ def _at_address(info: ArrayInfo) -> Any:
 
 
 def elements(address: int, shape: tuple[int, ...], strides: tuple[int, ...], itemsize: int) -> Any:
-    """An array over addresses of any device, to be compared and never read."""
-    shape, strides = reached(shape, strides)
-    return np.asarray(_numpy.Memory(address, shape, strides, f"|V{itemsize}", True, None))
+    """An array over addresses of any device, to be compared and never read.
+
+    Axes that lead to no other address are left out: what is left, NumPy can hold.
+    """
+    axes = [(n, s) for n, s in zip(shape, strides, strict=True) if s and n != 1]
+    lengths, steps = tuple([n for n, _ in axes]), tuple([s for _, s in axes])
+    return np.asarray(_numpy.Memory(address, lengths, steps, f"|V{itemsize}", True, None))

@@ -7,6 +7,7 @@ transfers wait for nothing that is pinned, and pin what is not: bytes go by `_st
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -14,7 +15,7 @@ import cupy
 import numpy as np
 
 from tensorbridge import _dtypes, _lease, _staging, _stream_order, _streams
-from tensorbridge._array import CPU, ArrayInfo, Device, Traits, layout, order_text, shape_text, size_class
+from tensorbridge._array import CPU, ArrayInfo, Device, Traits, layout, order_text, reach, shape_text, size_class
 from tensorbridge._refuse import Obstacle, askew
 from tensorbridge._roads import CAPTURED, PINNED
 from tensorbridge._step import Op, Step, Want
@@ -152,18 +153,9 @@ def device_of(address: int) -> int:
 
 def _at(address: int, shape: Any, strides: Any, dtype: Any, owner: object, index: int) -> Any:
     """A CuPy array over this memory. With the device given, the driver is asked nothing."""
-    lowest, extent = address, dtype.itemsize
-    if 0 in shape:
-        extent = 0
-    elif strides is None:
-        for length in shape:
-            extent *= length
-    else:
-        spans = [(length - 1) * stride for length, stride in zip(shape, strides, strict=True)]
-        lowest += sum(span for span in spans if span < 0)
-        extent += sum(map(abs, spans))
-    memory = cupy.cuda.UnownedMemory(lowest, extent, owner, index)
-    return cupy.ndarray(shape, dtype, cupy.cuda.MemoryPointer(memory, address - lowest), strides)
+    low, high = (0, math.prod(shape) * dtype.itemsize) if strides is None else reach(shape, strides, dtype.itemsize)
+    memory = cupy.cuda.UnownedMemory(address + low, high - low, owner, index)
+    return cupy.ndarray(shape, dtype, cupy.cuda.MemoryPointer(memory, -low), strides)
 
 
 def plain_from_torch(t: Any) -> Any:

@@ -11,7 +11,18 @@ from typing import Any, Literal, TypeAlias, cast
 import numpy as np
 
 from tensorbridge import _dtypes
-from tensorbridge._array import CPU, ArrayInfo, Layout, Traits, c_strides, layout, order_text, shape_text, size_class
+from tensorbridge._array import (
+    CPU,
+    ArrayInfo,
+    Layout,
+    Traits,
+    c_strides,
+    layout,
+    order_text,
+    reach,
+    shape_text,
+    size_class,
+)
 from tensorbridge._refuse import OBSTACLES, Obstacle, cure_rows
 from tensorbridge._step import Op, Step, Want
 
@@ -104,7 +115,7 @@ def _origin(a: Array) -> str:
         return ""
     storage = cast(Any, base).untyped_storage()
     first: int = a.__array_interface__["data"][0] - storage.data_ptr()
-    low, high = reach(a)
+    low, high = reach(a.shape, a.strides, a.itemsize)
     within = first + low >= 0 and first + high <= storage.nbytes()
     return "tensor" if within and first % a.itemsize == 0 else ""
 
@@ -119,14 +130,6 @@ def owner_of(a: Any) -> Any:
         if below is None:
             return owner
         owner = below
-
-
-def reach(a: Array) -> tuple[int, int]:
-    """How far the bytes of an array lie from its first element: from where, and up to where."""
-    if not a.size:
-        return 0, 0
-    steps = [(n - 1) * s for n, s in zip(a.shape, a.strides, strict=True)]
-    return sum(s for s in steps if s < 0), sum(s for s in steps if s > 0) + int(a.itemsize)
 
 
 def _is_masked(a: Array) -> bool:

@@ -17,7 +17,7 @@ from tensorbridge import _dtypes, _refuse, _streams
 from tensorbridge._adapters import _columns, _dlpack, _made, _numpy, _python, _strangers, named
 from tensorbridge._adapters._arrow import Joined
 from tensorbridge._adapters._dlpack import malformed
-from tensorbridge._array import ArrayInfo, Device, Traits, c_strides, layout, order_text, size_class
+from tensorbridge._array import ArrayInfo, Device, Traits, c_strides, layout, order_text, reach, size_class
 from tensorbridge._errors import (
     BridgeError,
     DeviceError,
@@ -215,7 +215,7 @@ def _by_array_interface(x: Any, facts: Any) -> Any:
     except (TypeError, ValueError, OverflowError, BufferError) as error:
         raise malformed(x, f"__array_interface__: {error}") from error
     if a.size and isinstance(data, np.ndarray):  # NumPy does not ask how long the buffer is
-        low, high = (facts.get("offset", 0) + end for end in _numpy.reach(a))
+        low, high = (facts.get("offset", 0) + end for end in reach(a.shape, a.strides, a.itemsize))
         if low < 0 or high > data.size:
             words = f"__array_interface__ needs bytes {low} to {high} of its buffer, which holds {data.size}"
             raise malformed(x, words)
@@ -275,9 +275,7 @@ def _device_of(x: Any, address: int) -> int:
 def _foreign_traits(x: Foreign, via: str) -> Traits:
     itemsize = _dtypes.DTYPES[x.dtype].itemsize
     lay = layout(x.shape, x.strides, itemsize)
-    count = 1
-    for length in x.shape:
-        count *= length
+    count = math.prod(x.shape)
     return Traits(
         via,
         x.device,
@@ -365,12 +363,10 @@ def _described_in_full(handle: Any, traits: Traits) -> ArrayInfo:
         return _numpy.describe(handle, traits)
     if isinstance(handle, Joined):
         return _python.describe(handle, traits)
-    itemsize, count = _dtypes.DTYPES[traits.dtype].itemsize, 1
-    for length in handle.shape:
-        count *= length
+    nbytes = math.prod(handle.shape) * _dtypes.DTYPES[traits.dtype].itemsize
     order = order_text(traits.order, traits.spacing)
     return ArrayInfo(
-        traits.framework, traits.device, traits.dtype, handle.shape, handle.strides, count * itemsize, order,
+        traits.framework, traits.device, traits.dtype, handle.shape, handle.strides, nbytes, order,
         traits.writable, False, None, "", None, handle.stream, handle.address, traits.overlap,
     )  # fmt: skip
 
