@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any
 from tensorbridge import _dtypes, _readonly, _refuse
 from tensorbridge._adapters import adapter_of
 from tensorbridge._array import shape_text
-from tensorbridge._block import Block
 from tensorbridge._eager import eager
 from tensorbridge._errors import DeviceError, GraphError, UnsupportedArrayError
+from tensorbridge._reentrant import Reentrant
 from tensorbridge._step import HERE, Want, bytes_text
 
 if TYPE_CHECKING:
@@ -92,7 +92,7 @@ def editing(tensor: torch.Tensor) -> AbstractContextManager[NDArray[Any]]:
     """
     torch = torch_of(tensor, "editing")
     edit = _edit_host if on_host(_alias(torch, tensor)) else _edit_copy
-    return Block(lambda: edit(torch, tensor), "editing")
+    return Reentrant(lambda: edit(torch, tensor), "editing")
 
 
 @contextlib.contextmanager

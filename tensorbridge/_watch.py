@@ -17,10 +17,10 @@ from contextlib import AbstractContextManager, ContextDecorator, contextmanager
 from contextvars import ContextVar
 from typing import Any, Literal, NamedTuple, TypeAlias, TypeVar, get_args
 
-from tensorbridge._block import Block
 from tensorbridge._eager import eager
 from tensorbridge._errors import CopyRequiredError, CopyWarning, nearest
 from tensorbridge._events import Event, Trace
+from tensorbridge._reentrant import Reentrant
 from tensorbridge._step import Plan, bytes_text, step_lines
 
 _F = TypeVar("_F", bound=Callable[..., Any])
@@ -255,7 +255,7 @@ def trace() -> AbstractContextManager[Trace]:
     >>> [(event.kind, event.nbytes) for event in seen.events]
     [('', 0), ('h2h', 24)]
     """
-    return Block(_traced, "trace")
+    return Reentrant(_traced, "trace")
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from tensorbridge._eager import eager
 _T = TypeVar("_T")
 
 
-class Block(AbstractContextManager[_T], Generic[_T]):
+class Reentrant(AbstractContextManager[_T], Generic[_T]):
     """Opens what `make` makes, anew each time; blocks of one object nest."""
 
     def __init__(self, make: Callable[[], AbstractContextManager[_T]], call: str) -> None:
