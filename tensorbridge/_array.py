@@ -43,9 +43,9 @@ class Layout(NamedTuple):
 class Traits(NamedTuple):
     """The kind of an array: all that a decision may see. Two arrays of one kind are always treated alike."""
 
-    framework: (
-        str  # "numpy" "torch" "cupy"; a protocol, "dlpack" ... "python scalar"; "torch list" ...; "column", "table"
-    )
+    # "numpy", "torch", "cupy"; of what is no array yet: a protocol ("dlpack" ...), "torch list", "python scalar",
+    # "column", "table"
+    framework: str
     device: Device = CPU
     dtype: str = "float32"  # name of _dtypes; ">float32": bytes swapped
     order: str = "C"
@@ -58,9 +58,9 @@ class Traits(NamedTuple):
     lazy: str = ""  # "conj", "neg", "conj neg", "zero": values that are not what the bytes say
     pinned: bool | None = None  # page-locked host memory; None: not asked
     size: str = "small"  # "empty", "small" (< 64 KiB), "medium", "large" (>= 4 MiB), "beyond" what NumPy can hold
-    origin: str = ""  # who stands behind a view: "tensor" (a NumPy view of one), "memmap", "unknown" (`__array__`);
-    # nobody: "copied", the producer has made a copy for us and says so, "made", and it is seen; of a column or a table,
-    # which is no array yet, what has to be done to make one
+    # Who stands behind a view: "tensor" (a NumPy view of one), "memmap", "unknown" (`__array__`). Nobody: "copied" (the
+    # producer made a copy for us and says so), "made" (it is seen to have). Of a column or a table: how it becomes one.
+    origin: str = ""
 
 
 class ArrayInfo(NamedTuple):
