@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from tensorbridge._info import Info, info
     from tensorbridge._lease import used_on
     from tensorbridge._pool import share_memory_pool
-    from tensorbridge._prefetch import prefetch
+    from tensorbridge._prefetch import Prefetch, prefetch
 
 __version__ = "0.1.0"
 
@@ -48,6 +48,7 @@ __all__ = [
     "Info",
     "MissingFrameworkError",
     "Plan",
+    "Prefetch",
     "ProducerError",
     "Step",
     "Trace",
@@ -78,6 +79,7 @@ __all__ = [
 _LATER = {
     "Graph": "_graph",
     "Info": "_info",
+    "Prefetch": "_prefetch",
     "Transfer": "_async",
     "autograd_graph": "_graph",
     "collate": "_collate",

@@ -54,7 +54,7 @@ ERRORS = {
     "MissingFrameworkError": (tb.BridgeError, ImportError),
     "ProducerError": (tb.BridgeError, BufferError),
 }
-SUPPORTING = {"CopyWarning", "Device", "Event", "Graph", "Info", "Trace", "Traits", "Transfer", "tree"}
+SUPPORTING = {"CopyWarning", "Device", "Event", "Graph", "Info", "Prefetch", "Trace", "Traits", "Transfer", "tree"}
 
 
 def signature(function: object) -> str:
