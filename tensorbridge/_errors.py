@@ -55,6 +55,12 @@ class ProducerError(BridgeError, BufferError):
     """A foreign array failed while exporting its memory, or described it wrongly; its own error is the cause."""
 
 
+INSTALL = {
+    "torch": "pip install torch (for the CPU alone, from PyTorch's own CPU index)",
+    "cupy": "pip install cupy-cuda12x or cupy-cuda13x[ctk], whichever the driver's CUDA version asks for",
+}
+
+
 def nearest(given: object, choices: Iterable[str]) -> str:
     """The choice that a misspelt word was probably meant to be, as the end of a message; or nothing."""
     from difflib import get_close_matches  # slow to import, and only needed here

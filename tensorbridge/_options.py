@@ -13,7 +13,7 @@ from tensorbridge import _dtypes, _streams
 from tensorbridge import _words as words
 from tensorbridge._adapters import adapter_of
 from tensorbridge._array import CPU, ArrayInfo, Device, Traits
-from tensorbridge._errors import DeviceError, MissingFrameworkError, nearest
+from tensorbridge._errors import INSTALL, DeviceError, MissingFrameworkError, nearest
 from tensorbridge._memory import infos_share
 from tensorbridge._refuse import FORKED, Obstacle
 from tensorbridge._step import Want
@@ -207,12 +207,8 @@ def require(framework: str, call: str = "") -> Any:
     try:
         return import_module(framework)
     except ImportError as error:
-        cure = {
-            "torch": "pip install torch (for the CPU alone, from PyTorch's own CPU index)",
-            "cupy": "pip install cupy-cuda12x or cupy-cuda13x[ctk], whichever the driver's CUDA version asks for",
-        }[framework]
-        asked = call or f"to_{framework}"
-        raise MissingFrameworkError(f"{asked}: {framework} cannot be imported: {error}.\n{cure}") from error
+        text = f"{call or f'to_{framework}'}: {framework} cannot be imported: {error}"
+        raise MissingFrameworkError(f"{text}.\n{INSTALL[framework]}") from error
 
 
 def with_out(want: Want, out: Any) -> Want:

@@ -19,6 +19,7 @@ from tensorbridge._adapters._arrow import Joined
 from tensorbridge._adapters._dlpack import malformed
 from tensorbridge._array import ArrayInfo, Device, Traits, c_strides, layout, order_text, reach, size_class
 from tensorbridge._errors import (
+    INSTALL,
     BridgeError,
     DeviceError,
     MissingFrameworkError,
@@ -381,8 +382,7 @@ def performer(step: Step, before: Traits, want: Want) -> Callable[..., Any]:
     except ModuleNotFoundError as error:
         raise MissingFrameworkError(
             f"to_{want.framework}: device memory that is read-only, unaligned, or has negative or odd strides, is read "
-            f"by CuPy: {error}.\n"
-            "pip install cupy-cuda12x or cupy-cuda13x[ctk], whichever the driver's CUDA version asks for"
+            f"by CuPy: {error}.\n{INSTALL['cupy']}"
         ) from error
 
     def read(x: Any) -> Any:
