@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import threading
+import time
 
 import ml_dtypes
 import numpy as np
@@ -120,6 +122,26 @@ def test_a_block_can_be_opened_again_and_in_itself():
     with pytest.raises(ValueError, match="read-only"):
         a[0] = 4
     assert repr(block) == "<editing: open it by a with block>"
+
+
+def test_a_block_that_is_open_in_two_threads_closes_the_array_of_its_own():
+    block, opened = editing(torch.zeros(2)), threading.Event()
+    given = []
+
+    def first():
+        with block as a:
+            given.append(a)
+            opened.wait()
+
+    thread = threading.Thread(target=first)
+    thread.start()
+    while not given:
+        time.sleep(0.001)
+    with block as b:
+        opened.set()
+        thread.join()
+        assert (given[0].flags.writeable, b.flags.writeable) == (False, True)
+    assert not b.flags.writeable
 
 
 def test_a_subclass_without_own_memory_rules_is_edited_as_a_plain_array():
