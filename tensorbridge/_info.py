@@ -56,6 +56,8 @@ class Info(NamedTuple):
             lines.append(f"  {source:<{first}}  {row}".rstrip())
         return "\n".join(lines)
 
+    __repr__ = __str__
+
 
 def info() -> Info:
     """Return what is installed, which CUDA devices are seen, and which routes share memory.

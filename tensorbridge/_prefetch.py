@@ -126,8 +126,10 @@ def _want(to: str, device: Any, depth: int, transform: Any, copy: Any) -> Want:
     if transform is not None and not callable(transform):
         raise TypeError(f"prefetch(transform={transform!r}): a callable or None")
     if to == "numpy":
-        if _options.device_named(device, to) != CPU:
-            raise ValueError(f'prefetch(to="numpy", device={device!r}): NumPy arrays are on the host; say device="cpu"')
+        if _options.device_named(device, to) not in (None, CPU):
+            said = ", which is the default" if device == "cuda" else ""
+            text = f'prefetch(to="numpy", device={device!r}{said}): NumPy arrays are on the host'
+            raise ValueError(f'{text}; say device="cpu"')
         return _options.want_numpy(None, copy, None, True, None, "prefetch")
     _options.require(to, "prefetch")
     if to == "cupy":

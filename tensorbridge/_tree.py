@@ -234,6 +234,8 @@ class TreePlan(NamedTuple):
             lines.append(f"{len(self.left)} x left as it is: {_some([f'{x.path} ({x.type})' for x in self.left])}")
         return "\n".join(lines)
 
+    __repr__ = __str__
+
 
 def _kind(array: ArrayInfo | Traits) -> str:
     return f"{array.framework} {array.dtype} on {array.device}{'' if array.writable else ', read-only'}"

@@ -64,6 +64,7 @@ def torch_without_cuda(machine, monkeypatch):
 @pytest.mark.usefixtures("torch_without_cuda")
 def test_what_a_torch_without_cuda_cannot_hold_comes_to_the_host_through_cupy(machine):
     here = moment(ON_CUPY, Want("torch", tb.Device("cpu")))
+    assert here.gpu == "cupy"
     steps = decide(ON_CUPY, Want("torch", tb.Device("cpu")), here).steps
     assert [(step.op, step.after.framework) for step in steps] == [("to_host", "numpy"), ("share", "torch")]
 

@@ -248,6 +248,13 @@ def test_trace_and_warning_name_the_line_that_asked_for_each_conversion():
     assert [f"{w.filename}:{w.lineno}" for w in warned] == lines
 
 
+def test_to_numpy_on_the_host_and_the_default_device_is_told():
+    for device in ("cpu", None):
+        assert [type(batch) for batch in tb.prefetch([torch.ones(2)], to="numpy", device=device)] == [np.ndarray]
+    with pytest.raises(ValueError, match="which is the default.*on the host; say device=\"cpu\""):
+        tb.prefetch([np.ones(2)], to="numpy")
+
+
 def test_a_guard_warns_once_of_equal_batches_as_python_does_of_a_line():
     with warnings.catch_warnings(record=True) as warned, tb.copy_guard("warn"):
         warnings.simplefilter("default")

@@ -88,6 +88,11 @@ def test_record_begins_with_the_fields_of_the_design(name):
     assert list(getattr(tb, name)._fields[: len(fields)]) == fields
 
 
+def test_a_prompt_shows_what_str_says():
+    for shown in (tb.plan([1.0], "torch"), tb.tree.plan({"x": bytearray(8)}, "torch"), tb.info()):
+        assert repr(shown) == str(shown)
+
+
 def test_str_of_a_plan_and_of_an_array_is_for_a_person():
     import numpy as np
 
