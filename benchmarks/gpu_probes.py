@@ -21,6 +21,7 @@ from typing import Any
 import ml_dtypes  # noqa: F401  (registers the names of its dtypes)
 import numpy as np
 
+os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")  # as in tests/conftest.py: fewer streams share a queue
 sys.path.append(str(Path(__file__).parent.parent / "tests" / "gpu"))
 MIB = 1 << 20
 
@@ -93,22 +94,39 @@ print("unnoticed")
 """
 
 
+QUEUES = """
+import sys; sys.path.append({tests!r})
+import torch
+from holding import Gate
+gate, streams = Gate(), [torch.cuda.Stream() for _ in range(32)]
+print(sum(not gate.apart(streams[0], other) for other in streams[1:]), "of 31 wait behind a held stream")
+"""
+
+
+def queues(torch: Any, cupy: Any) -> str:
+    """Streams that share a queue of the hardware: what waits in one holds up the other."""
+    told = []
+    for connections in ("8", "32"):
+        os.environ["CUDA_DEVICE_MAX_CONNECTIONS"] = connections
+        told.append(f"{connections} connections: {in_a_process(QUEUES.format(tests=sys.path[-1]))}")
+    return "; ".join(told)
+
+
 def beside_a_held_stream(torch: Any, cupy: Any) -> str:
     """How long calls take on other streams while one is held for 300 ms: what waits for it takes as long."""
     from holding import Gate
 
     gate, held = Gate(), torch.cuda.Stream()
     kernel = cupy.RawKernel('extern "C" __global__ void k(int* p) { p[0] = 1; }', "k")
-    block = cupy.zeros(1, cupy.int32)
+    kernel.compile()
+    block, one = cupy.zeros(1, cupy.int32), np.zeros(1, "i4")
     calls: dict[str, Callable[[], Any]] = {
         "cudaHostAlloc": lambda: torch.empty(48 * MIB, dtype=torch.uint8, pin_memory=True),
         "cudaMalloc": lambda: cupy.cuda.runtime.malloc(48 * MIB),
         "a first kernel": lambda: kernel((1,), (1,), (block,)),
         "cudaEventCreate": lambda: cupy.cuda.Event(),
         "pointerGetAttributes": lambda: cupy.cuda.runtime.pointerGetAttributes(block.data.ptr),
-        "pageable copy up": lambda: cupy.cuda.runtime.memcpyAsync(
-            block.data.ptr, np.zeros(1, "i4").ctypes.data, 4, 1, 0
-        ),
+        "pageable copy up": lambda: cupy.cuda.runtime.memcpyAsync(block.data.ptr, one.ctypes.data, 4, 1, 0),
     }
     told = []
     with cupy.cuda.Stream(non_blocking=True):
@@ -192,6 +210,7 @@ QUESTIONS: dict[str, Callable[[Any, Any], str]] = {
     "what the parts of a crossing cost, ns": pieces,
     "the ring in other shapes": ring,
     "calls beside a stream that is held for 300 ms": beside_a_held_stream,
+    "streams that share a queue": queues,
     "a forked child": lambda torch, cupy: in_a_process(CHILD),
     "is_pinned in a capture": lambda torch, cupy: in_a_process(CAPTURED),
     "an event recorded on a CuPy stream that was destroyed": lambda torch, cupy: in_a_process(DESTROYED),

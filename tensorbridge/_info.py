@@ -56,7 +56,8 @@ class Info(NamedTuple):
             lines.append(f"  {source:<{first}}  {row}".rstrip())
         return "\n".join(lines)
 
-    __repr__ = __str__
+    def __repr__(self) -> str:
+        return str(self)
 
 
 def info() -> Info:

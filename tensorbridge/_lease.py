@@ -106,10 +106,10 @@ def lend_array(owner: Any, number: int, index: int) -> Any:
 
 def lend_tensor(tensor: Any, number: int, index: int, stream: object, *, capturing: bool = False) -> Any:
     """The memory of `tensor`, an alias, is in the hands of CuPy on its stream `number`: what its array is to hold."""
+    _streams.hold(number, index, stream)
     if not tensor.untyped_storage().resizable() or sys.modules["torch"].cuda.get_allocator_backend() != "native":
         return lend_array(tensor, number, index)
     if not capturing:
-        _streams.hold(number, index, stream)
         tensor.record_stream(_streams.wrapped("torch", number, index))
     return tensor
 

@@ -118,7 +118,8 @@ class Plan(NamedTuple):
         head = f"{self.source}\n  -> {result.framework} {result.dtype} on {result.device}{frozen}: {end}"
         return "\n".join([head, *step_lines(self.steps)])
 
-    __repr__ = __str__  # what a person at a prompt, or in a notebook, wants to see
+    def __repr__(self) -> str:
+        return str(self)  # what a person at a prompt, or in a notebook, wants to see
 
 
 def step_lines(steps: tuple[Step, ...]) -> list[str]:

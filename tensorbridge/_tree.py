@@ -234,7 +234,8 @@ class TreePlan(NamedTuple):
             lines.append(f"{len(self.left)} x left as it is: {_some([f'{x.path} ({x.type})' for x in self.left])}")
         return "\n".join(lines)
 
-    __repr__ = __str__
+    def __repr__(self) -> str:
+        return str(self)
 
 
 def _kind(array: ArrayInfo | Traits) -> str:

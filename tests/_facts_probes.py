@@ -22,7 +22,7 @@ def in_a_process(code, imports="numpy as np, torch"):
     """Run `code` in a Python of its own, which may die (no core is dumped): a signal is a negative ``returncode``."""
     no_core = "import resource; resource.setrlimit(resource.RLIMIT_CORE, (0, 0))"
     code = f"{no_core}\nimport {imports}\n{code}"
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=50)
 
 
 class DLTensor(ctypes.Structure):

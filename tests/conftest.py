@@ -13,6 +13,10 @@ from collections.abc import Iterator
 import pytest
 from _pytest.faulthandler import fault_handler_stderr_fd_key
 
+# Streams share the hardware's queues, of which a process gets 8 unless it asks for more; torch alone makes dozens of
+# streams. What waits in a queue holds up all that is behind it. Read by the driver when CUDA is first used.
+os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")
+
 REQUIRE_GPU = os.environ.get("TENSORBRIDGE_REQUIRE_GPU") == "1"
 collect_ignore = [] if os.environ.get("TENSORBRIDGE_REQUIRE_INTEGRATIONS") == "1" else ["integrations"]
 
@@ -69,4 +73,4 @@ def no_thread_is_left() -> Iterator[None]:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("gpu"):
-            item.fixturenames.insert(0, "gpu")  # type: ignore[attr-defined]
+            item.fixturenames[:0] = ["gpu", "a_minute"]  # type: ignore[attr-defined]

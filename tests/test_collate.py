@@ -466,7 +466,7 @@ def test_conversion_to_cuda_in_a_real_forked_worker_is_a_device_error():
         cwd=Path(__file__).parent.parent,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=50,
         check=False,
     )
     assert done.stdout.strip() == "True", done.stderr

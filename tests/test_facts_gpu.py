@@ -27,9 +27,30 @@ def cupy(gpu, a_minute):
     torch.cuda.synchronize()
 
 
-def keep_busy(stream):
+def keep_busy(stream, cycles=CYCLES):
     with torch.cuda.stream(stream):
-        torch.cuda._sleep(CYCLES)
+        torch.cuda._sleep(cycles)
+
+
+def beside(owner, make):
+    """A stream of CuPy's that keeps `owner` waiting for nothing: two streams may share one queue of the hardware."""
+    scratch, tried = torch.zeros(1 << 20, device="cuda"), []
+    scratch.zero_()
+    torch.cuda.synchronize()
+    for _ in range(64):
+        tried.append(make())
+        busy = torch.cuda.ExternalStream(tried[-1].ptr)
+        keep_busy(busy, CYCLES // 10)
+        with torch.cuda.stream(busy):
+            scratch.zero_()  # what waits in the queue
+        with torch.cuda.stream(owner):
+            torch.cuda._sleep(1)
+        owner.synchronize()
+        apart = not busy.query()
+        torch.cuda.synchronize()
+        if apart:
+            return tried[-1]
+    pytest.fail("blind: no stream gets on beside a busy one")
 
 
 def test_a_reversed_cupy_array_does_not_become_a_tensor_by_its_cuda_array_interface(cupy):
@@ -78,10 +99,12 @@ def test_record_stream_does_nothing_for_memory_that_cupy_owns(cupy):
 
 def test_a_raw_crossing_reads_the_values_of_the_tensor_that_took_its_block(cupy):
     """The negative control of every lifetime test: the view is dropped while CuPy's stream has yet to read it."""
-    owner, reader = torch.cuda.Stream(), cupy.cuda.Stream(non_blocking=True)
+    owner = torch.cuda.Stream()
+    reader = beside(owner, lambda: cupy.cuda.Stream(non_blocking=True))
     with torch.cuda.stream(owner):
         t = torch.full((ELEMENTS,), 1.0, device="cuda")
     out = cupy.zeros(ELEMENTS, cupy.float32)
+    out.data.copy_from_device_async(cupy.empty_like(out).data, out.nbytes)  # no first time while busy
     torch.cuda.synchronize()
     freed = address(t)
     with reader:

@@ -8,7 +8,8 @@ import gc
 import threading
 
 import pytest
-from races import ON_CUPY, SHAPE, Race, address, crossings, plays, raw, with_adapters
+from fake_frameworks import cupy_adapter
+from races import ON_CUPY, SHAPE, Producer, Race, address, crossings, foreign, plays, raw, with_adapters
 
 import tensorbridge as tb
 from tensorbridge import _lease
@@ -160,6 +161,29 @@ def test_the_cupy_stream_that_memory_was_recorded_on_may_be_dropped_first(machin
     gc.collect()
     del x, view  # the fake fails where a destroyed stream is used
     assert (0, number) not in machine.destroyed
+
+
+@pytest.mark.parametrize("memory", ["of CuPy, by torch", "of a foreign producer"])
+def test_a_cupy_stream_may_be_dropped_before_the_lease_that_names_it(machine, cupy, torch, memory):
+    """The lease records an event on it when the last view is gone."""
+    stream = cupy.cuda.Stream()
+    with stream:
+        machine.objects[0] = stream
+        if memory == "of CuPy, by torch":
+            t = crossings()["cupy"](cupy.full(SHAPE, 1.0))
+            view = crossings()["torch"](t)
+            del t
+        else:
+            view = cupy_adapter().imported(foreign(Producer()))
+    number = stream.ptr
+    machine.objects[0] = None
+    del stream
+    gc.collect()
+    del view  # the fake fails where a destroyed stream is used
+    gc.collect()
+    assert (0, number) not in machine.destroyed
+    machine.run()
+    assert _lease.settle() == 0
 
 
 @OWNERS

@@ -251,7 +251,7 @@ def test_trace_and_warning_name_the_line_that_asked_for_each_conversion():
 def test_to_numpy_on_the_host_and_the_default_device_is_told():
     for device in ("cpu", None):
         assert [type(batch) for batch in tb.prefetch([torch.ones(2)], to="numpy", device=device)] == [np.ndarray]
-    with pytest.raises(ValueError, match="which is the default.*on the host; say device=\"cpu\""):
+    with pytest.raises(ValueError, match=r"which is the default.*on the host; say device=\"cpu\""):
         tb.prefetch([np.ones(2)], to="numpy")
 
 

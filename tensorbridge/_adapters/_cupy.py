@@ -142,7 +142,10 @@ def imported(x: Any) -> Any:
     _lease.settle()
     if x.stream is not None:
         _stream_order.wait("cupy", x.stream, index)
-    owner = _lease.lend_array((x.capsule, x.producer), _streams.current("cupy", index), index)
+    stream = cupy.cuda.get_current_stream(index)
+    number = int(stream.ptr) or _streams.LEGACY_DEFAULT
+    _streams.hold(number, index, stream)  # the lease records on it when the last view is gone
+    owner = _lease.lend_array((x.capsule, x.producer), number, index)
     return _at(x.address, x.shape, x.strides, _dtypes.DTYPES[x.dtype].numpy, owner, index)
 
 

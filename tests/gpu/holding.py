@@ -7,6 +7,7 @@ twice, first with the gate open, then held. The kernel gives up after LIMIT seco
 from __future__ import annotations
 
 import sys
+import time
 from contextlib import contextmanager
 from importlib import import_module
 
@@ -46,8 +47,10 @@ class Gate:
         self.pinned = torch.zeros(2, dtype=torch.int32, device="cpu", pin_memory=True)
         self.flags = self.pinned.numpy()  # [open, timed out]
         self.kernel = cupy.RawKernel(SOURCE, "hold")
+        self.scratch = cupy.zeros(2 << 20, cupy.uint8)
         self.flags[0] = 1
         self.put_on(torch.cuda.current_stream())  # the kernel is loaded now
+        self.touch(torch.cuda.current_stream())
         torch.cuda.synchronize()
 
     def put_on(self, stream):
@@ -59,6 +62,37 @@ class Gate:
             self.kernel((1,), (1,), (address, np.uint64(LIMIT * 1e9)))
         finally:
             before.use()
+
+    def touch(self, stream):
+        """Queue a little work, and an event behind it."""
+        runtime, number, at = self.cupy.cuda.runtime, number_of(stream), self.scratch.data.ptr
+        event = self.cupy.cuda.Event(disable_timing=True)
+        runtime.memsetAsync(at, 0, 1 << 20, number)
+        runtime.memcpyAsync(at + (1 << 20), at, 1 << 20, runtime.memcpyDeviceToDevice, number)
+        runtime.eventRecord(event.ptr, number)
+        return event
+
+    def beside(self, make, *held):
+        """A stream from `make` whose work gets on while each of `held` is held.
+
+        Two streams may share one queue of the hardware. Where work waits there, that of the other waits behind it: the
+        hold would time out, or a control see no race, and no code under test would be to blame.
+        """
+        tried = []  # kept meanwhile: what is destroyed might be made again
+        for _ in range(64):
+            tried.append(make())
+            if all(self.apart(one, tried[-1]) for one in held):
+                return tried[-1]
+        raise AssertionError("blind: no stream gets on beside the held one")
+
+    def apart(self, held, other):
+        with self.shut():
+            self.put_on(held)
+            self.touch(held)
+            event, until = self.touch(other), time.monotonic() + 0.1
+            while not event.done and time.monotonic() < until:
+                time.sleep(0.001)
+            return event.done
 
     def open(self):
         self.flags[0] = 1
@@ -72,7 +106,7 @@ class Gate:
         finally:
             self.open()
         import_module("torch").cuda.synchronize()
-        assert not self.flags[1], "the hold timed out: something waited for the held stream"
+        assert not self.flags[1], "the hold timed out: something waited for the held stream, or shared its queue"
 
 
 def twice(body):

@@ -36,11 +36,11 @@ class TorchOwned:
     raw = staticmethod(lambda t: import_module("cupy").from_dlpack(t))
     cross = staticmethod(tb.to_cupy)
 
-    def __init__(self, torch, cupy):
+    def __init__(self, torch, cupy, gate):
         self.torch, self.cupy = torch, cupy
-        self.owning, self.reading = torch.cuda.Stream(), cupy.cuda.Stream(non_blocking=True)
-        self.out = cupy.zeros(N, cupy.float32)
-        self.further = cupy.cuda.Stream(non_blocking=True)
+        self.owning, self.out = torch.cuda.Stream(), cupy.zeros(N, cupy.float32)
+        self.reading = gate.beside(lambda: cupy.cuda.Stream(non_blocking=True), self.owning)
+        self.further = gate.beside(lambda: cupy.cuda.Stream(non_blocking=True), self.owning, self.reading)
         torch.cuda.synchronize()
 
     def make(self, value):
@@ -83,12 +83,12 @@ class CupyOwned:
     raw = staticmethod(lambda c: import_module("torch").from_dlpack(c))
     cross = staticmethod(tb.to_torch)
 
-    def __init__(self, torch, cupy):
+    def __init__(self, torch, cupy, gate):
         self.torch, self.cupy = torch, cupy
         self.pool = cupy.cuda.MemoryPool()
-        self.owning, self.reading = cupy.cuda.Stream(non_blocking=True), torch.cuda.Stream()
-        self.out = torch.zeros(N, device="cuda")
-        self.further = torch.cuda.Stream()
+        self.owning, self.out = cupy.cuda.Stream(non_blocking=True), torch.zeros(N, device="cuda")
+        self.reading = gate.beside(torch.cuda.Stream, self.owning)
+        self.further = gate.beside(torch.cuda.Stream, self.owning, self.reading)
         torch.cuda.synchronize()
 
     def make(self, value):
@@ -130,8 +130,8 @@ CASES = {"torch-owned": TorchOwned, "cupy-owned": CupyOwned}
 
 
 @pytest.fixture(params=CASES)
-def case(request, torch, cupy):
-    return CASES[request.param](torch, cupy)
+def case(request, torch, cupy, gate):
+    return CASES[request.param](torch, cupy, gate)
 
 
 def race(case, gate, cross, *, stream=None, use=lambda x, view, case: view, drop=lambda box: box.clear()):
@@ -228,7 +228,7 @@ def test_memory_that_crossed_from_a_stream_that_did_not_allocate_it_is_kept_too(
 
 def test_a_tensor_over_cupys_memory_that_autograd_saved_keeps_it(torch, cupy, gate):
     """Nobody holds the tensor but the graph; backward is queued, and the graph is gone before it has run."""
-    case = CupyOwned(torch, cupy)
+    case = CupyOwned(torch, cupy, gate)
     weight = torch.ones(N, device="cuda", requires_grad=True)
 
     def body(really):
@@ -253,10 +253,30 @@ def test_a_tensor_over_cupys_memory_that_autograd_saved_keeps_it(torch, cupy, ga
     assert twice(body) == (False, {1.0})
 
 
+@pytest.mark.parametrize("by", ["torch", "interface"])
+def test_a_cupy_stream_may_be_dropped_before_the_lease_that_names_it(torch, cupy, by):
+    """The lease records an event on it when the last view is gone."""
+    pool, stream = cupy.cuda.MemoryPool(), cupy.cuda.Stream(non_blocking=True)
+    with cupy.cuda.using_allocator(pool.malloc):
+        c = cupy.ones(1000, cupy.float32)
+    with stream:
+        view = tb.to_cupy(tb.to_torch(c) if by == "torch" else Interface(c))
+    del stream, c, view
+    for _ in range(3):
+        torch.cuda.synchronize()
+        left = _lease.settle()
+    assert (left, pool.used_bytes()) == (0, 0)
+
+
+class Interface:
+    def __init__(self, owner):
+        self.owner, self.__cuda_array_interface__ = owner, owner.__cuda_array_interface__
+
+
 def test_memory_that_neither_owns_is_kept_while_cupy_reads_it(torch, cupy, gate):
     """CuPy's memory through torch and back: record_stream would do nothing, and does not say so."""
-    case = CupyOwned(torch, cupy)
-    reading = cupy.cuda.Stream(non_blocking=True)
+    case = CupyOwned(torch, cupy, gate)
+    reading = gate.beside(lambda: cupy.cuda.Stream(non_blocking=True), case.owning)
     out = cupy.zeros(N, cupy.float32)
 
     def body(really):

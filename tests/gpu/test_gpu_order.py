@@ -18,9 +18,10 @@ ON_DEVICE = 3  # cudaMemcpyDeviceToDevice
 class Crossing:
     """A producer that is held, and a consumer that copies what it got, once for each direction."""
 
-    def __init__(self, torch, cupy, giver):
+    def __init__(self, torch, cupy, giver, gate):
         self.torch, self.cupy, self.giver = torch, cupy, giver
-        self.torch_stream, self.cupy_stream = torch.cuda.Stream(), cupy.cuda.Stream(non_blocking=True)
+        self.torch_stream = torch.cuda.Stream()
+        self.cupy_stream = gate.beside(lambda: cupy.cuda.Stream(non_blocking=True), self.torch_stream)
         self.producing = self.torch_stream if giver == "torch" else self.cupy_stream
 
     def body(self, gate, cross):
@@ -71,8 +72,8 @@ RAW = [by_interface_to_cupy, by_interface_to_torch]
 
 
 @pytest.fixture(params=["torch", "cupy"])
-def crossing(request, torch, cupy):
-    return Crossing(torch, cupy, request.param)
+def crossing(request, torch, cupy, gate):
+    return Crossing(torch, cupy, request.param, gate)
 
 
 def test_by_hand_the_consumer_reads_before_the_producer_has_written(crossing, gate):
@@ -199,7 +200,8 @@ def test_to_numpy_waits_for_the_producer(torch, gate, whole_ring):
 @pytest.mark.parametrize("n", [N // 4, 16 * N], ids=["plain", "ring"])
 @pytest.mark.parametrize("framework", ["torch", "cupy"])
 def test_to_numpy_waits_for_its_own_stream_and_not_for_the_device(torch, cupy, gate, whole_ring, framework, n):
-    held, mine = torch.cuda.Stream(), torch.cuda.Stream()
+    held = torch.cuda.Stream()
+    mine = gate.beside(torch.cuda.Stream, held)
 
     def body(really):
         with tb.use_stream(mine):
