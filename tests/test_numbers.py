@@ -98,6 +98,27 @@ def test_numbers_of_a_few_bits_are_checked_too(dtype):
         tb.to_numpy([most + 1], dtype=dtype)
 
 
+BESIDE = {
+    "a float": [2**53 + 1, 0.5],
+    "a complex number": [0.5j, 2**53 + 1],
+    "a float of NumPy": [np.int64(2**53 + 1), np.float64(0.5)],
+    "an int of another sign": [np.int64(-1), np.uint64(2**53 + 1)],
+}
+
+
+@pytest.mark.parametrize("name", BESIDE)
+@pytest.mark.parametrize("convert", [tb.to_numpy, tb.to_torch])
+def test_an_int_that_is_no_float_is_not_rounded_for_what_stands_beside_it(name, convert):
+    with pytest.raises(tb.UnsupportedArrayError) as caught:
+        convert([BESIDE[name]])
+    assert "item [0][" in str(caught.value)
+    assert "it would be 9007199254740992" in str(caught.value)
+    wanted = "complex128" if "complex" in name else "float64"
+    assert str(caught.value).endswith(f'Say dtype="{wanted}".')
+    assert tb.to_numpy(convert([BESIDE[name]], dtype=wanted)).dtype == wanted
+    assert tb.to_numpy(convert([2**53, 2**60, 0.5])).tolist() == [2**53, 2**60, 0.5]
+
+
 @pytest.mark.parametrize("number", [127.9, -128.9, [0.5, 127.9], [True, 1.5]], ids=str)
 def test_a_float_loses_its_fraction_as_in_the_frameworks(number):
     assert tb.to_torch(number, dtype="int8").tolist() == np.trunc(number).tolist()

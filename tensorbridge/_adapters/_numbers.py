@@ -48,10 +48,23 @@ def dtype_of(numbers: Sequence[Any], kinds: set[type], want: Want, outer: tuple[
         if want.dtype is None or not _fit_floats(numbers):
             raise _too_big(numbers, kinds, want, outer)
         found = np.result_type(found, np.float64)
+    if want.dtype is None and found.kind in "fc":
+        place = next((i for i, x in enumerate(numbers) if _is_rounded(x)), None)
+        if place is not None:
+            why = f"as {found}, which it is beside others, it would be {int(float(numbers[place]))}"
+            raise Obstacle("big integer", _what(numbers, place, outer), why).cured(f'Say dtype="{found}".')
     name = _dtypes.of_numpy(found)
     if not name:
         raise Obstacle("unknown dtype", f"list of {len(numbers)} values")
     return name.lstrip(">")
+
+
+_EXACT = 2**53  # up to here float64 holds every int
+
+
+def _is_rounded(x: Any) -> bool:
+    """Whether this is an int that float64 does not hold."""
+    return isinstance(x, (int, np.integer)) and not -_EXACT <= x <= _EXACT and int(x) != float(x)
 
 
 def _is_python(x: Any) -> bool:
@@ -104,7 +117,8 @@ def _say(name: str, numbers: Sequence[Any], want: Want) -> str:
 
 
 def _what(numbers: Sequence[Any], place: int, outer: tuple[int, ...]) -> str:
-    x, cls = numbers[place], base_of(numbers[place])
+    x = numbers[place].item() if isinstance(numbers[place], np.generic) else numbers[place]
+    cls = base_of(x)
     long = cls is int and x.bit_length() > 64
     said = f"int of {x.bit_length()} bits" if long else str(cls(x))
     if outer:
