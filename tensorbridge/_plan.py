@@ -11,7 +11,7 @@ from __future__ import annotations
 from tensorbridge import _dtypes, _refuse, _roads, _rules
 from tensorbridge._array import CPU, Device, Traits
 from tensorbridge._errors import CopyRequiredError
-from tensorbridge._step import HERE, Decision, Here, Op, Refusal, Want
+from tensorbridge._step import HERE, Decision, Here, Op, Refusal, Want, cure_of
 
 
 def decide(traits: Traits, want: Want, here: Here = HERE) -> Decision:
@@ -24,7 +24,7 @@ def decide(traits: Traits, want: Want, here: Here = HERE) -> Decision:
     if refusal is None and want.copy is False:
         moving = [step for step in steps if step.kind]
         if moving:
-            refusal = Refusal(CopyRequiredError, "", next((s.cure for s in moving if s.cure), ""))
+            refusal = Refusal(CopyRequiredError, "", cure_of(moving))
     return Decision(tuple(steps), refusal)
 
 

@@ -292,5 +292,5 @@ def share_why(giver: str, receiver: str) -> str:
 
 def _cure_readonly(now: Traits) -> str:
     if now.origin == "memmap":
-        return 'open the file with np.memmap(mode="c"): private pages, writable at no cost'
+        return 'open the file with mode="c" (np.load: mmap_mode="c"): writable pages, at no cost'
     return "share_readonly=True if nothing will write to the result"

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from tensorbridge import _dtypes
 from tensorbridge._array import ArrayInfo, Device, Traits
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 
 class Op:
@@ -128,6 +131,12 @@ def step_lines(steps: tuple[Step, ...]) -> list[str]:
     sizes = [bytes_text(step.nbytes) for step in steps]
     room = max(map(len, sizes), default=0)
     return [f"  {s.op:<{width}}  {n:>{room}}   {s.why}" for s, n in zip(steps, sizes, strict=True)]
+
+
+def cure_of(moving: Sequence[Step]) -> str:
+    """What avoids all of these steps; nothing, where there is one that nothing avoids."""
+    cures = [step.cure for step in moving]
+    return " and ".join(dict.fromkeys(cures)) if all(cures) else ""
 
 
 def bytes_text(n: int) -> str:

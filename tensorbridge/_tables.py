@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -49,8 +50,8 @@ def _npz_columns(x: Any) -> tuple[list[Any], list[Any]]:
 
 def _distinct(x: Any, names: Any) -> list[Any]:
     found = list(names)
-    twice = next((name for i, name in enumerate(found) if name in found[:i]), None)
-    if twice is not None:
+    twice, times = next(iter(Counter(found).most_common(1)), ("", 0))
+    if times > 1:
         raise UnsupportedArrayError(f"{type(x).__name__} has two columns named {twice!r}.\nRename one of them.")
     return found
 

@@ -21,7 +21,7 @@ from tensorbridge._eager import eager
 from tensorbridge._errors import CopyRequiredError, CopyWarning, nearest
 from tensorbridge._events import Event, Trace
 from tensorbridge._reentrant import Reentrant
-from tensorbridge._step import Plan, bytes_text, step_lines
+from tensorbridge._step import Plan, bytes_text, cure_of, step_lines
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 Mode: TypeAlias = Literal["error", "warn", "allow"]
@@ -153,6 +153,10 @@ class copy_guard(ContextDecorator):
         _policies.set(tuple(policies))
 
 
+# Of a process only: a child that is spawned inherits no guard, so one that is forked does not either.
+os.register_at_fork(after_in_child=lambda: _policies.set(()))
+
+
 @contextmanager
 def inherited() -> Iterator[None]:
     """Keep a guard of this context in force for a worker that outlives the ``with`` block it was started in."""
@@ -183,7 +187,7 @@ def allow(plan: Plan, asked: str) -> None:
     if not nbytes or nbytes < policy.min_bytes:
         return
     first = f'{asked}: {plan.source} would move {bytes_text(nbytes)}, and copy_guard("error") forbids it.'
-    cure = next((s.cure for s in plan.steps if s.kind in policy.kinds and s.cure), "")
+    cure = cure_of([s for s in plan.steps if s.kind in policy.kinds])
     if policy.mode == "warn":
         why = next(s.why for s in plan.steps if s.kind in policy.kinds)
         text = f"{asked}: {plan.source} moves {bytes_text(nbytes)}: {why}"

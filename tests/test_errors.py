@@ -10,6 +10,7 @@ import torch
 from arrays import column, frozen, in_inference_mode, on_disk, spiral, tensor, unaligned
 
 import tensorbridge as tb
+from tensorbridge._step import Step, cure_of
 
 
 class Copier:
@@ -64,7 +65,7 @@ Allow the copy with copy=None, or share_readonly=True if nothing will write to t
         """to_torch(copy=False): numpy float64 (6,) on cpu, read-only, cannot be shared.
   copy   48 B   the memory map is read-only: torch cannot keep that promise
   share   0 B   torch.from_numpy: the same memory
-Allow the copy with copy=None, or open the file with np.memmap(mode="c"): private pages, writable at no cost.""",
+Allow the copy with copy=None, or open the file with mode="c" (np.load: mmap_mode="c"): writable pages, at no cost.""",
     ),
     "read-only, to be written": (
         lambda: tb.to_numpy(frozen(six()), copy=False, writable=True),
@@ -258,6 +259,12 @@ def test_device_beyond_the_last_is_counted(monkeypatch):
     text = """to_torch(device='cuda:7'): cuda:7 does not exist: torch sees 2 CUDA devices here.
 Check CUDA_VISIBLE_DEVICES and the driver; plan() shows the steps without a device."""
     assert_raises(tb.DeviceError, lambda: tb.to_torch(six(), device="cuda:7"), text)
+
+
+def test_where_several_steps_move_bytes_the_cure_avoids_all_of_them():
+    swap, pin, made = (Step(op, "", cure=cure) for op, cure in (("byteswap", "a"), ("pin", "b"), ("export", "")))
+    assert cure_of([swap, pin, swap]) == "a and b"
+    assert cure_of([made, swap]) == ""
 
 
 def test_device_memory_of_another_library_without_a_device_is_a_device_error(monkeypatch):

@@ -194,6 +194,12 @@ REFUSED = {
         "dates and durations are numbers with a unit, and only plain numbers are converted",
         'Convert x.view("int64") and keep the unit beside it.',
     ),
+    "dates, one missing": (
+        lambda: np.array(["2020-01-01", "NaT"], dtype="datetime64[D]"),
+        "numpy datetime64[D] (2,)",
+        "dates and durations are numbers with a unit, and only plain numbers are converted",
+        'Convert x.view("int64") and keep the unit beside it, where NaT is the lowest int64.',
+    ),
     "dates, big-endian": (
         lambda: np.array(["2020-01-01"], dtype=">M8[D]"),
         "numpy >M8[D] (1,)",

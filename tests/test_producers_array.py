@@ -247,6 +247,27 @@ def test_the_cure_for_an_object_that_gives_an_array_of_arrays_works():
     assert eval(call, {"np": np, "x": x}).tolist() == [[1, 1], [0, 0]]
 
 
+class Collection(Array):
+    """As dask has it: what it holds is known before it is computed, and its array does not tell."""
+
+    def __init__(self, meta, a):
+        super().__init__(a)
+        self._meta = meta
+
+    def __dask_graph__(self):
+        return {}
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_a_mask_that_is_computed_later_is_not_lost(target):
+    x = Collection(np.ma.zeros(0), np.zeros(3))
+    with pytest.raises(tb.UnsupportedArrayError) as caught:
+        TARGETS[target](x)
+    assert "Collection cannot be converted: the mask of a masked array would be lost" in str(caught.value)
+    assert str(caught.value).endswith("Convert x.compute().filled(value) and x.compute().mask.")
+    assert tb.to_numpy(Collection(np.zeros(0), np.zeros(3))).tolist() == [0, 0, 0]
+
+
 # -- Neither
 
 CONTAINERS = {

@@ -106,6 +106,11 @@ def test_what_was_made_read_only_stays_so_or_is_copied(name):
     assert not tb.to_numpy(MADE[name]()).flags.writeable
     assert tb.to_numpy(MADE[name](), copy=True).flags.writeable
     assert [step.op for step in tb.plan(MADE[name](), "numpy", writable=True).steps] == ["export", "copy", "share"]
+    with pytest.raises(tb.CopyRequiredError) as caught:
+        tb.to_torch(MADE[name](), copy=False)
+    assert str(caught.value).endswith(
+        "Allow the copy with copy=None."
+    )  # what avoids the copy does not avoid the export
 
 
 # -- What somebody else holds, or may hold

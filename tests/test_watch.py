@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import threading
 import warnings
 
@@ -25,6 +26,16 @@ def nothing_left_open():
     yield
     assert _watch.watching == 0
     assert _watch._traces == ()
+
+
+def test_guard_holds_in_no_child_process_forked_or_spawned(reversed_array):
+    with tb.copy_guard("error"):
+        pid = os.fork()
+        if not pid:
+            os._exit(0 if tb.to_torch(reversed_array).tolist() == [5, 4, 3, 2, 1, 0] else 1)
+        assert os.waitpid(pid, 0)[1] == 0
+        with pytest.raises(tb.CopyRequiredError):
+            tb.to_torch(reversed_array)
 
 
 def test_guard_raises_before_anything_moves(reversed_array):

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from tensorbridge import _dtypes
-from tensorbridge._adapters import _arrow, _missing
+from tensorbridge._adapters import _arrow, _missing, _strangers
 from tensorbridge._adapters._arrow import Joined, Whole
 from tensorbridge._refuse import Obstacle
 
@@ -35,6 +35,7 @@ def stand_in(x: Any) -> Any:
         return _COLUMN[where](x)
     if _missing.library(x, "table"):
         return _table(x)
+    _strangers.refuse_unseen(x)
     _missing.refuse_nulls(x)
     return x
 
@@ -51,6 +52,9 @@ def is_scalar(x: Any) -> bool:
 
 def _table(x: Any) -> Any:
     """A table of one dtype is a matrix. One of several would be promoted, which is for the caller to say."""
+    if _missing.library(x, "table") == "pandas" and (plain := _plain_dtype(x)):
+        a = _shared(x)
+        return a if a is not None else Joined(x.shape, plain, lambda: np.array(x), _BESIDE)
     parts, names = [], []
     for name, column in _missing.named_columns(x):
         try:
@@ -73,6 +77,13 @@ def _table(x: Any) -> Any:
         if a is not None:
             return a
     return Joined(shape, parts[0].dtype, lambda: np.stack([_arrow.made(part) for part in parts], axis=1), _BESIDE)
+
+
+def _plain_dtype(x: Any) -> Any:
+    """The one dtype of a pandas table whose columns are NumPy's numbers, which says all; None of others."""
+    kinds = set(x.dtypes)
+    only = kinds.pop() if len(kinds) == 1 else None
+    return only if isinstance(only, np.dtype) and _dtypes.of_numpy(only) else None
 
 
 def _shared(x: Any) -> Any:
@@ -101,6 +112,8 @@ def _of_pyarrow(x: Any) -> Any:
 
 def _of_pandas(x: Any) -> Any:
     dtype, whole = x.dtype, Whole(x, "pandas", x.dtype)
+    if isinstance(dtype, np.dtype) and _dtypes.of_numpy(dtype) and (a := _shared(x)) is not None:
+        return a
     if hasattr(dtype, "pyarrow_dtype"):
         return _arrow.column(getattr(x, "array", x).__arrow_array__(), whole)
     empty = np.asarray(x[:0])

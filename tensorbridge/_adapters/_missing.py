@@ -144,7 +144,7 @@ def count(column: Any) -> int:
         parts = None if nulls else _parts(column)
         return nulls if parts is None else count(parts)
     dtype = getattr(column, "dtype", None)
-    if not hasattr(column, "isna") or dtype is None or isinstance(dtype, np.dtype):
+    if not hasattr(column, "isna") or dtype is None or (isinstance(dtype, np.dtype) and dtype.kind not in "mM"):
         return 0
     if isinstance(getattr(dtype, "na_value", None), float) and dtype.kind == "f":  # sparse floats: NaN is a value
         return 0

@@ -171,7 +171,9 @@ def _cure_object(a: Array) -> str:
 
 
 def _cure_datetime(a: Array) -> str:
-    return "" if a.dtype.isnative else 'Convert x.astype("int64"), which swaps the bytes, and keep the unit beside it.'
+    how = 'x.view("int64")' if a.dtype.isnative else 'x.astype("int64"), which swaps the bytes,'
+    missing = ", where NaT is the lowest int64" if np.isnat(a).any() else ""
+    return f"Convert {how} and keep the unit beside it{missing}."
 
 
 def describe(a: Array, traits: Traits) -> ArrayInfo:

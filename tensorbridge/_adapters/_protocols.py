@@ -183,7 +183,8 @@ def _stream(what: str, reader: str, index: int) -> int:
     try:
         return _streams.current(reader, index)
     except (AssertionError, LookupError, RuntimeError) as error:  # no CUDA in this build; not imported; no device
-        raise DeviceError(f"{what} lies on cuda:{index}, which {reader} cannot use here: {error}") from error
+        why = error.__cause__ if isinstance(error, DeviceError) else error
+        raise DeviceError(f"{what} lies on cuda:{index}, which {reader} cannot use here: {why}") from error
 
 
 def _device_array(x: Any, capsule: Any, number: int) -> tuple[Foreign, bool]:

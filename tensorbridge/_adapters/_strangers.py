@@ -7,6 +7,11 @@ from collections import deque
 from collections.abc import Mapping, Set
 from typing import Any
 
+import numpy as np
+
+from tensorbridge._adapters import _missing
+from tensorbridge._refuse import Obstacle
+
 
 def told(x: Any) -> str:
     """What it is that offers no array."""
@@ -21,6 +26,18 @@ def told(x: Any) -> str:
         return "scipy"
     lazy = getattr(sys.modules.get("polars"), "LazyFrame", None)
     return "lazy" if lazy is not None and isinstance(x, lazy) else "not an array"
+
+
+def refuse_unseen(x: Any) -> None:
+    """Of dask's collections the array promotes columns to one dtype, and lacks the mask: they know both before."""
+    if not hasattr(type(x), "__dask_graph__"):
+        return
+    meta = getattr(x, "_meta", None)
+    if isinstance(meta, np.ma.MaskedArray):
+        raise Obstacle("masked", type(x).__name__).cured("Convert x.compute().filled(value) and x.compute().mask.")
+    if _missing.library(meta, "table") or _missing.library(meta, "column"):
+        detail = "its columns are known when it has been computed"
+        raise Obstacle("lazy", type(x).__name__, detail).cured("Convert x.compute().")
 
 
 def answers_to_all(x: Any) -> bool:

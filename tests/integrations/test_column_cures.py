@@ -169,6 +169,11 @@ CURES: dict[str, tuple[Any, str, Any]] = {
         "x.dropna()",
         [[1, 2]],
     ),
+    "pandas moments and null": (
+        lambda: pd.Series([MOMENT, None]).astype("datetime64[s]"),
+        'x.dropna().astype("int64")',
+        [1577836800],
+    ),
     "pandas zoned moments and null": (
         lambda: pd.Series([MOMENT, None]).astype("datetime64[s]").dt.tz_localize("UTC"),
         'x.dropna().astype("int64")',

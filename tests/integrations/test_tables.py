@@ -14,6 +14,7 @@ import torch
 
 import tensorbridge as tb
 from tensorbridge import tree
+from tensorbridge._adapters import _missing
 
 NUMBERS = {"i": [1, 2, 3], "f": [0.5, 1.5, 2.5], "b": [True, False, True]}
 
@@ -112,6 +113,17 @@ def test_nullable_pandas_columns():
     assert tree.to_torch(frame[["full"]])["full"].dtype == torch.int64
     with pytest.raises(tb.UnsupportedArrayError, match=r"^batch\['holes'\]: .*1 missing value"):
         tree.to_torch(frame)
+
+
+def test_a_frame_of_one_dtype_is_not_looked_at_column_by_column(monkeypatch):
+    """A frame of ten thousand columns took a second to be shared."""
+    frame = pd.DataFrame(np.arange(6.0).reshape(2, 3))
+    apart = pd.concat([frame, frame * 2], axis=1)
+    monkeypatch.setattr(_missing, "named_columns", None)
+    assert tb.shares_memory(tb.to_numpy(frame), frame.to_numpy())
+    assert np.array_equal(tb.to_numpy(apart), apart.to_numpy())
+    assert tb.plan(frame, "numpy").zero_copy
+    assert not tb.plan(apart.copy(deep=False).assign(more=1.0), "numpy").zero_copy
 
 
 def test_column_labels_may_be_anything_but_the_same_twice():
