@@ -75,7 +75,7 @@ def test_ten_thousand_crossings_leave_nothing_behind(torch, cupy, arrays, name):
     assert before["pending"] == 0
 
 
-def test_many_transfers_leave_nothing_behind(torch, cupy):
+def test_many_transfers_leave_nothing_behind(torch, cupy, whole_ring):
     a = np.zeros(3 << 20, np.float32)
 
     def move():
