@@ -202,7 +202,7 @@ def _kind(types: Any, kind: Any) -> str:
         return "categories"
     if types.is_date32(kind) or types.is_time32(kind):
         return "datetime32"
-    if types.is_temporal(kind):
+    if types.is_temporal(kind) and not types.is_interval(kind):  # months and days and nanoseconds are no one number
         return "datetime"
     if types.is_decimal(kind):
         return "decimal"

@@ -221,6 +221,8 @@ def obstacle(x: Any, where: str, kind: str, said: object, detail: str = "", *, n
     found.why = detail or _WHY.get(kind, found.why)
     cure = "" if nested and kind != "ragged" else _cure(x, where, kind, said)
     select = f"df.drop({x.name!r})" if kind == "wide" and not nested else _SELECT[where]
+    if cure and hasattr(x, "get_indexer"):  # labels are no column
+        return found.cured(f"{cure}.")
     return found.cured(f"{cure}; or leave the column out: {select}." if cure else f"Leave the column out: {select}.")
 
 

@@ -130,6 +130,8 @@ def _failed(x: Any, what: str, error: Exception) -> Exception:
     name = type(x).__name__
     if _strangers.answers_to_all(x):
         return Obstacle("stand-in", name)
+    if _strangers.is_deleted(x):
+        return ProducerError(f"{name} failed to export {what}: it was deleted, or its memory donated to a computation")
     if isinstance(error, TypeError):
         return UnsupportedArrayError(f"{name} refuses to export {what}: {error}\n{_columns.cure(x)}")
     return ProducerError(f"{name} failed to export {what}: {type(error).__name__}: {error}")

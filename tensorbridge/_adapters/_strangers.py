@@ -46,3 +46,11 @@ def answers_to_all(x: Any) -> bool:
         return hasattr(x, "no_array_has_this_name")
     except Exception:  # foreign code may raise anything
         return False
+
+
+def is_deleted(x: Any) -> bool:
+    """Whether this is an array of JAX whose memory is gone, which its own errors do not say."""
+    try:
+        return bool(x.is_deleted())
+    except Exception:  # it has no such method, or is being traced
+        return False

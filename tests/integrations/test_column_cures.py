@@ -336,6 +336,16 @@ def test_no_cure_is_said_for_text_in_lists_but_to_leave_it_out(make):
         tb.to_numpy(make())
 
 
+def test_labels_are_not_told_to_leave_out_a_column():
+    with pytest.raises(tb.UnsupportedArrayError, match=r'Convert x.astype\("int64"\) and keep the unit beside it\.$'):
+        tb.to_numpy(pd.DatetimeIndex([MOMENT]))
+
+
+def test_an_interval_of_months_and_days_is_no_one_number():
+    with pytest.raises(tb.UnsupportedArrayError, match=r"\nLeave the column out"):
+        tb.to_numpy(pa.array([(1, 2, 3)], pa.month_day_nano_interval()))
+
+
 SELECTED = {
     "arrow": (pa.table, 'table.select(["name", ...])', lambda x: x.select(["n", "b"])),
     "pandas": (
