@@ -215,7 +215,7 @@ _said: dict[str | tuple[str, type[Warning], int], int] = {}
 
 
 def _caller() -> tuple[str, int]:
-    """The first line outside this package that led here, as ``file:line``, and how far up the stack it is."""
+    """The first line that led here, as ``file:line``, of code that is not ours nor torch's loader's; and how far up."""
     frame, level = sys._getframe(1), 1
     while frame.f_back is not None and _is_ours(frame.f_code.co_filename):
         frame, level = frame.f_back, level + 1
@@ -226,8 +226,12 @@ _CONTEXTLIB = contextmanager.__code__.co_filename
 _SCRIPTS = frozenset({_HERE + "_demo.py", _HERE + "_why_detach.py"})  # they use the package as anybody does
 
 
+_LOADER = os.sep.join(("", "torch", "utils", "data", ""))  # calls `collate` for whoever asks for a batch
+
+
 def _is_ours(filename: str) -> bool:
-    return (filename.startswith(_HERE) and filename not in _SCRIPTS) or filename == _CONTEXTLIB
+    ours = filename.startswith(_HERE) and filename not in _SCRIPTS
+    return ours or filename == _CONTEXTLIB or _LOADER in filename
 
 
 # -- The trace

@@ -328,6 +328,13 @@ def test_producer_that_fails_is_named_by_sample():
         tb.collate([[np.zeros(1)], [Gone()]])
 
 
+def test_the_line_that_asks_a_loader_for_a_batch_is_the_one_that_is_named():
+    loader = torch.utils.data.DataLoader([{"x": np.zeros(3)}] * 2, batch_size=2, collate_fn=tb.collate)
+    with tb.trace() as seen:
+        list(loader)
+    assert {event.where.rpartition(":")[0] for event in seen.events} == {__file__}
+
+
 def test_trace_and_guard_see_the_copy():
     samples = [frozen(np.zeros(3)), np.ones(3)]
     with tb.trace() as seen:
