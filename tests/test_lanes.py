@@ -132,6 +132,25 @@ def test_copying_lanes_read_and_write_the_signs_that_a_mark_changes(count):
     assert tb.to_torch(np.ones(count, "float32"), out=negative).sum() == count
 
 
+@pytest.mark.parametrize("road", ["lane", "full road"])
+def test_a_copying_lane_does_not_fill_what_it_reads(road):
+    a = np.arange(4.0)
+    t = torch.from_numpy(a)
+    for convert, x, out in ((tb.to_numpy, t, a), (tb.to_torch, a, t), (tb.to_torch, a[:3], t[1:])):
+        with pytest.raises(ValueError, match="shares memory"):
+            (convert if road == "lane" else unwrap(convert))(x, out=out)
+
+
+@tangents
+@pytest.mark.parametrize("road", ["lane", "full road"])
+def test_a_copying_lane_does_not_fill_a_tensor_with_a_tangent(road):
+    """Its tangent would stay what it was."""
+    with forward_ad.dual_level():
+        out = forward_ad.make_dual(torch.zeros(3), torch.ones(3))
+        with pytest.raises(ValueError, match="requires grad"):
+            (tb.to_torch if road == "lane" else unwrap(tb.to_torch))(np.ones(3, "float32"), out=out)
+
+
 def test_copying_lanes_leave_the_source_resizable():
     t = torch.ones(3)
     tb.to_numpy(t, copy=True)
