@@ -34,7 +34,7 @@ SOURCES: dict[str, Traits] = {
     "torch, on CUDA, requires grad": Traits("torch", CUDA, graph=True),
     "CuPy": Traits("cupy", CUDA),
     "CuPy, reversed": Traits("cupy", CUDA, spacing="reversed"),
-    "JAX, pyarrow, polars, pandas (immutable)": Traits("dlpack", writable=False),
+    "JAX, pyarrow, polars, pandas (lent read-only)": Traits("dlpack", writable=False),
     "`bytes`": Traits("buffer", dtype="uint8", writable=False),
     "`bytearray`, `array.array`": Traits("buffer", dtype="uint8"),
     "list of numbers or arrays": Traits("numpy list"),

@@ -114,7 +114,7 @@ def real_array(source, tmp_path):
         "torch float8": lambda: torch.zeros(3).to(torch.float8_e4m3fn),
         "torch, conjugate or negative bit": lambda: torch.zeros(3, dtype=torch.complex64).conj(),
         "torch, `expand`": lambda: torch.zeros(3, 1).expand(3, 4),
-        "JAX, pyarrow, polars, pandas (immutable)": Immutable,
+        "JAX, pyarrow, polars, pandas (lent read-only)": Immutable,
         "`bytes`": lambda: b"abc",
         "`bytearray`, `array.array`": lambda: array.array("f", [1.0]),
         "list of numbers or arrays": lambda: [1.0, 2.0],
