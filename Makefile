@@ -16,7 +16,7 @@ demo: .venv/.installed
 test: .venv/.installed
 	$(BIN)/python -m pytest -q
 
-# Against the real JAX, pandas, polars, pyarrow and others; `make test` needs none of them.
+# Against the real JAX, pandas, polars, pyarrow, h5py and others; `make test` needs none of them.
 test-integrations: .venv/.installed
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[test,integrations]'
 	TENSORBRIDGE_REQUIRE_INTEGRATIONS=1 $(BIN)/python -m pytest -q tests/integrations

@@ -12,7 +12,10 @@ import tensorbridge
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # before JAX is imported
 
-LIBRARIES = ("datasets", "jax", "optree", "pandas", "polars", "pyarrow", "transformers")
+LIBRARIES = (
+    "dask", "datasets", "h5py", "jax", "optree", "pandas", "polars", "pyarrow", "safetensors", "tifffile",
+    "transformers", "xarray", "zarr",
+)  # fmt: skip
 missing = [name for name in LIBRARIES if importlib.util.find_spec(name) is None]
 if missing:
     raise pytest.UsageError(f"missing: {', '.join(missing)}; `make test-integrations` installs what these tests need")
