@@ -125,7 +125,8 @@ def _container(values: list[Any], kind: Kind, where: _Where | None, alike: bool)
         return first
     places = (_Where(where, first, partial(kind.name, first, keys, i)) for i in range(len(columns)))
     children = [_batched(column, place) for column, place in zip(columns, places, strict=True)]
-    return rebuilt(kind, first, keys, children, lambda: f"collate: {_path(where)}")
+    around = None if where is None else where.node
+    return rebuilt(kind, first, keys, children, lambda: f"collate: {_path(where)}", around)
 
 
 def _check_endless(first: Any, where: _Where | None) -> None:

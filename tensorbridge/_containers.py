@@ -32,6 +32,7 @@ class Kind(NamedTuple):
     build: Callable[[Any, Any, list[Any]], Any]  # the original, what `open` kept, new children: its like
     name: Callable[[Any, Any, int], str] = lambda node, keys, i: f"[{keys[i]!r}]"  # of child i, as a person writes it
     exotic: bool = True  # kept as it is where nothing in it is an array
+    asked: bool = True  # an exotic one's like is asked whether it holds the new children
 
 
 def at(node: Any, keys: Any, i: int) -> str:
@@ -133,6 +134,7 @@ def _registered(cls: type) -> Kind | None:
             lambda x: _opened(node.flatten_fn(x)),
             lambda x, kept, children: node.unflatten_fn(children, kept[0]),
             lambda x, kept, i: _pytree_name(node, x, i),
+            asked=False,
         )
     entry = _in_optree(cls)
     if entry is None:
@@ -141,6 +143,7 @@ def _registered(cls: type) -> Kind | None:
         lambda x: _opened(entry.flatten_func(x)),
         lambda x, kept, children: entry.unflatten_func(kept[0], children),
         lambda x, kept, i: f"[{kept[1][i]!r}]" if len(kept) > 1 and kept[1] is not None else f"[{i}]",
+        asked=False,
     )
 
 
@@ -203,16 +206,45 @@ def _is_array(x: Any, cls: type) -> bool:
     return True
 
 
-def rebuilt(kind: Kind, node: Any, keys: Any, children: list[Any], where: Callable[[], str]) -> Any:
-    """The like of a container, with new children."""
+def rebuilt(kind: Kind, node: Any, keys: Any, children: list[Any], where: Callable[[], str], around: Any) -> Any:
+    """The like of a container that lies in `around`, with new children. Refused where it does not hold them."""
+    cause: Exception | None = None
+    why = "it does not hold them as they are given"
     try:
-        return kind.build(node, keys, children)
+        made = kind.build(node, keys, children)
+        if not (kind.exotic and kind.asked) or _holds(kind, made, keys, children):
+            return made
     except (TypeError, ValueError, AttributeError, LookupError, RuntimeError) as error:
-        text = f"{where() or 'batch'}: a {type(node).__name__} cannot be built from converted values"
-        cure = "Register it with torch.utils._pytree.register_pytree_node, or convert its arrays one by one."
-        if isinstance(node, Mapping):
-            cure = f"Give dict(x) in its place. {cure}"
-        raise UnsupportedArrayError(f"{text}: {type(error).__name__}: {error}.\n{cure}") from error
+        cause, why = error, f"{type(error).__name__}: {error}".removesuffix(".")
+    text = f"{where() or 'batch'}: a {type(node).__name__} cannot be built from converted values: {why}"
+    plain = _PLAIN.get(kind.open, "")
+    if kind is MAPPING and any(x is not node and kind_of(x) is MAPPING for x in (around, *children)):
+        plain = _PLAIN_ALL
+    cure = "egister it with torch.utils._pytree.register_pytree_node, or convert its arrays one by one."
+    raise UnsupportedArrayError(f"{text}.\n{f'Give {plain}, r' if plain else 'R'}{cure}") from cause
+
+
+_PLAIN: dict[Any, str] = {_mapping_open: "dict(x) in its place", sequence_open: "list(x) in its place"}
+_PLAIN_ALL = (
+    "plain(x) in place of the outermost, plain = lambda x: "
+    "{key: plain(x[key]) for key in x} if isinstance(x, collections.abc.Mapping) else x"
+)
+
+
+def _holds(kind: Kind, made: Any, keys: Any, children: list[Any]) -> bool:
+    held, its = kind.open(made)
+    return its == keys and len(held) == len(children) and all(map(_is_held, held, children))
+
+
+def _is_held(x: Any, child: Any) -> bool:
+    """Whether what a container gives is the child it got. It may wrap inner containers anew, around the same arrays."""
+    if x is child:
+        return True
+    kind, inner = kind_of(x), kind_of(child)
+    if not (isinstance(kind, Kind) and isinstance(inner, Kind)):
+        return kind is inner is OTHER
+    children, keys = inner.open(child)
+    return _holds(kind, x, keys, children)
 
 
 # -- The walk
@@ -290,7 +322,7 @@ class Flat(NamedTuple):
                 frame.built = frame.node
                 continue
             where = partial(self._to, number)
-            frame.built = rebuilt(kind, frame.node, frame.keys, children, where)
+            frame.built = rebuilt(kind, frame.node, frame.keys, children, where, frames[frame.above].node)
         return frames[0].built
 
 

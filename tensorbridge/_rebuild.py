@@ -1,6 +1,7 @@
 """How the like of a container is built: of its class, with other values, and with all else that it carries.
 
-The original is not changed, and its class's `__init__` is called only where there is no other way.
+The original is not changed, and its class's `__init__` is called only where there is no other way. Whether a like holds
+what it was given is not seen here: whoever asked for it asks it.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from collections import OrderedDict, UserDict, defaultdict, deque
 from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
+from weakref import WeakValueDictionary
 
 
 def mapping_build(node: Any, keys: list[Any], children: list[Any]) -> Any:
@@ -19,14 +21,13 @@ def mapping_build(node: Any, keys: list[Any], children: list[Any]) -> Any:
     object, and be written through. Failing that, its class makes one from a dict, or it is an error.
     """
     cls: Any = type(node)
+    if isinstance(node, WeakValueDictionary):
+        raise TypeError("it keeps no value that nobody else keeps")
     if isinstance(node, (dict, UserDict)) or hasattr(cls, "__copy__"):
         like = _copied(node, keys, children)
         if like is not None:
             return like
-    like = cls(dict(zip(keys, children, strict=True)))
-    if list(like) != keys or any(like[key] is not child for key, child in zip(keys, children, strict=True)):
-        raise TypeError(f"{cls.__name__}(dict) does not hold the items of the dict")
-    return like
+    return cls(dict(zip(keys, children, strict=True)))
 
 
 def _copied(node: Any, keys: list[Any], children: list[Any]) -> Any:

@@ -268,8 +268,8 @@ def plan(tree: Any, to: Literal["numpy", "torch", "cupy"], *, pack: bool = True,
     ------
     BridgeError, ValueError, TypeError
         What the conversion would raise; but a device or framework that is missing here is planned for, and whether a
-        container accepts converted values is seen in the conversion alone (an `xarray.Dataset` takes no tensors: give
-        ``dict(x)``). One that cannot be built even of its own values is refused here too.
+        container keeps converted values is seen in the conversion alone (a dict that makes NumPy arrays of them does
+        not: give ``dict(x)``). One that does not keep even its own (an `xarray.Dataset`) is refused here too.
 
     Cost
     ----

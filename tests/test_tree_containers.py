@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import types
+import weakref
 from typing import Any
 
 import numpy as np
@@ -129,12 +130,144 @@ def test_mapping_that_cannot_be_built_is_refused_by_name_and_left_alone(a):
 
     source = Strange("x")
     source["obs"] = a
-    refused = r"batch\['in'\]: a Strange cannot be built .*\nGive dict\(x\) in its place. Register"
+    refused = r"batch\['in'\]: a Strange cannot be built .*\nGive dict\(x\) in its place, register it"
     for call in (tree.to_torch, lambda x: tree.plan(x, "torch"), lambda x: tree.plan(x, "numpy")):
         with pytest.raises(tb.UnsupportedArrayError, match=refused):
             call({"in": source})
         assert source["obs"] is a
     assert_tensor_of(a, tree.to_torch({"in": dict(source)})["in"]["obs"])
+
+
+# -- Containers that do not hold what they are given
+
+
+class Coerced(dict):  # type: ignore[type-arg]
+    def __setitem__(self, key: Any, value: Any) -> None:
+        super().__setitem__(key, np.asarray(value))
+
+
+class CoercedItems(collections.UserDict):  # type: ignore[type-arg]
+    def __setitem__(self, key: Any, value: Any) -> None:
+        super().__setitem__(key, np.asarray(value))
+
+
+class CoercedList(list):  # type: ignore[type-arg]
+    def __setitem__(self, place: Any, value: Any) -> None:
+        super().__setitem__(place, [np.asarray(x) for x in value])
+
+
+class CoercedDeque(collections.deque):  # type: ignore[type-arg]
+    def extend(self, values: Any) -> None:
+        super().extend(map(np.asarray, values))
+
+
+@dataclasses.dataclass
+class CoercedField:
+    obs: Any
+
+    @property
+    def obs(self) -> Any:
+        return self._obs
+
+    @obs.setter
+    def obs(self, value: Any) -> None:
+        self._obs = np.asarray(value)
+
+
+class Forgetful(Wrapped):
+    def __copy__(self) -> Any:
+        return type(self)()
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        pass
+
+
+def weak(a: Any) -> Any:
+    return weakref.WeakValueDictionary({"obs": a})
+
+
+COERCED: dict[str, Any] = {
+    "dict": (lambda a: Coerced(obs=a), "dict(x)"),
+    "dict around a list": (lambda a: Coerced(obs=[a, a]), "dict(x)"),
+    "user dict": (lambda a: CoercedItems(obs=a), "dict(x)"),
+    "mapping that forgets": (lambda a: Forgetful({"obs": a}), "dict(x)"),
+    "dict of weak references": (weak, "dict(x)"),
+    "list": (lambda a: CoercedList([a]), "list(x)"),
+    "deque": (lambda a: CoercedDeque([a]), "list(x)"),
+    "dataclass": (CoercedField, ""),
+}
+
+
+@pytest.mark.parametrize("name", COERCED)
+def test_container_that_does_not_hold_what_was_converted_is_refused_with_a_cure_that_works(name, a):
+    make, cure = COERCED[name]
+    source = make(a)
+    with pytest.raises(tb.UnsupportedArrayError) as error:
+        tree.to_torch({"in": source})
+    said, cures = str(error.value).splitlines()
+    assert said.startswith(f"batch['in']: a {type(source).__name__} cannot be built from converted values: ")
+    assert cures.startswith(f"Give {cure} in its place, register it with" if cure else "Register it with")
+    if cure:
+        made = tree.to_torch(eval(cure, {"x": source}))
+        assert assert_alike(made, made, assert_tensor_of) > 0
+
+
+def test_what_a_container_of_weak_references_would_lose_is_seen_by_the_plan_too(a):
+    with pytest.raises(tb.UnsupportedArrayError, match="cannot be built from converted values: "):
+        tree.plan(weak(a), "torch")
+
+
+class Groups(Wrapped):
+    """Gives its groups as new objects, takes no others, and keeps its arrays as NumPy's."""
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        self.items_[key] = value if isinstance(value, dict) else np.asarray(value)
+
+    def __getitem__(self, key: Any) -> Any:
+        value = self.items_[key]
+        return Groups(value) if isinstance(value, dict) else value
+
+    def __copy__(self) -> Any:
+        return type(self)(self.items_)
+
+
+def test_mappings_in_mappings_are_refused_with_a_cure_for_all_of_them(a):
+    source = Groups({"x": a, "deep": {"y": a, "deeper": {"z": a}}})
+    with pytest.raises(tb.UnsupportedArrayError, match="a Groups cannot be built") as error:
+        tree.to_torch(source)
+    cure = str(error.value).splitlines()[1]
+    assert cure.startswith("Give plain(x) in place of the outermost, plain = lambda x: ")
+    names: dict[str, Any] = {"collections": collections}
+    exec(cure.partition(", ")[2].partition(", register")[0], names)
+    made = tree.to_torch(names["plain"](source))
+    assert_tensor_of(a, made["x"])
+    assert_tensor_of(a, made["deep"]["deeper"]["z"])
+
+
+class Frozen(Wrapped):
+    """Makes its inner dicts its own kind as they are asked for, and lists anew: with what they held in them."""
+
+    def __getitem__(self, key: Any) -> Any:
+        value = self.items_[key]
+        return Frozen(value) if isinstance(value, (dict, Frozen)) else [*value] if isinstance(value, list) else value
+
+
+def test_container_that_wraps_what_it_holds_anew_is_asked_for_the_arrays_in_it(a):
+    made = tree.to_torch(Frozen({"x": {"y": a}, "l": [a, {"z": a}], "n": 3}))
+    assert type(made) is type(made["x"]) is Frozen
+    assert_tensor_of(a, made["x"]["y"])
+    assert_tensor_of(a, made["l"][1]["z"])
+
+
+def test_quoted_reason_ends_in_one_full_stop(a):
+    class Ends(Wrapped):
+        def __init__(self, items: Any = ()) -> None:
+            if any(isinstance(value, torch.Tensor) for value in dict(items).values()):
+                raise ValueError("takes no tensors.")
+            super().__init__(items)
+
+    with pytest.raises(tb.UnsupportedArrayError, match=r"ValueError: takes no tensors\.\n"):
+        tree.to_torch(Ends({"x": a}))
 
 
 def test_planning_builds_containers_and_changes_none(a):
