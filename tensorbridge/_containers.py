@@ -23,6 +23,7 @@ import numpy as np
 
 from tensorbridge import _rebuild, _tables
 from tensorbridge._errors import UnsupportedArrayError
+from tensorbridge._refuse import plain_dict
 
 
 class Kind(NamedTuple):
@@ -217,18 +218,14 @@ def rebuilt(kind: Kind, node: Any, keys: Any, children: list[Any], where: Callab
     except (TypeError, ValueError, AttributeError, LookupError, RuntimeError) as error:
         cause, why = error, f"{type(error).__name__}: {error}".removesuffix(".")
     text = f"{where() or 'batch'}: a {type(node).__name__} cannot be built from converted values: {why}"
-    plain = _PLAIN.get(kind.open, "")
-    if kind is MAPPING and any(x is not node and kind_of(x) is MAPPING for x in (around, *children)):
-        plain = _PLAIN_ALL
     cure = "egister it with torch.utils._pytree.register_pytree_node, or convert its arrays one by one."
-    raise UnsupportedArrayError(f"{text}.\n{f'Give {plain}, r' if plain else 'R'}{cure}") from cause
-
-
-_PLAIN: dict[Any, str] = {_mapping_open: "dict(x) in its place", sequence_open: "list(x) in its place"}
-_PLAIN_ALL = (
-    "plain(x) in place of the outermost, plain = lambda x: "
-    "{key: plain(x[key]) for key in x} if isinstance(x, collections.abc.Mapping) else x"
-)
+    if kind is MAPPING:
+        nested = any(x is not node and kind_of(x) is MAPPING for x in (around, *children))
+        call, meaning = plain_dict(nested)
+        cure = f"Give {call} in {'place of the outermost' if nested else 'its place'}{meaning}, r{cure}"
+    else:
+        cure = f"Give list(x) in its place, r{cure}" if kind.open is sequence_open else f"R{cure}"
+    raise UnsupportedArrayError(f"{text}.\n{cure}") from cause
 
 
 def _holds(kind: Kind, made: Any, keys: Any, children: list[Any]) -> bool:

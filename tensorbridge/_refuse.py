@@ -147,6 +147,14 @@ def cure_rows(first: object, stack: str) -> str:
     return f"Convert {stack} if its rows are of one length, or pad them first."
 
 
+def plain_dict(nested: bool) -> tuple[str, str]:
+    """The call that makes a plain dict of a mapping, `nested` of mappings in it too; and what that call means."""
+    if not nested:
+        return "dict(x)", ""
+    meaning = "{key: plain(x[key]) for key in x} if isinstance(x, collections.abc.Mapping) else x"
+    return "plain(x)", f", plain = lambda x: {meaning}"
+
+
 _CURE_DTYPE = {
     "complex32": "complex64",
     "longdouble": "float64",

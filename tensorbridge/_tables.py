@@ -1,4 +1,7 @@
-"""Tables as trees of columns: pandas, polars and pyarrow tables, and ``.npz`` files. A row index is not a column."""
+"""Tables as trees of columns: of pandas, polars and pyarrow; ``.npz`` files; groups of arrays stored by h5py or zarr.
+
+A row index is not a column, and the attributes of a group are none.
+"""
 
 from __future__ import annotations
 
@@ -19,6 +22,8 @@ def opener(x: Any) -> Open | None:
     found = _OPENED.get(_missing.library(x, "table"))
     if found is not None:
         return found
+    if _missing.library(x, "group"):
+        return _members
     return _npz_columns if isinstance(x, np.lib.npyio.NpzFile) else None
 
 
@@ -46,6 +51,11 @@ def _polars_columns(x: Any) -> tuple[list[Any], list[Any]]:
 
 def _npz_columns(x: Any) -> tuple[list[Any], list[Any]]:
     return [x[name] for name in x.files], list(x.files)
+
+
+def _members(x: Any) -> tuple[list[Any], list[Any]]:
+    names = list(x)
+    return [x[name] for name in names], names
 
 
 def _distinct(x: Any, names: Any) -> list[Any]:

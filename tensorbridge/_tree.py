@@ -33,7 +33,7 @@ def to_numpy(
     ----------
     tree : nested containers of arrays
         dict, list, tuple, namedtuple, dataclass, OrderedDict, defaultdict, deque; subclasses of Mapping, list, tuple;
-        what is registered with torch's pytrees or optree; tables of pandas, polars and pyarrow.
+        what is registered with torch's pytrees or optree; tables of pandas, polars, pyarrow; groups of h5py, zarr.
     dtype, copy, writable, detach
         As for `tensorbridge.to_numpy`, for every array.
     out : tree of numpy.ndarray, optional

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import collections
+import dataclasses
 import gc
 import pickle
+import sys
 import threading
 import types
 import weakref
@@ -345,6 +347,64 @@ def test_npz_file_is_a_table(tmp_path, a):
     with np.load(tmp_path / "x.npz") as stored:
         result = tree.to_torch(stored)
     assert {name: t.tolist() for name, t in result.items()} == {"x": a.tolist(), "y": [0, 1, 2]}
+
+
+class Stored:
+    """An array in a file, as h5py and zarr give it: read when it is asked for."""
+
+    def __init__(self, array: Any) -> None:
+        self.array = array
+
+    def __array__(self, dtype: Any = None, copy: Any = None) -> Any:
+        return self.array.copy()
+
+
+@dataclasses.dataclass
+class ZarrGroup:
+    """As zarr has it: a dataclass that is no Mapping, and holds its arrays in none of its fields."""
+
+    _store: Any
+
+    def __iter__(self) -> Any:
+        return iter(self._store.array)
+
+    def __getitem__(self, key: Any) -> Any:
+        value = self._store.array[key]
+        return type(self)(Opaque(value)) if isinstance(value, dict) else value
+
+
+class H5pyGroup(collections.abc.Mapping):  # type: ignore[type-arg]
+    """As h5py has it: a Mapping that is not made from a dict."""
+
+    def __init__(self, bind: Any) -> None:
+        if type(bind) is not Opaque:
+            raise ValueError(f"{bind} is not a GroupID")
+        self.bind = bind
+
+    def __iter__(self) -> Any:
+        return iter(self.bind.array)
+
+    def __len__(self) -> int:
+        return len(self.bind.array)
+
+    def __getitem__(self, key: Any) -> Any:
+        value = self.bind.array[key]
+        return H5pyGroup(Opaque(value)) if isinstance(value, dict) else value
+
+
+@pytest.mark.parametrize(("module", "cls"), [("h5py", H5pyGroup), ("zarr", ZarrGroup)])
+def test_group_of_stored_arrays_is_a_table(module, cls, a, monkeypatch):
+    monkeypatch.setitem(sys.modules, module, types.SimpleNamespace(Group=cls))
+    source = cls(Opaque({"x": Stored(a), "g": {"y": Stored(a[0])}}))
+    with pytest.raises(tb.UnsupportedArrayError, match="a container is not one array") as error:
+        tb.to_torch(source)
+    cure = str(error.value).partition("\nConvert every leaf: ")[2].removesuffix(".")
+    made = eval(cure, {"tensorbridge": tb, "x": source})
+    assert type(made) is type(made["g"]) is dict
+    assert {"x": made["x"].tolist(), "y": made["g"]["y"].tolist()} == {"x": a.tolist(), "y": a[0].tolist()}
+    plan = tree.plan(source, "torch")
+    assert ([leaf.path for leaf in plan.leaves], plan.left) == (["batch['x']", "batch['g']['y']"], ())
+    assert tb.collate([source, source])["g"]["y"].shape == (2, 3)
 
 
 def test_module_is_public():

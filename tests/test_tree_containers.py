@@ -244,6 +244,24 @@ def test_mappings_in_mappings_are_refused_with_a_cure_for_all_of_them(a):
     assert_tensor_of(a, made["deep"]["deeper"]["z"])
 
 
+class Refusing(Wrapped):
+    """As xarray's datasets: with a method of arrays that refuses."""
+
+    def __array__(self, dtype: Any = None, copy: Any = None) -> Any:
+        raise TypeError("cannot directly convert this.")
+
+
+@pytest.mark.parametrize("inner", [{}, {"deep": Wrapped({"y": np.zeros(2)})}], ids=["flat", "deep"])
+def test_mapping_that_refuses_to_be_an_array_is_told_as_the_container_it_is(inner, a):
+    source = Refusing({"x": a, **inner})
+    with pytest.raises(tb.UnsupportedArrayError, match="Refusing cannot be converted: a container is not one") as error:
+        tb.to_torch(source)
+    cure, _, plain = str(error.value).partition("\nConvert every leaf: ")[2].removesuffix(".").partition(", ")
+    names: dict[str, Any] = {"tensorbridge": tb, "collections": collections, "x": source}
+    exec(plain, names)
+    assert_tensor_of(a, eval(cure, names)["x"])
+
+
 class Frozen(Wrapped):
     """Makes its inner dicts its own kind as they are asked for, and lists anew: with what they held in them."""
 

@@ -17,18 +17,19 @@ import numpy as np
 
 from tensorbridge._refuse import OBSTACLES, Obstacle, cure_rows
 
-_CLASSES = {
+_CLASSES: dict[str, dict[str, tuple[str, ...]]] = {
     "table": {"pyarrow": ("Table", "RecordBatch"), "pandas": ("DataFrame",), "polars": ("DataFrame",)},
     "column": {
         "pyarrow": ("Array", "ChunkedArray", "Scalar"),
         "pandas": ("Series", "Index", "api.extensions.ExtensionArray"),
         "polars": ("Series",),
     },
+    "group": {"h5py": ("Group",), "zarr": ("Group",)},
 }
 
 
 def library(x: Any, kind: str) -> str:
-    """Which of the libraries `x` comes from, if it is a "table" or a "column" of one; none is imported."""
+    """Which of the libraries `x` comes from, if it is a "table", "column" or "group" of one; none is imported."""
     cls: Any = type(x)
     return _library_of(cls, kind)
 

@@ -132,6 +132,10 @@ def _failed(x: Any, what: str, error: Exception) -> Exception:
         return Obstacle("stand-in", name)
     if _strangers.is_deleted(x):
         return ProducerError(f"{name} failed to export {what}: it was deleted, or its memory donated to a computation")
+    if isinstance(x, Mapping):  # of xarray: it has the method, and has it refuse
+        call, meaning = _refuse.plain_dict(any(isinstance(x[key], Mapping) for key in x))
+        cure = f"Convert every leaf: tensorbridge.tree.to_{{framework}}({call}){meaning}."
+        return Obstacle("container", name).cured(cure)
     if isinstance(error, TypeError):
         return UnsupportedArrayError(f"{name} refuses to export {what}: {error}\n{_columns.cure(x)}")
     return ProducerError(f"{name} failed to export {what}: {type(error).__name__}: {error}")
