@@ -61,6 +61,12 @@ def traced(script: str, arguments: list[str], save: str | None) -> int:
     if not os.path.isfile(script):
         print(f"python -m tensorbridge trace: no such script: {script}", file=sys.stderr)
         return 2
+    if os.path.splitext(script)[1] not in ("", ".py", ".pyw", ".pyc", ".pyz"):  # JSON would run, as an expression
+        takes = "which is what it takes: a file that ends in .py, or in nothing"
+        does = "It runs it and reports the conversions in it"
+        opens = "a trace that was saved is opened by Perfetto or chrome://tracing"
+        print(f"python -m tensorbridge trace: {script} is no Python script, {takes}. {does}; {opens}.", file=sys.stderr)
+        return 2
     if save:
         try:
             with open(save, "a"):  # before the script has run for an hour

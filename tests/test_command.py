@@ -151,6 +151,37 @@ def test_trace_of_a_missing_script_exits_2():
     assert "no such script" in done.stderr
 
 
+NO_SCRIPTS = {"trace.json": b'{"traceEvents": []}', "model.pt": b"PK\x03\x04\x00\xff", "notes.md": b"# Notes\n"}
+
+
+@pytest.mark.parametrize("name", NO_SCRIPTS)
+def test_trace_of_a_file_that_is_no_script_says_what_it_takes(tmp_path, name):
+    path = tmp_path / name
+    path.write_bytes(NO_SCRIPTS[name])
+    done = run("trace", str(path))
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == (
+        f"python -m tensorbridge trace: {path} is no Python script, which is what it takes: a file that ends in .py, "
+        "or in nothing. It runs it and reports the conversions in it; a trace that was saved is opened by Perfetto or "
+        "chrome://tracing.\n"
+    )
+
+
+@pytest.mark.parametrize("name", ["job.py", "job"])
+def test_trace_of_a_script_with_a_mistake_shows_the_line(tmp_path, name):
+    script = tmp_path / name
+    script.write_text("#!/usr/bin/env python\nx = (\n")
+    done = run("trace", str(script))
+    assert done.returncode == 1
+    assert f'{name}", line 2' in done.stderr
+
+
+def test_trace_of_a_script_without_a_suffix_runs_it(tmp_path):
+    script = tmp_path / "job"
+    script.write_text("print(__name__)\n")
+    assert run("trace", str(script)).stdout == "__main__\n"
+
+
 def test_trace_that_cannot_be_saved_is_said_before_the_script_runs(tmp_path):
     script = tmp_path / "job.py"
     script.write_text(SCRIPT)
