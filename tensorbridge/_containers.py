@@ -1,8 +1,8 @@
 """Containers: which values are trees of arrays, how one is opened into its children, how its like is built again.
 
-A tree is walked with a stack of its own, so that depth costs nothing. Exact built-in types are known at once; then come
-types registered with torch's pytrees or with optree, tables, subclasses of the built-in containers, and dataclasses.
-Sets are not containers here: arrays cannot be hashed.
+A tree is walked with a stack of its own, so that depth costs nothing. Exact built-in types are known at once; then
+come those registered with torch's pytrees or optree, tables, subclasses of built-in containers, dataclasses, and the
+like. Sets are not containers here: arrays cannot be hashed.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from functools import partial
 from mmap import mmap
 from numbers import Number
 from os import PathLike
-from types import FunctionType
+from types import FunctionType, SimpleNamespace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -76,6 +76,7 @@ TUPLE = Kind(sequence_open, lambda node, _, children: tuple(children), at, exoti
 MAPPING = Kind(_mapping_open, _rebuild.mapping_build)
 CHAINMAP = Kind(lambda node: (list(node.maps), None), _rebuild.chainmap_build, lambda node, _, i: f".maps[{i}]")
 DATACLASS = Kind(_dataclass_open, _rebuild.dataclass_build, _dot)
+NAMESPACE = DATACLASS._replace(open=lambda node: (list(vars(node).values()), list(vars(node))))
 ROOT = Kind(
     lambda node: ([node], None), lambda node, _, children: children[0], lambda node, _, i: "batch", exotic=False
 )
@@ -94,7 +95,8 @@ _exact: dict[type, Any] = {
 }
 # Numbers, text and raw bytes are kept, though NumPy's scalars speak array protocols and bytes are buffers.
 _KEPT = (str, bytes, bytearray, mmap, int, float, complex, np.generic, Enum, type)
-_PROTOCOLS = ("__dlpack__", "__cuda_array_interface__", "__array_interface__", "__array__")
+# What offers an array, or would make one if told to, as sparse ones do: they are refused by name, not left alone.
+_PROTOCOLS = ("__dlpack__", "__cuda_array_interface__", "__array_interface__", "__array__", "toarray")
 
 
 def kind_of(x: Any) -> Any:
@@ -186,6 +188,8 @@ def _by_class(x: Any, cls: type) -> Any:
         return MAPPING
     if _is_array(x, cls):
         return ARRAY
+    if issubclass(cls, SimpleNamespace):
+        return NAMESPACE
     return DATACLASS if dataclasses.is_dataclass(cls) else OTHER
 
 

@@ -10,6 +10,7 @@ import copy
 from collections import OrderedDict, UserDict, defaultdict, deque
 from collections.abc import Sequence
 from functools import cached_property
+from types import SimpleNamespace
 from typing import Any
 from weakref import WeakValueDictionary
 
@@ -79,7 +80,7 @@ def chainmap_build(node: Any, _: Any, children: list[Any]) -> Any:
 def dataclass_build(node: Any, names: list[str], children: list[Any]) -> Any:
     """An instance made without ``__init__``: its fields are not arguments of it (init=False), or were changed since."""
     cls: Any = type(node)
-    like = cls.__new__(cls) if cls.__new__ is object.__new__ else copy.copy(node)
+    like = cls.__new__(cls) if cls.__new__ in (object.__new__, SimpleNamespace.__new__) else copy.copy(node)
     _keep_attributes(like, node, besides=names)
     for name, child in zip(names, children, strict=True):
         object.__setattr__(like, name, child)

@@ -140,6 +140,10 @@ class TaggedList(Tagged, list):  # type: ignore[type-arg]
     pass
 
 
+class TaggedNamespace(Tagged, types.SimpleNamespace):
+    pass
+
+
 class Registered:
     def __init__(self, first: Any, second: Any, note: str) -> None:
         self.first, self.second, self.note = first, second, note
@@ -213,6 +217,8 @@ CONTAINERS: dict[str, Any] = {
     "frozen dataclass with slots": lambda a: Frozen(a, "text"),
     "dataclass with fields that init does not take": derived,
     "dataclass with slots of a base": slotted,
+    "namespace": lambda a: types.SimpleNamespace(obs=a, mask={"deep": a}, n=3),
+    "namespace with more to init": lambda a: TaggedNamespace("kept", obs=a),
     "registered": lambda a: Registered(a, "text", "kept"),
     "torch return type": lambda a: torch.max(torch.from_numpy(np.stack([a, a])), 0),
     "nested": lambda a: {"obs": [Plain(a, (a, {"x": Pair(a, 1)}))], "n": collections.OrderedDict(k=[[a]])},

@@ -517,3 +517,26 @@ def test_real_tensors_are_refused_by_name_in_fake_mode():
     x = torch.zeros(3)
     with fake_mode(), pytest.raises(tb.UnsupportedArrayError, match=r"collate: batch: sample 0: .*FakeTensorMode"):
         tb.collate([x, x])
+
+
+@pytest.mark.parametrize("values", [["2020", "2021"], ["NaT", "2021"]])
+@pytest.mark.parametrize("kind", ["M8[s]", "m8[s]"])
+def test_dates_are_refused_with_a_cure_that_works_as_arrays_of_them_are(kind, values):
+    dates = np.array([value if kind[0] == "M" or value == "NaT" else 3 for value in values], kind)
+    for values, path in ((list(dates), "batch['t']"), ([dates] * 2, "batch['t']: sample 0")):
+        samples = [{"t": value} for value in values]
+        with pytest.raises(tb.UnsupportedArrayError) as error:
+            tb.collate(samples)
+        text, cure = str(error.value).splitlines()
+        assert text.startswith(f"collate: {path}: ")
+        assert "dates and durations are numbers with a unit" in text
+        call = cure.partition("Convert ")[2].partition(" and keep the unit beside it. Do so in the dataset")[0]
+        batch = tb.collate([{"t": eval(call, {"np": np, "x": sample["t"]})} for sample in samples])
+        assert batch["t"].dtype == torch.int64
+
+
+def test_a_list_of_dates_is_told_as_dates():
+    with pytest.raises(tb.UnsupportedArrayError) as error:
+        tb.to_torch([np.datetime64("2020"), np.datetime64("2021")])
+    cure = str(error.value).partition("\nConvert ")[2].partition(" and keep the unit")[0]
+    assert eval(cure, {"np": np, "x": [np.datetime64("2020"), np.datetime64("2021")]}).tolist() == [50, 51]

@@ -28,6 +28,8 @@ def parts(x: Any) -> tuple[Any, list[Any]]:
     if dataclasses.is_dataclass(x):
         names = [f.name for f in dataclasses.fields(x)]
         return (type(x), names, getattr(x, "_note", None)), [getattr(x, name) for name in names]
+    if isinstance(x, types.SimpleNamespace):
+        return (type(x), list(vars(x))), list(vars(x).values())
     if isinstance(x, Registered):
         return (type(x), x.note), [x.first, x.second]
     if isinstance(x, (list, tuple, collections.deque, collections.UserList)):
@@ -298,6 +300,24 @@ def test_planning_builds_containers_and_changes_none(a):
 
 
 # -- What is not an array
+
+
+class Sparse:
+    """As SciPy's sparse arrays: it offers no array, and makes one when it is told to."""
+
+    def toarray(self) -> Any:
+        return np.eye(2)
+
+
+SPARSE = r"batch\['s'\]: .*no strided memory to share\.\nConvert x\.toarray"
+
+
+@pytest.mark.parametrize(
+    "call", [tree.to_torch, tree.to_numpy, lambda x: tree.plan(x, "torch"), lambda x: tb.collate([x])]
+)
+def test_sparse_array_is_refused_in_a_tree_as_it_is_alone(call, a):
+    with pytest.raises(tb.UnsupportedArrayError, match=SPARSE):
+        call({"x": a, "s": Sparse()})
 
 
 @pytest.mark.parametrize("to", [tree.to_torch, tree.to_numpy])

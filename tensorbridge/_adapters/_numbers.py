@@ -55,7 +55,8 @@ def dtype_of(numbers: Sequence[Any], kinds: set[type], want: Want, outer: tuple[
             raise Obstacle("big integer", _what(numbers, place, outer), why).cured(f'Say dtype="{found}".')
     name = _dtypes.of_numpy(found)
     if not name:
-        raise Obstacle("unknown dtype", f"list of {len(numbers)} values")
+        obstacle = Obstacle("datetime" if found.kind in "mM" else "unknown dtype", f"list of {len(numbers)} values")
+        raise obstacle.cured(obstacle.refusal.cure.replace("x.view", "np.asarray(x).view"))
     return name.lstrip(">")
 
 
