@@ -55,7 +55,24 @@ def _npz_columns(x: Any) -> tuple[list[Any], list[Any]]:
 
 def _members(x: Any) -> tuple[list[Any], list[Any]]:
     names = list(x)
-    return [x[name] for name in names], names
+    members = [x[name] for name in names]
+    above = _around(x)
+    for name, member in zip(names, members, strict=True):
+        if _missing.library(member, "group") and member in above:  # HDF5 may link a group into itself
+            what = f"{type(x).__name__} {x.name!r} has itself, or what it is in, as {name!r}"
+            raise UnsupportedArrayError(f"{what}.\n{_CYCLE}")
+    return members, names
+
+
+_CYCLE = "Convert its arrays one by one: a tree that contains itself has no end."
+
+
+def _around(x: Any) -> list[Any]:
+    """A group and all groups that it is in. (A file has no end of parents: its root is its own.)"""
+    found = [x]
+    while getattr(found[-1], "parent", None) is not None and found[-1].name != "/":
+        found.append(found[-1].parent)
+    return found
 
 
 def _distinct(x: Any, names: Any) -> list[Any]:

@@ -47,6 +47,20 @@ def zipped(folder):
     return h5py.File(folder / "x.h5", "w").create_dataset("x", data=A, chunks=(1, 2), compression="gzip")
 
 
+def groups(folder):
+    file = h5py.File(folder / "groups.h5", "w")
+    file["x"] = A
+    file["inner/x"] = A + 1
+    return file
+
+
+def zarr_groups(folder):
+    group = zarr.open_group(folder / "groups.zarr", mode="w")
+    group.create_array("x", data=A)
+    group.create_group("inner").create_array("x", data=A + 1)
+    return group
+
+
 def stored(folder):
     return zarr.create_array(folder / "x.zarr", data=A, chunks=(2, 2))
 
@@ -134,6 +148,11 @@ SOURCES = {
         Source(lambda folder: dataset(folder, cache=False)["x"]),
         Source(lambda folder: dataset(folder, chunks={})["x"]),
     ],
+    "h5py `File`, `Group`; zarr `Group`": [
+        Source(groups),
+        Source(lambda folder: groups(folder)["inner"]),
+        Source(zarr_groups),
+    ],
     "xarray `Dataset`": [Source(dataset)],
     "dask array": [
         Source(lambda _: dask.array.from_array(A, chunks=2)),
@@ -160,6 +179,23 @@ def test_row_of_the_page_is_what_the_library_does(row, number, tmp_path):
 
 def test_every_row_of_the_page_is_held_here_or_there():
     assert {**PLAIN, **SOURCES}.keys() == ROWS.keys()
+
+
+@pytest.mark.parametrize("make", [groups, zarr_groups])
+def test_a_tree_reads_groups_into_dicts(make, tmp_path):
+    made = tree.to_torch(make(tmp_path))
+    assert sorted(made) == ["inner", "x"]
+    assert made["x"].tolist() == A.tolist()
+    assert made["inner"]["x"].tolist() == (A + 1).tolist()
+
+
+@pytest.mark.parametrize("link", ["self", "inner/up", "inner/more/up"])
+def test_a_group_that_contains_itself_is_refused(link, tmp_path):
+    file = groups(tmp_path)
+    file.create_group("inner/more")
+    file[link] = file["inner"] if link.startswith("inner") else file["/"]
+    with pytest.raises(tb.UnsupportedArrayError, match="a tree that contains itself has no end"):
+        tree.to_torch(file)
 
 
 @pytest.mark.parametrize("library", RECIPES)
@@ -237,16 +273,9 @@ def test_what_safetensors_saves_of_numpy_and_torch(tmp_path):
     assert tensors(safetensors.numpy, backward)(tmp_path).tolist() != backward.tolist()
 
 
-def test_file_handles_and_containers_of_xarray_are_given_as_dicts(tmp_path):
+def test_containers_of_xarray_are_given_as_dicts(tmp_path):
     containers = dataset(tmp_path).assign_coords(i=[1, 2, 3])
-    for x in (hdf5()(tmp_path).file, containers, containers.data_vars, containers.coords):
+    for x in (containers, containers.data_vars, containers.coords):
         with pytest.raises(tb.UnsupportedArrayError, match=r"dict\(x\)"):
             tree.to_torch({"set": x})
         assert {name: t.tolist() for name, t in tree.to_torch(dict(x)).items()} in ({"x": A.tolist()}, {"i": [1, 2, 3]})
-
-
-def test_a_group_of_zarr_is_left_as_it_is_unless_it_is_given_as_a_dict():
-    group = zarr.group()
-    group.create_array("x", data=A)
-    assert tree.to_torch({"set": group})["set"] is group
-    assert tree.to_torch(dict(group))["x"].tolist() == A.tolist()
