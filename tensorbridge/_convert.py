@@ -18,7 +18,7 @@ from tensorbridge._refuse import Obstacle, holder
 from tensorbridge._step import HERE, Decision, Here, Op, Want, bind
 
 
-class Road(NamedTuple):
+class Recipe(NamedTuple):
     """A decision for one kind of array, and the functions that perform it."""
 
     decision: Decision
@@ -26,8 +26,8 @@ class Road(NamedTuple):
     moves: bool = True  # any byte, so that a guard is asked
 
 
-_roads: dict[tuple[Traits, Want, Here], Road] = {}
-_ROADS_KEPT = 4096
+_recipes: dict[tuple[Traits, Want, Here], Recipe] = {}
+_RECIPES_KEPT = 4096
 WITH_TORCH = HERE._replace(torch=True)
 imported_in = os.getpid()
 
@@ -39,22 +39,22 @@ def convert(x: Any, want: Want, out: Any = None) -> Any:
     if want.out is not None:
         _options.check_out(adapter.describe(handle, traits), adapter_of(type(out)).describe(out, want.out), want)
     here = moment(traits, want)
-    road = road_for(traits, want, here)
-    if road.decision.refusal is not None:
-        raise words.refused(road.decision, adapter.describe(handle, traits), want)
-    if _watch.watching and (road.moves or _watch.is_traced()):
-        plan = bind(road.decision.steps, adapter.describe(handle, traits), want)
-        return _watch.perform(plan, words.call(want), lambda: perform(road, handle, out))
-    return perform(road, handle, out)
+    recipe = recipe_for(traits, want, here)
+    if recipe.decision.refusal is not None:
+        raise words.refused(recipe.decision, adapter.describe(handle, traits), want)
+    if _watch.watching and (recipe.moves or _watch.is_traced()):
+        plan = bind(recipe.decision.steps, adapter.describe(handle, traits), want)
+        return _watch.perform(plan, words.call(want), lambda: perform(recipe, handle, out))
+    return perform(recipe, handle, out)
 
 
-def perform(road: Road, handle: Any, out: Any) -> Any:
+def perform(recipe: Recipe, handle: Any, out: Any) -> Any:
     result = handle
     if out is None:
-        for function in road.functions:
+        for function in recipe.functions:
             result = function(result)
         return result
-    for step, function in zip(road.decision.steps, road.functions, strict=True):
+    for step, function in zip(recipe.decision.steps, recipe.functions, strict=True):
         result = function(result, out) if step.op == Op.FILL else function(result)
     return result
 
@@ -79,19 +79,19 @@ def described(x: Any, call: str = "describe") -> ArrayInfo:
     return adapter.describe(handle, traits)
 
 
-def road_for(traits: Traits, want: Want, here: Here) -> Road:
-    """The road of this kind of array; built once a kind."""
-    found = _roads.get((traits, want, here))
+def recipe_for(traits: Traits, want: Want, here: Here) -> Recipe:
+    """The recipe of this kind of array; built once a kind."""
+    found = _recipes.get((traits, want, here))
     if found is not None:
         return found
     decision = decide(traits, want, here)
     functions = () if decision.refusal is not None else compiled(decision.steps, traits, want)
     open_lanes()
-    if len(_roads) >= _ROADS_KEPT:
-        _roads.clear()
+    if len(_recipes) >= _RECIPES_KEPT:
+        _recipes.clear()
     moves = any(step.kind for step in decision.steps)
-    road = _roads[traits, want, here] = Road(decision, functions, moves)
-    return road
+    recipe = _recipes[traits, want, here] = Recipe(decision, functions, moves)
+    return recipe
 
 
 def compiled(steps: tuple[Any, ...], traits: Traits, want: Want) -> tuple[Callable[..., Any], ...]:

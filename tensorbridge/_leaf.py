@@ -21,7 +21,7 @@ from tensorbridge._plan import decide
 from tensorbridge._step import Want
 
 if TYPE_CHECKING:
-    from tensorbridge._convert import Road
+    from tensorbridge._convert import Recipe
 
 NAMED = (BridgeError, ValueError, TypeError)
 
@@ -38,7 +38,7 @@ class Kind(NamedTuple):
     adapter: Adapter
     traits: Traits
     want: Want
-    road: Road
+    recipe: Recipe
     moves: bool  # any byte
 
 
@@ -62,13 +62,13 @@ def opened(place: int, x: Any, want: Want, *, planning: bool = False) -> Leaf:
         want = _options.placed(want, traits, planning=planning)
     here = _convert.moment(traits, want)
     if planning:
-        road = _convert.Road(decide(traits, want, here), ())
+        recipe = _convert.Recipe(decide(traits, want, here), ())
     else:
-        road = _convert.road_for(traits, want, here)
-    if road.decision.refusal is not None:
-        raise words.refused(road.decision, adapter.describe(handle, traits), want)
-    moves = any(step.kind for step in road.decision.steps)
-    return Leaf(place, handle, Kind(adapter, traits, want, road, moves))
+        recipe = _convert.recipe_for(traits, want, here)
+    if recipe.decision.refusal is not None:
+        raise words.refused(recipe.decision, adapter.describe(handle, traits), want)
+    moves = any(step.kind for step in recipe.decision.steps)
+    return Leaf(place, handle, Kind(adapter, traits, want, recipe, moves))
 
 
 def decided(

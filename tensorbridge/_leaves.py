@@ -81,7 +81,7 @@ def _filled(flat: Flat, want: Want, out: Any) -> Any:
 def _alone(flat: Flat, leaf: Leaf, out: Any = None) -> Any:
     """A leaf that is in no block, converted; into `out`, if there is one."""
     try:
-        return _watched(leaf, None, partial(_convert.perform, leaf.kind.road, leaf.handle, out))
+        return _watched(leaf, None, partial(_convert.perform, leaf.kind.recipe, leaf.handle, out))
     except NAMED as error:
         name(error, flat, leaf.place)
         raise
@@ -117,7 +117,7 @@ def _decided_at_once(flat: Flat, want: Want) -> tuple[list[tuple[Block, dict[int
             except NAMED as error:
                 name(error, flat, members[0])
                 raise
-            routes[key] = _pack.route(kind.traits, kind.road.decision.steps)
+            routes[key] = _pack.route(kind.traits, kind.recipe.decision.steps)
             kinds[id(routes[key])] = kind
         route = routes[key]
         if route is None:
@@ -168,7 +168,7 @@ def blocks_of(leaves: Sequence[Leaf]) -> list[Block]:
     for i, leaf in enumerate(leaves):
         kind = leaf.kind
         if id(kind) not in routes:
-            route = _pack.route(kind.traits, kind.road.decision.steps) if _may_cross(kind) else None
+            route = _pack.route(kind.traits, kind.recipe.decision.steps) if _may_cross(kind) else None
             routes[id(kind)] = None if route is None or _pack.EXTRA[route.kind] & forbidden else route
         route = routes[id(kind)]
         if route is not None:
@@ -213,7 +213,7 @@ def _allowed(flat: Flat, leaves: Iterable[tuple[Leaf, Block | None]]) -> Abstrac
 
 def plan_of(leaf: Leaf, block: Block | None) -> Plan:
     """The steps that are run for a leaf."""
-    plan = bind(leaf.kind.road.decision.steps, leaf.info, leaf.kind.want)
+    plan = bind(leaf.kind.recipe.decision.steps, leaf.info, leaf.kind.want)
     if block is None:
         return plan
     return _pack.planned(plan, _step_across(leaf.kind), block)
@@ -261,22 +261,22 @@ def _cross_at_once(
 
 
 def _step_across(kind: Kind) -> int:
-    return next(i for i, step in enumerate(kind.road.decision.steps) if step.kind in ("h2d", "d2h"))
+    return next(i for i, step in enumerate(kind.recipe.decision.steps) if step.kind in ("h2d", "d2h"))
 
 
 def _before(kind: Kind) -> Sequence[Callable[..., Any]]:
     """What is done before a leaf crosses. As bytes for a block, a NumPy array need not become a tensor first."""
-    steps, step = kind.road.decision.steps, _step_across(kind)
+    steps, step = kind.recipe.decision.steps, _step_across(kind)
     if step and steps[step - 1].op == Op.SHARE and steps[step - 1].after.framework == "torch":
         giver = steps[step - 2].after if step > 1 else kind.traits
         step -= giver.framework == "numpy"
-    return kind.road.functions[:step]
+    return kind.recipe.functions[:step]
 
 
 def _after(kind: Kind) -> Sequence[Callable[..., Any]]:
     """What is done after a leaf has crossed. Out of a block that came down, it is a NumPy array already."""
-    steps, step = kind.road.decision.steps, _step_across(kind)
-    rest = kind.road.functions[step + 1 :]
+    steps, step = kind.recipe.decision.steps, _step_across(kind)
+    rest = kind.recipe.functions[step + 1 :]
     if steps[step].kind == "h2d":
         return rest
     if rest and steps[step + 1].op == Op.SHARE and steps[step + 1].after.framework == "numpy":

@@ -1,4 +1,4 @@
-"""Memory of decisions: an array of a kind that was converted before, asked for in the same words, takes the same road.
+"""Memory of decisions: what was converted before, by its kind and in the same words, is done by the same recipe.
 
 Only plain arrays on the host, and only once torch is there: then a decision rests on nothing of the moment. The kind of
 an array is its `Traits`, told by its adapter in a few questions; options are taken as the caller wrote them.
@@ -19,11 +19,11 @@ from tensorbridge._array import CPU, Traits
 from tensorbridge._eager import eager
 
 _F = TypeVar("_F", bound=Callable[..., Any])
-_Roads = dict[Traits, _convert.Road]
+_Recipes = dict[Traits, _convert.Recipe]
 
 _kinds: dict[type, Callable[[Any], Traits | None]] = {}  # of the types that have plain arrays
-_asked: dict[tuple[Any, ...], _Roads | None] = {}  # by the options in the caller's words; None: leads off the host
-_NOTHING: _Roads = {}
+_asked: dict[tuple[Any, ...], _Recipes | None] = {}  # by the options in the caller's words; None: leads off the host
+_NOTHING: _Recipes = {}
 _borrowed: Callable[[Any], Any] = lambda x: x  # a tensor's memory as an array
 _WORDS: set[type] = {bool, type(None), str, type, *map(type, _dtypes.OF_NUMPY)}  # types of options that may be a key
 _KEPT = 1024
@@ -52,21 +52,21 @@ def remembering(full: _F) -> _F:
             if filled is None:
                 return full(x, **options)
             words = (framework, filled)
-        roads = _asked.get(words, _NOTHING)
-        if roads is None:
+        recipes = _asked.get(words, _NOTHING)
+        if recipes is None:
             return full(x, **options)
         traits = kind(x)
-        road = roads.get(traits)  # type: ignore[arg-type]
-        watched = _watch.watching and (road is None or road.moves or _watch.is_traced())
-        if road is None or watched or _may_start_threads(traits) or not (out is None or _are_apart(x, out)):
+        recipe = recipes.get(traits)  # type: ignore[arg-type]
+        watched = _watch.watching and (recipe is None or recipe.moves or _watch.is_traced())
+        if recipe is None or watched or _may_start_threads(traits) or not (out is None or _are_apart(x, out)):
             result = full(x, **options)
             joined = out is not None and traits is not None and traits.graph  # out, now in that graph
-            if road is None and traits is not None and not joined:
+            if recipe is None and traits is not None and not joined:
                 _remember(words, options, traits)
             return result
-        if len(road.functions) == 1 and out is None:
-            return road.functions[0](x)
-        return _convert.perform(road, x, out)
+        if len(recipe.functions) == 1 and out is None:
+            return recipe.functions[0](x)
+        return _convert.perform(recipe, x, out)
 
     return eager(convert_again)  # type: ignore[return-value]
 
@@ -94,16 +94,16 @@ def _may_start_threads(traits: Any) -> bool:
 
 
 def _remember(words: tuple[Any, ...], options: dict[str, Any], traits: Traits) -> None:
-    """Keep the road of a conversion that has just been done."""
+    """Keep the recipe of a conversion that has just been done."""
     if len(_asked) >= _KEPT:
         _asked.clear()
     want = _options.WANTS[words[0]](**options)
     if want.device not in (None, CPU) or want.pin_memory:
         _asked[words] = None
         return
-    roads = _asked.setdefault(words, {})
-    if roads is not None and _convert.moment(traits, want) is _convert.WITH_TORCH:
-        roads[traits] = _convert.road_for(traits, want, _convert.WITH_TORCH)
+    recipes = _asked.setdefault(words, {})
+    if recipes is not None and _convert.moment(traits, want) is _convert.WITH_TORCH:
+        recipes[traits] = _convert.recipe_for(traits, want, _convert.WITH_TORCH)
 
 
 def _open() -> None:

@@ -288,8 +288,8 @@ def down(tensors: list[torch.Tensor], want: Want) -> list[Any]:
         traits = adapter.open(t, Want("torch"))[1]._replace(device=CUDA0)
         decision = decide(traits, want)
         assert decision.refusal is None
-        road = _convert.Road(decision, _convert.compiled(decision.steps, traits, want))
-        leaves.append(Leaf(i, t, Kind(adapter, traits, want, road, True)))
+        recipe = _convert.Recipe(decision, _convert.compiled(decision.steps, traits, want))
+        leaves.append(Leaf(i, t, Kind(adapter, traits, want, recipe, True)))
     results: list[Any] = [None] * len(tensors)
     for block in _leaves.blocks_of(leaves):
         _leaves._cross(block, leaves, results)

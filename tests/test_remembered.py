@@ -54,8 +54,8 @@ def nothing_remembered():
     _remember._asked.clear()
 
 
-def remembered() -> list[_convert.Road]:
-    return [road for roads in _remember._asked.values() if roads is not None for road in roads.values()]
+def remembered() -> list[_convert.Recipe]:
+    return [recipe for recipes in _remember._asked.values() if recipes is not None for recipe in recipes.values()]
 
 
 @silent
@@ -203,13 +203,13 @@ def test_a_forked_process_decides_anew_where_torch_would_start_threads(monkeypat
         assert convert(a, dtype="float16").dtype == torch.float16
     monkeypatch.setattr(_convert, "imported_in", os.getpid() + 1)
     seen: list[Any] = []
-    decided = _convert.road_for
+    decided = _convert.recipe_for
 
-    def road_for(traits: Any, want: Any, here: Any) -> Any:
+    def recipe_for(traits: Any, want: Any, here: Any) -> Any:
         seen.append(here.worker)
         return decided(traits, want, here)
 
-    monkeypatch.setattr(_convert, "road_for", road_for)
+    monkeypatch.setattr(_convert, "recipe_for", recipe_for)
     convert(a, dtype="float16")
     assert seen == [torch.get_num_threads() > 1]
 
