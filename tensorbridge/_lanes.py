@@ -69,8 +69,7 @@ def plain_tensor_to_numpy(full: _F) -> _F:
                 try:
                     if x.requires_grad:
                         a = x.numpy(force=True)
-                        base: Any = a.base
-                        if base is not None and base.data_ptr() == x.data_ptr():  # else a lazy bit was resolved
+                        if not a.flags.owndata and a.base.data_ptr() == x.data_ptr():  # else a lazy bit was resolved
                             a.setflags(False)  # positional: a fifth of the price of .flags.writeable
                             return a
                     else:

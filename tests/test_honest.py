@@ -113,7 +113,8 @@ def assert_honest(array: Any, values: Any, target: str, options: dict[str, Any])
         if step.kind or step.op in ("share", "restride"):
             assert np.array_equal(numbers(result), values_as(values, step.after.dtype)), step
     public = CONVERT[target](array, **options)
-    assert facts(public) == facts(result)
+    fresh: dict[str, str] = {"origin": ""} if plan.bytes_moved else {}  # a lane makes it with no tensor behind it
+    assert facts(public)._replace(**fresh) == facts(result)._replace(**fresh)
     assert np.array_equal(numbers(public), numbers(result))
     assert tuple(public.shape) == plan.source.shape
     assert isinstance(public, np.ndarray if target == "numpy" else torch.Tensor)
