@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import tensorbridge as tb
+from tensorbridge._adapters import _numbers
 
 INF, NAN = float("inf"), float("nan")
 
@@ -199,3 +200,13 @@ def test_an_int_that_no_dtype_holds_is_refused(number, dtype):
 def test_numpys_numbers_in_a_list_are_cast_as_an_array_is_whatever_is_beside_them(first, other):
     made = tb.to_numpy([first, other], dtype="int8")
     assert made.tolist() == np.array([first, other]).astype("int8").tolist()
+
+
+def test_floats_are_not_asked_one_by_one_whether_they_are_ints_that_would_be_rounded(monkeypatch):
+    """A million of them would cost a second."""
+    asked = []
+    monkeypatch.setattr(_numbers, "_is_rounded", lambda x: asked.append(x))
+    tb.to_numpy([0.5, 2, True, 1.5])
+    assert asked == [2]
+    tb.to_numpy([0.5, True, np.float32(1), 1j])
+    assert asked == [2]

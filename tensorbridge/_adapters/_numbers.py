@@ -49,7 +49,8 @@ def dtype_of(numbers: Sequence[Any], kinds: set[type], want: Want, outer: tuple[
             raise _too_big(numbers, kinds, want, outer)
         found = np.result_type(found, np.float64)
     if want.dtype is None and found.kind in "fc":
-        place = next((i for i, x in enumerate(numbers) if _is_rounded(x)), None)
+        ints = {kind for kind in kinds if issubclass(kind, (int, np.integer)) and kind is not bool}
+        place = next((i for i, x in enumerate(numbers) if type(x) in ints and _is_rounded(x)), None) if ints else None
         if place is not None:
             why = f"as {found}, which it is beside others, it would be {int(float(numbers[place]))}"
             raise Obstacle("big integer", _what(numbers, place, outer), why).cured(f'Say dtype="{found}".')
