@@ -95,8 +95,7 @@ _exact: dict[type, Any] = {
 }
 # Numbers, text and raw bytes are kept, though NumPy's scalars speak array protocols and bytes are buffers.
 _KEPT = (str, bytes, bytearray, mmap, int, float, complex, np.generic, Enum, type)
-# What offers an array, or would make one if told to, as sparse ones do: they are refused by name, not left alone.
-_PROTOCOLS = ("__dlpack__", "__cuda_array_interface__", "__array_interface__", "__array__", "toarray")
+_PROTOCOLS = ("__dlpack__", "__cuda_array_interface__", "__array_interface__", "__array__")
 
 
 def kind_of(x: Any) -> Any:
@@ -190,7 +189,10 @@ def _by_class(x: Any, cls: type) -> Any:
         return ARRAY
     if issubclass(cls, SimpleNamespace):
         return NAMESPACE
-    return DATACLASS if dataclasses.is_dataclass(cls) else OTHER
+    if dataclasses.is_dataclass(cls):
+        return DATACLASS
+    # A sparse array would make an array if told to: it is refused by name, not left alone.
+    return ARRAY if hasattr(cls, "toarray") and hasattr(x, "shape") else OTHER
 
 
 def _is_framework_array(cls: type) -> bool:

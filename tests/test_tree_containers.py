@@ -305,6 +305,8 @@ def test_planning_builds_containers_and_changes_none(a):
 class Sparse:
     """As SciPy's sparse arrays: it offers no array, and makes one when it is told to."""
 
+    shape = (2, 2)
+
     def toarray(self) -> Any:
         return np.eye(2)
 
@@ -348,3 +350,25 @@ def test_tree_without_arrays(empty):
     assert result == empty
     assert result is not empty or not isinstance(empty, (dict, list))
     assert tree.plan(empty, "torch").zero_copy
+
+
+@dataclasses.dataclass
+class Episode:
+    obs: Any
+
+    def toarray(self) -> Any:
+        return self.obs
+
+
+class Simulator:
+    def toarray(self) -> None: ...
+
+
+def test_a_method_of_a_containers_own_does_not_make_it_a_sparse_array():
+    simulator = Simulator()
+    space = types.SimpleNamespace(obs=np.ones(2), toarray=len)
+    made = tree.to_torch([Episode(np.ones(2)), simulator, space])
+    assert isinstance(made[0], Episode)
+    assert torch.is_tensor(made[0].obs)
+    assert made[1] is simulator
+    assert torch.is_tensor(made[2].obs)
