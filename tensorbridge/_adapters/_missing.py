@@ -109,12 +109,13 @@ _CODES = {
 def cure_of_nulls(x: Any, where: str, kind: str, said: object) -> str:
     """What makes numbers of a column with missing values: one call, for their fill and for what else is in the way."""
     drop = _DROP[where]
+    rest = "." if _is_label(x) else f"; or leave the column out: {_SELECT[where]}."
     if kind in _CODES[where]:
         codes = _CODES[where][kind].format(whole=_whole(x))
-        return f"Convert codes, {_ONCE}, -1 for what is missing: {codes}; or leave the column out: {_SELECT[where]}."
+        return f"Convert codes, {_ONCE}, -1 for what is missing: {codes}{rest}"
     cure = _cure(x, where, kind, said)
     if cure:
-        return f"{_OF_X.sub(drop, cure)}; or leave the column out: {_SELECT[where]}."
+        return _OF_X.sub(drop, cure) + rest
     if kind == "nothing":
         return f"Fill them first: {_FILL[where][kind]}."
     if kind == "unknown dtype":
@@ -222,7 +223,7 @@ def obstacle(x: Any, where: str, kind: str, said: object, detail: str = "", *, n
     found.why = detail or _WHY.get(kind, found.why)
     cure = "" if nested and kind != "ragged" else _cure(x, where, kind, said)
     select = f"df.drop({x.name!r})" if kind == "wide" and not nested else _SELECT[where]
-    if cure and hasattr(x, "get_indexer"):  # labels are no column
+    if cure and _is_label(x):
         return found.cured(f"{cure}.")
     return found.cured(f"{cure}; or leave the column out: {select}." if cure else f"Leave the column out: {select}.")
 
@@ -234,6 +235,11 @@ def _cure(x: Any, where: str, kind: str, said: object) -> str:
             return rows.removesuffix(".")
     arrow = "[pyarrow]" * hasattr(said, "pyarrow_dtype")
     return _CURES[where].get(kind, "").format(whole=_whole(x), arrow=arrow, once=_ONCE)
+
+
+def _is_label(x: Any) -> bool:
+    """Whether these are the labels of a table: no column, that could be left out."""
+    return hasattr(x, "get_indexer")
 
 
 def _whole(x: Any) -> str:

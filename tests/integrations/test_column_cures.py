@@ -339,6 +339,8 @@ def test_no_cure_is_said_for_text_in_lists_but_to_leave_it_out(make):
 def test_labels_are_not_told_to_leave_out_a_column():
     with pytest.raises(tb.UnsupportedArrayError, match=r'Convert x.astype\("int64"\) and keep the unit beside it\.$'):
         tb.to_numpy(pd.DatetimeIndex([MOMENT]))
+    with pytest.raises(tb.UnsupportedArrayError, match=r"x\.dropna\(\)\.astype.*beside it\.$"):
+        tb.to_numpy(pd.DatetimeIndex([MOMENT, None]))
 
 
 def test_an_interval_of_months_and_days_is_no_one_number():
