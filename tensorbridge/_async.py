@@ -150,7 +150,7 @@ def _places(leaves: Iterable[Any]) -> list[tuple[str, int]]:
     """The frameworks and devices on which leaves lie. A foreign producer orders its own work when it is asked."""
     found: dict[tuple[str, int], None] = {}
     torch, cupy = sys.modules.get("torch"), sys.modules.get("cupy")
-    reader = "torch" if _streams.usable("torch") else "cupy"
+    reader = _streams.mover()
     for leaf in leaves:
         if torch is not None and isinstance(leaf, torch.Tensor):
             if leaf.is_cuda:

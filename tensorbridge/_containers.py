@@ -224,14 +224,14 @@ def rebuilt(kind: Kind, node: Any, keys: Any, children: list[Any], where: Callab
     except (TypeError, ValueError, AttributeError, LookupError, RuntimeError) as error:
         cause, why = error, f"{type(error).__name__}: {error}".removesuffix(".")
     text = f"{where() or 'batch'}: a {type(node).__name__} cannot be built from converted values: {why}"
-    cure = "egister it with torch.utils._pytree.register_pytree_node, or convert its arrays one by one."
+    ways = ["register it with torch.utils._pytree.register_pytree_node", "or convert its arrays one by one"]
     if kind is MAPPING:
         nested = any(x is not node and kind_of(x) is MAPPING for x in (around, *children))
         call, meaning = plain_dict(nested)
-        cure = f"Give {call} in {'place of the outermost' if nested else 'its place'}{meaning}, r{cure}"
-    else:
-        cure = f"Give list(x) in its place, r{cure}" if kind.open is sequence_open else f"R{cure}"
-    raise UnsupportedArrayError(f"{text}.\n{cure}") from cause
+        ways.insert(0, f"give {call} in {'place of the outermost' if nested else 'its place'}{meaning}")
+    elif kind.open is sequence_open:
+        ways.insert(0, "give list(x) in its place")
+    raise UnsupportedArrayError(f"{text}.\n{ways[0][0].upper()}{', '.join(ways)[1:]}.") from cause
 
 
 def _holds(kind: Kind, made: Any, keys: Any, children: list[Any]) -> bool:

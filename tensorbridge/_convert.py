@@ -136,7 +136,7 @@ def moment(traits: Traits, want: Want) -> Here:
     return Here(
         same_stream=not (crosses and _streams.usable("torch")) or _streams.same(index),
         capturing=_streams.capturing(),
-        gpu="torch" if _streams.usable("torch") else "cupy",
+        gpu=_streams.mover(),
         torch="torch" in sys.modules,
         per_thread=lent and "cupy" in sys.modules and _streams.current("cupy", index) == _streams.PER_THREAD_DEFAULT,
     )

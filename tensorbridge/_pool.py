@@ -42,7 +42,7 @@ class share_memory_pool:
 
     Cost
     ----
-    A few microseconds more for each block that CuPy allocates; moves nothing, waits for nothing.
+    A call into Python for each block that CuPy allocates; moves nothing, waits for nothing.
 
     Examples
     --------

@@ -75,6 +75,11 @@ def usable(framework: str) -> bool:
     return bool(found)
 
 
+def mover() -> str:
+    """Who moves device memory that neither torch nor CuPy owns: torch where it sees a device, else CuPy."""
+    return "torch" if usable("torch") else "cupy"
+
+
 def forked() -> bool:
     """Whether this is a forked process whose parent used CUDA: it is unusable here."""
     torch = sys.modules.get("torch")
@@ -91,7 +96,7 @@ def refuse_fork() -> None:
 
 def never_freed(*objects: object) -> None:
     """Keep them beyond the end of the interpreter. In a forked child the parent's events and page-locked memory can
-    neither be used nor freed: torch, which tries, ends the process.
+    neither be used nor freed, and torch, trying, may end the process (as its sources read; not seen on a device).
     """
     for x in objects:
         ctypes.pythonapi.Py_IncRef(ctypes.py_object(x))

@@ -315,7 +315,7 @@ REFUSED = {
     "range": (lambda: range(3), "range", "a range is no list of numbers yet", "Convert list(x)."),
     **{
         f"sparse, {kind}": (
-            lambda kind=kind: getattr(pytest.importorskip("scipy.sparse"), kind)(np.eye(2)),
+            lambda kind=kind: getattr(pytest.importorskip("scipy.sparse", reason="no SciPy"), kind)(np.eye(2)),
             kind,
             "a sparse array has no strided memory to share",
             "Convert x.toarray().",

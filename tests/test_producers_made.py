@@ -254,9 +254,10 @@ def test_memory_of_no_python_object_is_not_taken_for_ours():
 @pytest.mark.parametrize("name", ["Affine2D", "buffer_rgba"])
 def test_matplotlib_shares_what_it_keeps(name):
     if name == "Affine2D":
-        x = pytest.importorskip("matplotlib.transforms").Affine2D()
+        x = pytest.importorskip("matplotlib.transforms", reason="no matplotlib").Affine2D()
     else:
-        agg, figure = map(pytest.importorskip, ("matplotlib.backends.backend_agg", "matplotlib.figure"))
+        names = ("matplotlib.backends.backend_agg", "matplotlib.figure")
+        agg, figure = (pytest.importorskip(name, reason="no matplotlib") for name in names)
         canvas = agg.FigureCanvasAgg(figure.Figure((1, 1)))
         canvas.draw()
         x = canvas.buffer_rgba()

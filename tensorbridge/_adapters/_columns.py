@@ -139,11 +139,6 @@ def _pandas_kind(dtype: Any, made: Any) -> str:
     return "categories" if hasattr(dtype, "categories") else "string" if hasattr(dtype, "storage") else "object"
 
 
-def is_index(x: Any) -> bool:
-    """Whether `x` is the labels of a table: hashed, so that nobody may write to them, yet NumPy gets them writable."""
-    return hasattr(type(x), "get_indexer")
-
-
 # -- polars
 
 

@@ -109,7 +109,7 @@ _CODES = {
 def cure_of_nulls(x: Any, where: str, kind: str, said: object) -> str:
     """What makes numbers of a column with missing values: one call, for their fill and for what else is in the way."""
     drop = _DROP[where]
-    rest = "." if _is_label(x) else f"; or leave the column out: {_SELECT[where]}."
+    rest = "." if is_index(x) else f"; or leave the column out: {_SELECT[where]}."
     if kind in _CODES[where]:
         codes = _CODES[where][kind].format(whole=_whole(x))
         return f"Convert codes, {_ONCE}, -1 for what is missing: {codes}{rest}"
@@ -223,13 +223,13 @@ def obstacle(x: Any, where: str, kind: str, said: object, detail: str = "", *, n
     found.why = detail or _WHY.get(kind, found.why)
     cure = "" if nested and kind != "ragged" else _cure(x, where, kind, said)
     select = f"df.drop({x.name!r})" if kind == "wide" and not nested else _SELECT[where]
-    if cure and _is_label(x):
+    if cure and is_index(x):
         return found.cured(f"{cure}.")
     return found.cured(f"{cure}; or leave the column out: {select}." if cure else f"Leave the column out: {select}.")
 
 
 def _cure(x: Any, where: str, kind: str, said: object) -> str:
-    if where == "pandas" and kind == "object" and len(x) and not hasattr(x, "get_indexer"):
+    if where == "pandas" and kind == "object" and len(x) and not is_index(x):
         rows = cure_rows(np.asarray(x[:1])[0], "np.stack(x)")
         if rows:
             return rows.removesuffix(".")
@@ -237,9 +237,11 @@ def _cure(x: Any, where: str, kind: str, said: object) -> str:
     return _CURES[where].get(kind, "").format(whole=_whole(x), arrow=arrow, once=_ONCE)
 
 
-def _is_label(x: Any) -> bool:
-    """Whether these are the labels of a table: no column, that could be left out."""
-    return hasattr(x, "get_indexer")
+def is_index(x: Any) -> bool:
+    """Whether `x` is the labels of a table: no column, that could be left out. They are hashed, so that nobody may
+    write to them, yet NumPy gets them writable.
+    """
+    return hasattr(type(x), "get_indexer")
 
 
 def _whole(x: Any) -> str:

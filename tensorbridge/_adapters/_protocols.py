@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from tensorbridge import _dtypes, _refuse, _streams
-from tensorbridge._adapters import _columns, _dlpack, _made, _numpy, _python, _strangers, named
+from tensorbridge._adapters import _columns, _dlpack, _made, _missing, _numpy, _python, _strangers, named
 from tensorbridge._adapters._arrow import Joined
 from tensorbridge._adapters._dlpack import malformed
 from tensorbridge._array import ArrayInfo, Device, Traits, c_strides, layout, order_text, reach, size_class
@@ -132,7 +132,7 @@ def _failed(x: Any, what: str, error: Exception) -> Exception:
         return Obstacle("stand-in", name)
     if _strangers.is_deleted(x):
         return ProducerError(f"{name} failed to export {what}: it was deleted, or its memory donated to a computation")
-    if isinstance(x, Mapping):  # of xarray: it has the method, and has it refuse
+    if isinstance(x, Mapping) and isinstance(error, TypeError):  # of xarray: it has the method, and has it refuse
         call, meaning = _refuse.plain_dict(any(isinstance(x[key], Mapping) for key in x))
         cure = f"Convert every leaf: tensorbridge.tree.to_{{framework}}({call}){meaning}."
         return Obstacle("container", name).cured(cure)
@@ -160,7 +160,7 @@ def _by_dlpack(x: Any, want: Want) -> tuple[Any, Traits]:
             f"{type(x).__name__} lies on a device of DLPack type {kind}; only the host and CUDA are known here.\n"
             "Copy it to the host with its own library first."
         )
-    reader = want.framework if want.framework != "numpy" else "torch" if _streams.usable("torch") else "cupy"
+    reader = want.framework if want.framework != "numpy" else _streams.mover()
     _refuse_fork(x)
     number = _stream(type(x).__name__, reader, index)
     _refuse_capture(x)  # the producer may record an event
@@ -189,7 +189,7 @@ def _stream(what: str, reader: str, index: int) -> int:
     try:
         return _streams.current(reader, index)
     except (AssertionError, LookupError, RuntimeError) as error:  # no CUDA in this build; not imported; no device
-        why = error.__cause__ if isinstance(error, DeviceError) else error
+        why = error.__cause__ or error  # ours has torch's own as its cause
         raise DeviceError(f"{what} lies on cuda:{index}, which {reader} cannot use here: {why}") from error
 
 
@@ -353,7 +353,7 @@ def _by_array(x: Any, want: Want) -> tuple[Any, Traits]:
 
 def _by_array_of(x: Any, a: Any, origin: str = "") -> tuple[Any, Traits]:
     """What `x` gives as its array. The labels of a table come read-only: they are hashed."""
-    if _columns.is_index(x):
+    if _missing.is_index(x):
         a = a.view()
         a.setflags(write=False)
     found = _described(a, "__array__", x)

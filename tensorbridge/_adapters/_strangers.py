@@ -1,4 +1,4 @@
-"""What offers no array at all: told by what it is, so that the error names the call that makes one of it."""
+"""What offers no array, or one that hides something: told by what it is, so that the error names a call that works."""
 
 from __future__ import annotations
 
