@@ -247,6 +247,16 @@ def test_the_cure_for_an_object_that_gives_an_array_of_arrays_works():
     assert eval(call, {"np": np, "x": x}).tolist() == [[1, 1], [0, 0]]
 
 
+@pytest.mark.parametrize(("error", "said"), [(TypeError, "a container is not one array"), (OSError, "OSError: gone")])
+def test_a_mapping_that_fails_to_be_an_array_is_quoted_and_one_that_refuses_is_a_container(error, said):
+    class Set(dict):
+        def __array__(self, *args, **options):
+            raise error("gone")
+
+    with pytest.raises(tb.BridgeError, match=said):
+        tb.to_torch(Set())
+
+
 class Collection(Array):
     """As dask has it: what it holds is known before it is computed, and its array does not tell."""
 
