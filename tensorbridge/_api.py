@@ -8,14 +8,12 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar, overload
 import numpy as np
 
 from tensorbridge import _device_lanes, _lanes, _options
-from tensorbridge import _words as words
 from tensorbridge._array import ArrayInfo
-from tensorbridge._convert import convert, described, moment, opened
+from tensorbridge._convert import convert, described, planned
 from tensorbridge._eager import eager, mark, told
 from tensorbridge._memory import infos_share
-from tensorbridge._plan import decide
 from tensorbridge._remember import remembering
-from tensorbridge._step import Plan, bind
+from tensorbridge._step import Plan
 
 if TYPE_CHECKING:
     import cupy
@@ -346,16 +344,7 @@ def plan(x: Any, to: Literal["numpy", "torch", "cupy"], **options: Any) -> Plan:
       share   0 B   torch.from_numpy: the same memory
     """
     options = _options.of_plan("plan", _FUNCTIONS, to, options)
-    out, want = options["out"], _options.WANTS[to](**options)
-    adapter, handle, traits = opened(x, want)
-    want = _options.placed(want, traits, planning=True)
-    info = adapter.describe(handle, traits)
-    if out is not None:
-        _options.check_out(info, described(out), want)
-    decision = decide(traits, want, moment(traits, want))
-    if decision.refusal is not None:
-        raise words.refused(decision, info, want)
-    return bind(decision.steps, info, want)
+    return planned(x, _options.WANTS[to](**options), options["out"])
 
 
 @eager

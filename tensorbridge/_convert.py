@@ -15,15 +15,30 @@ from tensorbridge._eager import is_inside
 from tensorbridge._errors import BridgeError, UnsupportedArrayError
 from tensorbridge._plan import decide
 from tensorbridge._refuse import Obstacle, holder
-from tensorbridge._step import HERE, Decision, Here, Op, Want, bind
+from tensorbridge._step import HERE, Decision, Here, Op, Plan, Want, bind
 
 
 class Recipe(NamedTuple):
     """A decision for one kind of array, and the functions that perform it."""
 
     decision: Decision
-    functions: tuple[Callable[..., Any], ...]
-    moves: bool = True  # any byte, so that a guard is asked
+    functions: tuple[Callable[..., Any], ...]  # none where it is only planned, or refused
+    moves: bool  # any byte, so that a guard is asked
+
+
+class Case(NamedTuple):
+    """A kind of array, what is wanted of it, and what was decided for that."""
+
+    adapter: Adapter
+    traits: Traits
+    want: Want  # its device is one that exists
+    recipe: Recipe
+
+    def info(self, handle: Any) -> ArrayInfo:
+        return self.adapter.describe(handle, self.traits)
+
+    def plan(self, handle: Any) -> Plan:
+        return bind(self.recipe.decision.steps, self.info(handle), self.want)
 
 
 _recipes: dict[tuple[Traits, Want, Here], Recipe] = {}
@@ -33,19 +48,30 @@ imported_in = os.getpid()
 
 
 def convert(x: Any, want: Want, out: Any = None) -> Any:
+    handle, case = judged(x, want, out)
+    recipe = case.recipe
+    if _watch.watching and (recipe.moves or _watch.is_traced()):
+        return _watch.perform(case.plan(handle), words.call(case.want), lambda: perform(recipe, handle, out))
+    return perform(recipe, handle, out)
+
+
+def planned(x: Any, want: Want, out: Any = None) -> Plan:
+    handle, case = judged(x, want, out, planning=True)
+    return case.plan(handle)
+
+
+def judged(x: Any, want: Want, out: Any = None, *, planning: bool = False) -> tuple[Any, Case]:
+    """An array opened and decided; what is not to be done is refused. A plan is also made for a device not here."""
     adapter, handle, traits = opened(x, want)
     if want.device is not None or want.pin_memory or want.framework == "cupy":
-        want = _options.placed(want, traits)
-    if want.out is not None:
+        want = _options.placed(want, traits, planning=planning)
+    if out is not None and want.out is not None:
         _options.check_out(adapter.describe(handle, traits), adapter_of(type(out)).describe(out, want.out), want)
     here = moment(traits, want)
-    recipe = recipe_for(traits, want, here)
+    recipe = _recipe(decide(traits, want, here)) if planning else recipe_for(traits, want, here)
     if recipe.decision.refusal is not None:
         raise words.refused(recipe.decision, adapter.describe(handle, traits), want)
-    if _watch.watching and (recipe.moves or _watch.is_traced()):
-        plan = bind(recipe.decision.steps, adapter.describe(handle, traits), want)
-        return _watch.perform(plan, words.call(want), lambda: perform(recipe, handle, out))
-    return perform(recipe, handle, out)
+    return handle, Case(adapter, traits, want, recipe)
 
 
 def perform(recipe: Recipe, handle: Any, out: Any) -> Any:
@@ -89,9 +115,12 @@ def recipe_for(traits: Traits, want: Want, here: Here) -> Recipe:
     open_lanes()
     if len(_recipes) >= _RECIPES_KEPT:
         _recipes.clear()
-    moves = any(step.kind for step in decision.steps)
-    recipe = _recipes[traits, want, here] = Recipe(decision, functions, moves)
+    recipe = _recipes[traits, want, here] = _recipe(decision, functions)
     return recipe
+
+
+def _recipe(decision: Decision, functions: tuple[Callable[..., Any], ...] = ()) -> Recipe:
+    return Recipe(decision, functions, any(step.kind for step in decision.steps))
 
 
 def compiled(steps: tuple[Any, ...], traits: Traits, want: Want) -> tuple[Callable[..., Any], ...]:

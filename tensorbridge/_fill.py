@@ -23,10 +23,10 @@ def checked(flat: Flat, outs: list[Any], want: Want, *, planning: bool = False) 
     for i, (x, out) in enumerate(zip(flat.leaves, outs, strict=True)):
         try:
             leaf = opened(i, x, _options.with_out(want, out), planning=planning)
-            traits = leaf.kind.want.out
+            traits = leaf.case.want.out
             assert traits is not None
             source, target = leaf.info, adapter_of(type(out)).describe(out, traits)
-            _options.check_out(source, target, leaf.kind.want)
+            _options.check_out(source, target, leaf.case.want)
         except NAMED as error:
             name(error, flat, i)
             raise

@@ -7,21 +7,16 @@ are like it.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
-from tensorbridge import _convert, _copy_lanes, _lanes, _options, _readonly
-from tensorbridge import _words as words
-from tensorbridge._adapters import Adapter
-from tensorbridge._array import SMALL, ArrayInfo, Traits, c_strides
+from tensorbridge import _copy_lanes, _lanes, _readonly
+from tensorbridge._array import SMALL, ArrayInfo, c_strides
 from tensorbridge._containers import Flat
+from tensorbridge._convert import Case, judged
 from tensorbridge._errors import BridgeError
-from tensorbridge._plan import decide
 from tensorbridge._step import Want
-
-if TYPE_CHECKING:
-    from tensorbridge._convert import Recipe
 
 NAMED = (BridgeError, ValueError, TypeError)
 
@@ -32,43 +27,22 @@ def name(error: Exception, flat: Flat, place: int) -> None:
         error.args = (f"{flat.path(place)}: {error}",)
 
 
-class Kind(NamedTuple):
-    """What was decided for a kind of leaves."""
-
-    adapter: Adapter
-    traits: Traits
-    want: Want
-    recipe: Recipe
-    moves: bool  # any byte
-
-
 class Leaf:
     """A leaf that was opened and decided."""
 
-    __slots__ = ("alike", "handle", "kind", "place")
+    __slots__ = ("alike", "case", "handle", "place")
 
-    def __init__(self, place: int, handle: Any, kind: Kind, alike: bool = False) -> None:
-        self.place, self.handle, self.kind = place, handle, kind
+    def __init__(self, place: int, handle: Any, case: Case, alike: bool = False) -> None:
+        self.place, self.handle, self.case = place, handle, case
         self.alike = alike  # not opened itself: another of its kind was
 
     @property
     def info(self) -> ArrayInfo:
-        return self.kind.adapter.describe(self.handle, self.kind.traits)
+        return self.case.info(self.handle)
 
 
 def opened(place: int, x: Any, want: Want, *, planning: bool = False) -> Leaf:
-    adapter, handle, traits = _convert.opened(x, want)
-    if want.device is not None or want.pin_memory or want.framework == "cupy":
-        want = _options.placed(want, traits, planning=planning)
-    here = _convert.moment(traits, want)
-    if planning:
-        recipe = _convert.Recipe(decide(traits, want, here), ())
-    else:
-        recipe = _convert.recipe_for(traits, want, here)
-    if recipe.decision.refusal is not None:
-        raise words.refused(recipe.decision, adapter.describe(handle, traits), want)
-    moves = any(step.kind for step in recipe.decision.steps)
-    return Leaf(place, handle, Kind(adapter, traits, want, recipe, moves))
+    return Leaf(place, *judged(x, want, planning=planning))
 
 
 def decided(
@@ -83,7 +57,7 @@ def decided(
     first_of: dict[int, int] = {}
     same: dict[int, int] = {}
     found: list[Leaf] = []
-    kinds: dict[Any, Kind] = {}
+    cases: dict[Any, Case] = {}
     # Arrays that all own their memory are the same memory only as the same object.
     apart = all(type(x) is np.ndarray and x.base is None for x in arrays)
     for i in rest:
@@ -91,19 +65,19 @@ def decided(
         first = first_of.setdefault(id(x), i)
         if first == i:
             key = key_of(x)
-            kind = None if key is None else kinds.get(key)
-            if kind is not None:
-                leaf = Leaf(i, x, kind, True)
+            case = None if key is None else cases.get(key)
+            if case is not None:
+                leaf = Leaf(i, x, case, True)
             else:
                 try:
                     leaf = opened(i, x, want, planning=planning)
                 except NAMED as error:
                     name(error, flat, i)
                     raise
-                kind = leaf.kind
+                case = leaf.case
                 if key is not None and leaf.handle is x:
-                    kinds[key] = kind
-            if kind.moves and not apart:
+                    cases[key] = case
+            if not apart and case.recipe.moves:
                 memory = _memory_of(leaf, key)
                 first = i if memory is None else seen.setdefault(memory, i)
         if first == i:
@@ -155,7 +129,7 @@ def _memory_of(leaf: Leaf, key: Any) -> Any:
 
     Tensors inside a graph are what their node made them: only leaves of the graph can be tied.
     """
-    x, traits = leaf.handle, leaf.kind.traits
+    x, traits = leaf.handle, leaf.case.traits
     if key is not None and traits.framework == "torch":
         node = x.grad_fn if traits.graph else None  # itself: torch may make the object anew each time it is asked for
         # As `identity` would say, without describing it.

@@ -19,11 +19,12 @@ from tensorbridge import _api, _convert, _lanes, _pack, _watch
 from tensorbridge import _words as words
 from tensorbridge._array import CPU
 from tensorbridge._containers import Flat, flatten
+from tensorbridge._convert import Case, judged
 from tensorbridge._eager import is_inside
 from tensorbridge._fill import aligned, checked
-from tensorbridge._leaf import FACTS, NAMED, Kind, Leaf, decided, key_of, name, opened
+from tensorbridge._leaf import FACTS, NAMED, Leaf, decided, key_of, name, opened
 from tensorbridge._pack import Block
-from tensorbridge._step import Op, Plan, Want, bind
+from tensorbridge._step import Op, Plan, Want
 from tensorbridge._tree_lanes import through_lanes
 
 
@@ -51,7 +52,7 @@ def check_pack(pack: object, call: str) -> None:
 def _through_decisions(
     flat: Flat, want: Want, rest: Sequence[int], results: list[Any], seen: dict[Any, int], pack: bool
 ) -> None:
-    at_once: list[tuple[Block, dict[int, Kind]]] = []
+    at_once: list[tuple[Block, dict[int, Case]]] = []
     if pack and not _watch.watching and len(rest) == len(results):
         at_once, rest = _decided_at_once(flat, want)
     leaves, same = decided(flat, want, rest, seen)
@@ -59,8 +60,8 @@ def _through_decisions(
     alone = outside(blocks, leaves, flat, want)
     packed = ((leaves[i], block) for block in blocks for i in block.members)
     with _allowed(flat, chain(packed, ((leaf, None) for leaf in alone))):
-        for block, kinds in at_once:
-            _cross_at_once(block, flat.leaves, [kinds[id(run.route)] for run in block.runs], block.members, results)
+        for block, cases in at_once:
+            _cross_at_once(block, flat.leaves, [cases[id(run.route)] for run in block.runs], block.members, results)
         for block in blocks:
             _cross(block, leaves, results)
         for leaf in alone:
@@ -81,7 +82,7 @@ def _filled(flat: Flat, want: Want, out: Any) -> Any:
 def _alone(flat: Flat, leaf: Leaf, out: Any = None) -> Any:
     """A leaf that is in no block, converted; into `out`, if there is one."""
     try:
-        return _watched(leaf, None, partial(_convert.perform, leaf.kind.recipe, leaf.handle, out))
+        return _watched(leaf, None, partial(_convert.perform, leaf.case.recipe, leaf.handle, out))
     except NAMED as error:
         name(error, flat, leaf.place)
         raise
@@ -90,8 +91,8 @@ def _alone(flat: Flat, leaf: Leaf, out: Any = None) -> Any:
 # A thousand small arrays of few kinds and shapes: decided by kind and shape, without a look at each by itself.
 
 
-def _decided_at_once(flat: Flat, want: Want) -> tuple[list[tuple[Block, dict[int, Kind]]], Sequence[int]]:
-    """The blocks of a tree whose arrays are all plain and all apart, with the kind of each route; the other places.
+def _decided_at_once(flat: Flat, want: Want) -> tuple[list[tuple[Block, dict[int, Case]]], Sequence[int]]:
+    """The blocks of a tree whose arrays are all plain and all apart, with the case of each route; the other places.
 
     No block where any array is a view, comes twice, or could be the same memory as another: that takes a closer look.
     """
@@ -106,19 +107,19 @@ def _decided_at_once(flat: Flat, want: Want) -> tuple[list[tuple[Block, dict[int
         groups = {}
     rest: list[int] = []
     ways: dict[Any, list[_pack.Group]] = {}
-    kinds: dict[int, Kind] = {}  # by the identity of routes
+    cases: dict[int, Case] = {}  # by the identity of routes
     routes: dict[Any, _pack.Route | None] = {None: None}
     for members in groups.values():
         first = leaves[members[0]]
         key = key_of(first)
         if key not in routes:
             try:
-                kind = opened(members[0], first, want).kind
+                case = judged(first, want)[1]
             except NAMED as error:
                 name(error, flat, members[0])
                 raise
-            routes[key] = _pack.route(kind.traits, kind.recipe.decision.steps)
-            kinds[id(routes[key])] = kind
+            routes[key] = _pack.route(case.traits, case.recipe.decision.steps)
+            cases[id(routes[key])] = case
         route = routes[key]
         if route is None:
             rest += members
@@ -126,7 +127,7 @@ def _decided_at_once(flat: Flat, want: Want) -> tuple[list[tuple[Block, dict[int
             ways.setdefault(route.way, []).append((route, tuple(first.shape), members))
     blocks = [block for way in ways.values() for block in _pack.filled(way)]
     rest += [i for block in blocks if len(block.members) == 1 for i in block.members]
-    return [(block, kinds) for block in blocks if len(block.members) > 1], rest if groups else everything
+    return [(block, cases) for block in blocks if len(block.members) > 1], rest if groups else everything
 
 
 def _owned(leaves: list[Any]) -> dict[Any, list[int]]:
@@ -163,22 +164,22 @@ def _tensors(leaves: list[Any], on_host: bool) -> dict[Any, list[int]]:
 def blocks_of(leaves: Sequence[Leaf]) -> list[Block]:
     """The blocks in which leaves cross the bus, by their index in `leaves`. A guard may forbid what packing adds."""
     forbidden = _watch.guarded_kinds()
-    routes: dict[int, _pack.Route | None] = {}  # by the identity of kinds
+    routes: dict[int, _pack.Route | None] = {}  # by the identity of cases
     groups: dict[Any, _pack.Group] = {}
     for i, leaf in enumerate(leaves):
-        kind = leaf.kind
-        if id(kind) not in routes:
-            route = _pack.route(kind.traits, kind.recipe.decision.steps) if _may_cross(kind) else None
-            routes[id(kind)] = None if route is None or _pack.EXTRA[route.kind] & forbidden else route
-        route = routes[id(kind)]
+        case = leaf.case
+        if id(case) not in routes:
+            route = _pack.route(case.traits, case.recipe.decision.steps) if _may_cross(case) else None
+            routes[id(case)] = None if route is None or _pack.EXTRA[route.kind] & forbidden else route
+        route = routes[id(case)]
         if route is not None:
             shape = tuple(leaf.handle.shape)
-            groups.setdefault((id(kind), shape), (route, shape, []))[2].append(i)
+            groups.setdefault((id(case), shape), (route, shape, []))[2].append(i)
     return _pack.blocks(groups.values())
 
 
-def _may_cross(kind: Kind) -> bool:
-    return kind.traits.device != CPU or _goes_up(kind.want)
+def _may_cross(case: Case) -> bool:
+    return case.traits.device != CPU or _goes_up(case.want)
 
 
 def _goes_up(want: Want) -> bool:
@@ -191,8 +192,8 @@ def outside(blocks: list[Block], leaves: list[Leaf], flat: Flat, want: Want, *, 
     found = []
     for i, leaf in enumerate(leaves):
         if i not in packed:
-            traits = leaf.kind.traits
-            if leaf.alike and traits.framework == "torch" and traits.device == CPU and _may_cross(leaf.kind):
+            traits = leaf.case.traits
+            if leaf.alike and traits.framework == "torch" and traits.device == CPU and _may_cross(leaf.case):
                 leaf = opened(leaf.place, flat.leaves[leaf.place], want, planning=planning)
             found.append(leaf)
     return found
@@ -204,7 +205,7 @@ def _allowed(flat: Flat, leaves: Iterable[tuple[Leaf, Block | None]]) -> Abstrac
         return nullcontext()
     for leaf, block in leaves:
         try:
-            _watch.allow(plan_of(leaf, block), words.call(leaf.kind.want))
+            _watch.allow(plan_of(leaf, block), words.call(leaf.case.want))
         except NAMED as error:
             name(error, flat, leaf.place)
             raise
@@ -213,16 +214,16 @@ def _allowed(flat: Flat, leaves: Iterable[tuple[Leaf, Block | None]]) -> Abstrac
 
 def plan_of(leaf: Leaf, block: Block | None) -> Plan:
     """The steps that are run for a leaf."""
-    plan = bind(leaf.kind.recipe.decision.steps, leaf.info, leaf.kind.want)
+    plan = leaf.case.plan(leaf.handle)
     if block is None:
         return plan
-    return _pack.planned(plan, _step_across(leaf.kind), block)
+    return _pack.planned(plan, _step_across(leaf.case), block)
 
 
 def _watched(leaf: Leaf, block: Block | None, run: Callable[[], Any]) -> Any:
     if not _watch.watching:
         return run()
-    return _watch.perform(plan_of(leaf, block), words.call(leaf.kind.want), run)
+    return _watch.perform(plan_of(leaf, block), words.call(leaf.case.want), run)
 
 
 def _cross(block: Block, leaves: Sequence[Leaf], results: list[Any]) -> None:
@@ -238,50 +239,50 @@ def _cross(block: Block, leaves: Sequence[Leaf], results: list[Any]) -> None:
 
 def _cross_leaves(block: Block, leaves: Sequence[Leaf], results: list[Any]) -> None:
     arrays = [leaf.handle for leaf in leaves]
-    kinds = [leaves[run.leaves[0]].kind for run in block.runs]
-    _cross_at_once(block, arrays, kinds, [leaves[i].place for i in block.members], results)
+    cases = [leaves[run.leaves[0]].case for run in block.runs]
+    _cross_at_once(block, arrays, cases, [leaves[i].place for i in block.members], results)
 
 
 def _cross_at_once(
-    block: Block, arrays: Sequence[Any], kinds: list[Kind], places: Sequence[int], results: list[Any]
+    block: Block, arrays: Sequence[Any], cases: list[Case], places: Sequence[int], results: list[Any]
 ) -> None:
     """The arrays of a block, each run of one kind, converted into `results` at `places`."""
-    befores = [_before(kind) for kind in kinds]
+    befores = [_before(case) for case in cases]
     given = [
         [_through(arrays[i], before) for i in run.leaves] if before else [arrays[i] for i in run.leaves]
         for run, before in zip(block.runs, befores, strict=True)
     ]
     crossing = _pack.upload if block.route.kind == "h2d" else _pack.download
     made: list[Any] = []
-    for kind, crossed in zip(kinds, crossing(block, given, _pack.bus_for(block)), strict=True):
-        after = _after(kind)
+    for case, crossed in zip(cases, crossing(block, given, _pack.bus_for(block)), strict=True):
+        after = _after(case)
         made += [_through(x, after) for x in crossed] if after else crossed
     for place, x in zip(places, made, strict=True):
         results[place] = x
 
 
-def _step_across(kind: Kind) -> int:
-    return next(i for i, step in enumerate(kind.recipe.decision.steps) if step.kind in ("h2d", "d2h"))
+def _step_across(case: Case) -> int:
+    return next(i for i, step in enumerate(case.recipe.decision.steps) if step.kind in ("h2d", "d2h"))
 
 
-def _before(kind: Kind) -> Sequence[Callable[..., Any]]:
+def _before(case: Case) -> Sequence[Callable[..., Any]]:
     """What is done before a leaf crosses. As bytes for a block, a NumPy array need not become a tensor first."""
-    steps, step = kind.recipe.decision.steps, _step_across(kind)
+    steps, step = case.recipe.decision.steps, _step_across(case)
     if step and steps[step - 1].op == Op.SHARE and steps[step - 1].after.framework == "torch":
-        giver = steps[step - 2].after if step > 1 else kind.traits
+        giver = steps[step - 2].after if step > 1 else case.traits
         step -= giver.framework == "numpy"
-    return kind.recipe.functions[:step]
+    return case.recipe.functions[:step]
 
 
-def _after(kind: Kind) -> Sequence[Callable[..., Any]]:
+def _after(case: Case) -> Sequence[Callable[..., Any]]:
     """What is done after a leaf has crossed. Out of a block that came down, it is a NumPy array already."""
-    steps, step = kind.recipe.decision.steps, _step_across(kind)
-    rest = kind.recipe.functions[step + 1 :]
+    steps, step = case.recipe.decision.steps, _step_across(case)
+    rest = case.recipe.functions[step + 1 :]
     if steps[step].kind == "h2d":
         return rest
     if rest and steps[step + 1].op == Op.SHARE and steps[step + 1].after.framework == "numpy":
         return rest[1:]
-    return (_api.to_torch, *rest) if kind.want.framework == "torch" else rest
+    return (_api.to_torch, *rest) if case.want.framework == "torch" else rest
 
 
 def _through(x: Any, functions: Sequence[Callable[..., Any]]) -> Any:

@@ -19,7 +19,8 @@ import tensorbridge as tb
 from tensorbridge import _convert, _leaves, _options, _pack, tree
 from tensorbridge._adapters import adapter_of
 from tensorbridge._array import CPU, Device, Traits
-from tensorbridge._leaf import Kind, Leaf
+from tensorbridge._convert import Case
+from tensorbridge._leaf import Leaf
 from tensorbridge._pack import ALIGN, BLOCK
 from tensorbridge._plan import decide
 from tensorbridge._step import Want, bind
@@ -288,8 +289,8 @@ def down(tensors: list[torch.Tensor], want: Want) -> list[Any]:
         traits = adapter.open(t, Want("torch"))[1]._replace(device=CUDA0)
         decision = decide(traits, want)
         assert decision.refusal is None
-        recipe = _convert.Recipe(decision, _convert.compiled(decision.steps, traits, want))
-        leaves.append(Leaf(i, t, Kind(adapter, traits, want, recipe, True)))
+        recipe = _convert.Recipe(decision, _convert.compiled(decision.steps, traits, want), True)
+        leaves.append(Leaf(i, t, Case(adapter, traits, want, recipe)))
     results: list[Any] = [None] * len(tensors)
     for block in _leaves.blocks_of(leaves):
         _leaves._cross(block, leaves, results)
