@@ -68,16 +68,23 @@ with warnings.catch_warnings(record=True) as seen:
 
 # It lies.
 
+GUESSES = torch.asarray(memoryview(np.zeros(4, np.int8))).dtype == torch.float32  # a torch without pytorch#188784
+
 
 @pytest.mark.parametrize("wrap", [lambda a: array.array("i", a.tolist()), memoryview, lambda a: bytearray(a.tobytes())])
 def test_torch_asarray_reads_the_bytes_of_a_buffer_as_float32(wrap):
-    """pytorch: `asarray` of anything with the buffer protocol that is not an ndarray; JAX and TensorFlow arrays too."""
+    """pytorch: `asarray` of anything with the buffer protocol that is not an ndarray; JAX and TensorFlow arrays too.
+
+    A torch with pytorch#188784 (2.15 has it, 2.13 has not) reads what the buffer says it holds.
+    """
     ints = np.array([1, 2, 3, 4], np.int32)
-    assert torch.equal(torch.asarray(wrap(ints)), torch.from_numpy(ints.view(np.float32)))
+    told = memoryview(wrap(ints)).format
+    expected = np.frombuffer(wrap(ints), np.float32 if GUESSES else told)
+    assert torch.equal(torch.asarray(wrap(ints)), torch.from_numpy(expected.copy()))
 
 
 def test_torch_asarray_flattens_a_buffer():
-    assert torch.asarray(memoryview(np.ones((2, 2), np.float16))).shape == (2,)
+    assert torch.asarray(memoryview(np.ones((2, 2), np.float16))).shape == ((2,) if GUESSES else (4,))
 
 
 def test_torch_as_tensor_reads_a_buffer_by_element_and_refuses_two_axes():

@@ -8,6 +8,7 @@ import gc
 import io
 import mmap
 import re
+import sys
 import warnings
 import weakref
 from multiprocessing.shared_memory import SharedMemory
@@ -381,7 +382,7 @@ NO_NUMBERS = {
     "long doubles": (lambda: (ctypes.c_longdouble * 2)(), "'<g'"),
     "wide characters": (lambda: (ctypes.c_wchar * 2)(), "'<u'"),
     "characters": (lambda: (ctypes.c_char * 2)(), "text"),
-    "unicode": (lambda: array.array("u", "ab"), "text"),
+    "unicode": (lambda: array.array("w" if sys.version_info >= (3, 13) else "u", "ab"), "text"),
     "a view of pointers": (lambda: cast("P"), "'P'"),
 }
 
