@@ -121,7 +121,22 @@ def over_sizes(run: Run) -> str:
     return table(head, lines)
 
 
-TABLES: dict[str, Callable[[Run], str]] = {"headline": headline, "sizes": over_sizes, "goals": goals_table}
+def promises(run: Run) -> str:
+    """What is asked of a tensor in a graph before it is shared."""
+    rows = [r for r in run.results if r.key.startswith("promises · to_numpy, in a graph: ") and not r.missing]
+    lines = []
+    for r in rows:
+        why, _, code = r.title.partition(": ")[2].rpartition(", ")
+        lines.append((why, code, duration(median(r.timings[0].ns))))
+    return table(("", "the line", "alone"), lines)
+
+
+TABLES: dict[str, Callable[[Run], str]] = {
+    "headline": headline,
+    "sizes": over_sizes,
+    "goals": goals_table,
+    "promises": promises,
+}
 KINDS: dict[str, Callable[..., str]] = {
     "time": _time,
     "slow": _slow,

@@ -1,7 +1,7 @@
 """`python -m tensorbridge bench`: what conversions cost on this machine, and what the alternatives would cost.
 
     _measure   the stopwatch: interleaved rounds, rotated order, checks
-    _rows      questions as data;  _calls, _copies, _trees, _loops, _cuda: the questions
+    _rows      questions as data;  _calls, _promises, _copies, _trees, _loops, _cuda: the questions
     _machine   what was measured on
     _results   the record, verdicts on goals, results.json
     _report, _plots, _compare   the record for a person

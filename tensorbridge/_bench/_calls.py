@@ -48,6 +48,7 @@ ARRAYS: dict[str, Callable[[], Any]] = {
     "float32 (16,), a view of a tensor": lambda: import_module("torch").rand(16).numpy(),
 }
 
+UNASKED, SEE = "it asks nothing first", ": see `promises`"  # what stands in the way of a shared crossing
 A1_GOAL = Goal("A1", ("by hand",), "cost", 0.85, 0.78)
 A2_GOALS = (Goal("A2", ("torch.as_tensor",), "cost", 0.55), Goal("A2", ("torch.from_numpy",), "cost", 1.4))
 
@@ -60,9 +61,10 @@ def _to_numpy_rows(scope: Scope) -> list[Row]:
         import tensorbridge as tb
 
         t = make(torch)
+        unlike = "it hands out a writable view of the graph, and asks nothing first" if t.requires_grad else UNASKED
         ways = (
             Way("tensorbridge", "tb.to_numpy(t)", "bridge"),
-            Way("by hand", "t.detach().cpu().numpy()"),
+            Way("by hand", "t.detach().cpu().numpy()", unlike=unlike + SEE),
             Way("limit", "t.numpy(force=True)", "limit"),
         )
         shared = result_is(t, t.detach().numpy())
@@ -84,10 +86,13 @@ def _to_torch_rows(scope: Scope) -> list[Row]:
         import tensorbridge as tb
 
         a = make()
+        unlike = UNASKED if a.flags.c_contiguous else "it shares elements that overlap as well"
+        if isinstance(a.base, torch.Tensor):
+            unlike = "it loses the version counter of the tensor behind the array, which guards gradients"
         ways = (
             Way("tensorbridge", "tb.to_torch(a)", "bridge"),
-            Way("torch.as_tensor", "torch.as_tensor(a)"),
-            Way("torch.from_numpy", "torch.from_numpy(a)"),
+            Way("torch.as_tensor", "torch.as_tensor(a)", unlike=unlike + SEE),
+            Way("torch.from_numpy", "torch.from_numpy(a)", unlike=unlike + SEE),
             Way("limit", "t.detach()", "limit"),
         )
         names = {"tb": tb, "torch": torch, "a": a, "t": torch.from_numpy(a)}

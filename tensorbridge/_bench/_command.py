@@ -23,6 +23,7 @@ from tensorbridge._bench import (
     _loops,
     _machine,
     _plots,
+    _promises,
     _report,
     _results,
     _sizes,
@@ -35,6 +36,7 @@ from tensorbridge._errors import BridgeError
 
 QUESTIONS: tuple[Question, ...] = (
     *_calls.QUESTIONS,
+    *_promises.QUESTIONS,
     *_sizes.QUESTIONS,
     *_copies.QUESTIONS,
     *_changes.QUESTIONS,
