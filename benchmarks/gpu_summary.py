@@ -1,6 +1,7 @@
 """What a session on a card came to, read from the log of its tests (pytest -v), which may end in the middle of one.
 
 python3 benchmarks/gpu_summary.py seen tests.txt     the tests that have begun, one a line
+python3 benchmarks/gpu_summary.py ended tests.txt    whether pytest came to its end, as an exit status
 python3 benchmarks/gpu_summary.py page OUT           into OUT/summary.txt and OUT/facts.txt
 """
 
@@ -32,6 +33,11 @@ def outcomes(log: str) -> dict[str, str]:
     return found
 
 
+def ended(log: str) -> bool:
+    """Whether the last process said how many passed and failed, as pytest does at its end."""
+    return re.search(r"^=+ .* in [\d.]+s.* =+$", log.rstrip().rpartition("\n")[2]) is not None
+
+
 def page(log: str) -> str:
     found = outcomes(log)
     why = dict(re.findall(r"^(?:FAILED|ERROR) (tests/\S+::.*?) - (.+)$", log, re.M))
@@ -59,6 +65,8 @@ def main(command: str, where: str) -> None:
     if command == "seen":
         print(*outcomes(Path(where).read_text(errors="replace")), sep="\n")
         return
+    if command == "ended":
+        sys.exit(not ended(Path(where).read_text(errors="replace")))
     out = Path(where)
     log = (out / "tests.txt").read_text(errors="replace")
     with (out / "summary.txt").open("a") as summary:

@@ -19,15 +19,18 @@ _F = TypeVar("_F", bound=Callable[..., Any])
 _Tensor: Any = None
 _Array: Any = None
 _forward_ad: Any  # torch's module: inside a dual level a plain-looking tensor may carry a tangent
+# A mode may answer for torch: the alias that is to keep the memory would be a fake, which keeps nothing.
+_intercepted: Callable[[], bool] = lambda: False
 _from_torch: Callable[[Any], Any]
 _from_cupy: Callable[[Any], Any]
 
 
 def open(torch: Adapter, cupy: Adapter) -> None:
-    global _Tensor, _Array, _forward_ad, _from_torch, _from_cupy
+    global _Tensor, _Array, _forward_ad, _intercepted, _from_torch, _from_cupy
     of_torch: Any = torch
     of_cupy: Any = cupy
     of_cupy.open_lane(of_torch.DTYPES)
+    _intercepted = of_torch.is_intercepted
     _forward_ad, _from_torch, _from_cupy = of_torch.forward_ad, of_cupy.plain_from_torch, of_torch.plain_from_cupy
     _Tensor, _Array = of_torch.Tensor, of_cupy.Array
 
@@ -38,7 +41,7 @@ def plain_tensor_to_cupy(full: _F) -> _F:
     @wraps(full)
     def to_cupy(x: Any, **options: Any) -> Any:
         if type(x) is _Tensor and not options and not _watch.watching and x.is_cuda:
-            if _forward_ad._current_level < 0 and (made := _from_torch(x)) is not None:
+            if _forward_ad._current_level < 0 and not _intercepted() and (made := _from_torch(x)) is not None:
                 return made
         if _eager.unmarked:
             _eager.mark()

@@ -37,7 +37,7 @@ def link(first: int, then: int, index: int, then_index: int | None = None) -> No
     if (first, index) == (then, other):
         return
     event = _event(index)
-    cupy = sys.modules.get("cupy")
+    cupy = sys.modules["cupy"] if _streams.usable("cupy") else None
     if cupy is not None:
         runtime = cupy.cuda.runtime
         _streams.call_on(cupy, index, runtime.eventRecord, event.ptr, first)
@@ -49,7 +49,7 @@ def link(first: int, then: int, index: int, then_index: int | None = None) -> No
 
 def _event(index: int) -> Any:
     """This thread's event for ordering on device `index`."""
-    cupy = sys.modules.get("cupy")
+    cupy = sys.modules["cupy"] if _streams.usable("cupy") else None
     key = (threading.get_ident(), cupy is not None, index)
     found = _events.get(key)
     if found is None:

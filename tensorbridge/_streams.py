@@ -149,8 +149,8 @@ def capturing() -> bool:
 
 def capturing_on(number: int, index: int) -> bool:
     """Whether a CUDA graph is being captured on this stream, in whatever thread."""
-    cupy = sys.modules.get("cupy")
-    if cupy is not None:
+    if usable("cupy"):
+        cupy = sys.modules["cupy"]
         return _asked(lambda: call_on(cupy, index, cupy.cuda.runtime.streamIsCapturing, number))
     torch = sys.modules["torch"]
     with torch.cuda.stream(wrapped("torch", number, index)):
@@ -201,8 +201,25 @@ def hold(number: int, index: int, stream: object) -> None:
     """Keep a stream for the life of the process: torch records on the streams that a block was used on when the block
     is freed, and CuPy destroys a stream with its object.
     """
-    if number > PER_THREAD_DEFAULT:
-        _held.setdefault((index, number), stream)
+    if number > PER_THREAD_DEFAULT and (index, number) not in _held and _owns(stream, number, index):
+        _held[index, number] = stream
+
+
+def hold_if_current(number: int, index: int) -> None:
+    """Keep torch's current stream if it is CuPy's as well: a lease records on it at its end."""
+    if number > PER_THREAD_DEFAULT and (index, number) not in _held and usable("cupy"):
+        stream = sys.modules["cupy"].cuda.get_current_stream(index)
+        if stream.ptr == number:
+            hold(number, index, stream)
+
+
+def _owns(stream: object, number: int, index: int) -> bool:
+    """Whether the stream may live and die with this object. A handle owns none, nor do torch's objects, whose streams
+    are never destroyed, nor wrappers: held first, they would keep the owner out.
+    """
+    if isinstance(stream, int) or hasattr(stream, "cuda_stream") or type(stream).__name__ == "ExternalStream":
+        return False
+    return stream is not _wrapped.get(("cupy", index, number))
 
 
 def side_stream(index: int) -> Any:

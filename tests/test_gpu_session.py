@@ -41,6 +41,21 @@ def test_a_later_run_of_a_test_does_not_hide_that_it_failed(summary):
     assert summary.outcomes(again)["tests/gpu/test_gpu_order.py::test_c"] == "ERROR"
 
 
+@pytest.mark.parametrize(
+    ("last", "ended"),
+    [
+        ("", False),
+        ("======================== 1 failed, 2 passed in 0.75s =========================\n", True),
+        ("================== 3 passed, 1 skipped in 83.10s (0:01:23) ===================\n", True),
+        ("=========================== short test summary info ============================\n", False),
+    ],
+)
+def test_a_test_that_hangs_is_told_from_one_that_fails_by_the_end_of_the_log(summary, last, ended):
+    """Both end the process with status 1: the stacks of the one are shown by faulthandler, which exits so."""
+    assert summary.ended(LOG + last) is ended
+    assert not summary.ended(LOG + last + LOG)
+
+
 def test_the_page_counts_and_gives_reasons(summary):
     lines = summary.page(LOG).splitlines()
     assert lines[0] == "tests: 2 passed, 1 lost, 1 failed, 1 error"

@@ -39,7 +39,7 @@ def whole_ring(gpu):
     staging = import_module("tensorbridge._staging")
     ring = staging.ring()
     slots = [ring.take(wait=False) for _ in range(staging.SLOTS)]
-    for slot in slots:
+    for slot in filter(None, slots):  # None: it is in use
         ring.give(slot)
     return ring
 
