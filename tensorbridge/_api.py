@@ -147,7 +147,8 @@ def to_torch(
     ----------
     x : array of any framework, shape ``(*s)``
         As for `to_numpy`. A NumPy view of a tensor comes back as an alias of that tensor, with its version counter; if
-        the view was read-only, `to_numpy` of that alias is.
+        the view was read-only, `to_numpy` of that alias is. A view of such a view that was made read-only, or to
+        overlap (`broadcast_to`, sliding windows), is copied as any read-only array is.
     device : "cpu", "cuda", "cuda:1", torch.device, cupy.cuda.Device or int (CUDA index), optional
         Default: where `x` is.
     dtype : dtype of any framework, or its name, optional

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 SMALL = 64 * 1024  # bytes: below, a copy costs its call, not its bytes
 LARGE = 4 * 1024 * 1024  # bytes: from here on, NumPy asks the kernel for huge pages
+ON_A_TENSOR = frozenset({"tensor", "narrowed"})  # origins: a write is one to the tensor, whose version it counts
 MOST, MOST_AXES = 2**63 - 1, 64  # bytes and axes: a tensor may claim more (a huge expand), a NumPy array may not
 
 
@@ -58,8 +59,9 @@ class Traits(NamedTuple):
     lazy: str = ""  # "conj", "neg", "conj neg", "zero": values that are not what the bytes say
     pinned: bool | None = None  # page-locked host memory; None: not asked
     size: str = "small"  # "empty", "small" (< 64 KiB), "medium", "large" (>= 4 MiB), "beyond" what NumPy can hold
-    # Who stands behind a view: "tensor" (a NumPy view of one), "memmap", "unknown" (`__array__`). Nobody: "copied" (the
-    # producer made a copy for us and says so), "made" (it is seen to have). Of a column or a table: how it becomes one.
+    # Who stands behind a view: "tensor" (a NumPy view of one), "narrowed" (such a view that was made read-only, or to
+    # overlap, by others: the array that lies on the tensor is not), "memmap", "unknown" (`__array__`). Nobody: "copied"
+    # (the producer made a copy for us and says so), "made" (it is seen to have). Of a column: how it becomes an array.
     origin: str = ""
 
 

@@ -91,6 +91,7 @@ OBSTACLES: dict[str, Refusal] = {
     "masked tensor": _unsupported(
         "the mask of a masked tensor would be lost", "Convert x.get_data() and x.get_mask()."
     ),
+    "unit": _unsupported("its unit would be lost", ""),
     "structured": _unsupported(
         "a structured dtype has several fields",
         "Convert one field, x['name'], or the tree {n: x[n] for n in x.dtype.names}.",

@@ -9,9 +9,9 @@ from __future__ import annotations
 from typing import Any
 
 from tensorbridge import _dtypes, _engine, _refuse, _roads
-from tensorbridge._array import CPU, Device, Traits
+from tensorbridge._array import CPU, ON_A_TENSOR, Device, Traits
 from tensorbridge._refuse import CALLED
-from tensorbridge._step import COLUMNS, EXPORTED, MOVING, PROTOCOLS, Here, Op, Step, Want
+from tensorbridge._step import COLUMNS, EXPORTED, IN_PLACE, MOVING, PROTOCOLS, Here, Op, Step, Want
 
 OF_OUT = ("order", "spacing", "loose", "aligned", "lazy")  # what filling leaves as it is
 
@@ -20,7 +20,7 @@ class Steps(list[Step]):
     """The steps so far, and the array that they have made of the source: `now`."""
 
     def __init__(self, traits: Traits) -> None:
-        self.now = traits
+        self.giver, self.now = traits.framework, traits
         self.fresh = False  # the memory is nobody else's
         self.frozen = not traits.writable  # its owner does not offer it for writing, whatever the array at hand can say
 
@@ -125,6 +125,7 @@ def keep_promises(steps: Steps, want: Want, here: Here, guarded: bool, source: s
     now, receiver = steps.now, want.framework
     frozen = _why_frozen(steps, guarded)
     on_your_word = guarded and now.writable and not now.overlap
+    as_given = now.origin == "tensor" and is_alias(now, receiver)  # the tensor behind it is out there already
     if want.copy:
         copy(steps, Op.COPY, "copy=True: fresh memory", here)
     elif here.compiled and "numpy" in (now.framework, receiver):
@@ -132,7 +133,7 @@ def keep_promises(steps: Steps, want: Want, here: Here, guarded: bool, source: s
         copy(steps, Op.COPY, why, here, cure="convert in a function marked torch.compiler.disable")
     elif frozen and receiver == "numpy" and want.writable and not on_your_word:
         copy(steps, Op.COPY, f"writable=True, and {frozen}", here, cure="take a read-only view with writable=None")
-    elif frozen and receiver not in ("numpy", source) and not is_alias(now, receiver) and not want.share_readonly:
+    elif frozen and receiver not in ("numpy", source) and not (as_given or want.share_readonly):
         promise = f"{frozen}: {CALLED[receiver]} cannot keep that promise"
         copy(steps, Op.COPY, promise, here, cure=_cure_readonly(now))
 
@@ -198,7 +199,7 @@ def _why_frozen(steps: Steps, guarded: bool) -> str:
 def is_alias(now: Traits, receiver: str) -> bool:
     """A NumPy view of a tensor goes back to torch as an alias of that tensor, with its version counter."""
     held = now.spacing in ("dense", "strided") and _dtypes.exists_in(now.dtype, "torch")
-    return now.framework == "numpy" and now.origin == "tensor" and receiver == "torch" and held
+    return now.framework == "numpy" and now.origin in ON_A_TENSOR and receiver == "torch" and held
 
 
 def share(steps: Steps, receiver: str, here: Here) -> None:
@@ -226,10 +227,18 @@ def order(steps: Steps, receiver: str, here: Here) -> None:
 
 def protect(steps: Steps, want: Want, guarded: bool) -> None:
     frozen = "" if steps.fresh else _why_frozen(steps, guarded)
-    if want.writable is False and steps.now.writable:
-        steps.then(Op.PROTECT, "writable=False: a read-only view", writable=False)
-    elif want.writable is None and frozen and steps.now.writable:
-        steps.then(Op.PROTECT, f"a read-only view: {frozen}", writable=False)
+    if not steps.now.writable:
+        return
+    by, origin = (IN_PLACE, steps.now.origin) if steps.giver.startswith("torch") else ("", narrowed(steps.now))
+    if want.writable is False:
+        steps.then(Op.PROTECT, "writable=False: a read-only view", by=by, writable=False, origin=origin)
+    elif want.writable is None and frozen:
+        steps.then(Op.PROTECT, f"a read-only view: {frozen}", by=by, writable=False, origin=origin)
+
+
+def narrowed(now: Traits) -> str:
+    """The origin of a read-only view of an array that may be the caller's own."""
+    return "narrowed" if now.origin == "tensor" else now.origin
 
 
 def numpy_fills(now: Traits, out: Traits) -> bool:

@@ -38,6 +38,7 @@ class Op:
 MOVING = frozenset(
     {Op.EXPORT, Op.STACK, Op.RESOLVE, Op.BYTESWAP, Op.CAST, Op.PACK, Op.COPY, Op.PIN, Op.FILL, Op.TO_HOST, Op.TO_DEVICE}
 )
+IN_PLACE = "in place"  # how an array that was made on the way becomes read-only: itself, not by a view of it
 COLUMNS = frozenset({"column", "table"})  # of other libraries, that are no array yet
 PROTOCOLS = frozenset({"dlpack", "cuda_array_interface", "array_interface", "buffer", "__array__"})
 # Memory that a producer has given away, and how we know.
@@ -86,7 +87,7 @@ class Step(NamedTuple):
     nbytes: int = 0
     kind: str = ""  # "h2h", "h2d", "d2h", "d2d", "" when no byte moves
     after: Traits = Traits("numpy")  # the array that the step promises
-    by: str = ""  # whose kernel moves the bytes, where there is a choice
+    by: str = ""  # whose kernel moves the bytes, or by which road, where there is a choice
     cure: str = ""  # what avoids it
 
 

@@ -51,7 +51,8 @@ def host_arrays(framework: str, origin: str = "") -> Iterator[Traits]:
 def numpy_arrays() -> Iterator[Traits]:
     yield from host_arrays("numpy")
     for facts, writable in itertools.product((LAYOUTS | LAYOUTS_BEYOND_TORCH).values(), (True, False)):
-        yield Traits("numpy", CPU, "float32", origin="tensor", writable=writable, **facts)
+        for origin in ("tensor", "narrowed"):
+            yield Traits("numpy", CPU, "float32", origin=origin, writable=writable, **facts)
     for writable, spacing in itertools.product((True, False), ("dense", "strided", "reversed", "odd")):
         yield Traits("numpy", CPU, "int64", origin="memmap", writable=writable, spacing=spacing)
 
@@ -193,7 +194,7 @@ KINDS = st.builds(
     lazy=st.sampled_from(["", "conj", "neg", "conj neg", "zero"]),
     pinned=st.sampled_from([None, True, False]),
     size=st.sampled_from(["empty", "small", "medium", "large"]),
-    origin=st.sampled_from(["", "tensor", "memmap", "copied"]),
+    origin=st.sampled_from(["", "tensor", "narrowed", "memmap", "copied"]),
 )
 
 
@@ -218,7 +219,7 @@ def possible(traits: Traits) -> Traits:
         traits = traits if traits.device == CPU else traits._replace(pinned=False)
     if name in ("torch", "cupy"):
         traits = traits._replace(writable=True)
-    if traits.origin not in {"numpy": ("tensor", "memmap"), "dlpack": ("copied",)}.get(name, ()):
+    if traits.origin not in {"numpy": ("tensor", "narrowed", "memmap"), "dlpack": ("copied",)}.get(name, ()):
         traits = traits._replace(origin="")
     if traits.framework.endswith(" list"):
         traits = Traits(traits.framework, traits.device, graph=traits.graph, size=traits.size)

@@ -224,14 +224,15 @@ def keeps_promises(traits: Traits, want: Want, holder: str) -> bool:
         return not (want.writable is True and (traits.overlap or not traits.writable))
     if want.framework == traits.framework or want.share_readonly:
         return True
-    if want.framework == "torch" and is_alias(traits):
-        return True
+    if want.framework == "torch" and traits.origin == "tensor" and is_alias(traits):
+        return True  # what the tensor gave is given back; a view that promises more than that keeps its promise
     return traits.writable and not traits.overlap and not traits.graph
 
 
 def is_alias(traits: Traits) -> bool:
     """Whether the tensor behind a NumPy view can itself be seen so: `as_strided` takes whole steps forward."""
-    return traits.origin == "tensor" and traits.spacing in ("dense", "strided") and traits.dtype in HAS["torch"]
+    on_a_tensor = traits.origin in ("tensor", "narrowed")
+    return on_a_tensor and traits.spacing in ("dense", "strided") and traits.dtype in HAS["torch"]
 
 
 def is_strange(holder: str, want: Want, here: Here) -> bool:

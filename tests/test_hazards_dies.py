@@ -311,3 +311,19 @@ def test_a_list_of_arrays_has_one_axis_more_than_they():
     with pytest.raises(tb.UnsupportedArrayError, match="65 axes or more"):
         tb.to_numpy([np.ones((1,) * 64)])
     assert tb.to_torch([torch.ones((1,) * 64)]).dim() == 65
+
+
+# -- Subclasses of arrays. NumPy 2.4: `np.stack` of two matrices writes beyond its memory, and glibc ends the process.
+
+MATRICES = {
+    "two matrices": "assert tb.to_torch([np.matrix([[1.0]])] * 2).shape == (2, 1, 1)",
+    "a row and a row": "assert tb.to_numpy([np.matrix([[1.0, 2.0]])] * 2).tolist() == [[[1, 2]], [[1, 2]]]",
+    "in lists": "assert tb.to_torch([[np.matrix([[1.0]])], [np.matrix([[2.0]])]]).flatten().tolist() == [1, 2]",
+    "collated": "assert tb.collate([np.matrix([[1.0]])] * 2).shape == (2, 1, 1)",
+    "with a cast": 'assert tb.to_torch([np.matrix([[1.0]])] * 2, dtype="float16").shape == (2, 1, 1)',
+    "and all of it freed": "gc.collect()",
+}
+
+
+def test_matrices_in_a_list_are_stacked_as_plain_arrays():
+    assert_survives({"imports": "import numpy as np", **MATRICES})

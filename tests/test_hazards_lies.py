@@ -364,14 +364,84 @@ def test_a_mask_is_not_dropped(name, target):
         {"numpy": tb.to_numpy, "torch": tb.to_torch}[target](MASKED[name]())
 
 
-class Metres(np.ndarray):
-    """A subclass with a unit."""
+class Named(np.ndarray):
+    """A subclass that adds a method, and no meaning."""
+
+    def name(self):
+        return "x"
 
 
 def test_a_subclass_comes_as_its_plain_array_as_documented():
-    a = np.arange(3.0).view(Metres)
+    a = np.arange(3.0).view(Named)
     assert type(tb.to_numpy(a)) is np.ndarray
     assert address(tb.to_numpy(a)) == address(a) == tb.to_torch(a).data_ptr()
+
+
+class Length(np.ndarray):
+    """As the quantities of astropy and unyt are: a subclass whose class knows of a unit."""
+
+    unit = property(lambda self: getattr(self, "_unit", None))
+
+    @property
+    def value(self):
+        return self.view(np.ndarray)
+
+
+class Hidden(np.ndarray):
+    """As the masked arrays of astropy are, which are none of NumPy's."""
+
+    mask = property(lambda self: np.array([True, False, False]))
+
+
+class Pint:
+    """As the quantities of pint are: no arrays, but with an array to give."""
+
+    magnitude, units = np.arange(3.0), "metre"
+
+    def __array__(self, dtype=None, copy=None):
+        return self.magnitude
+
+
+def length(unit):
+    made = np.arange(3.0).view(Length)
+    made._unit = unit
+    return made
+
+
+MEANS_MORE = {
+    "a unit": (lambda: length("km"), "numpy float64 (3,) in km", "x.value"),
+    "a unit of a quantity that is no array": (Pint, "Pint in metre", "x.magnitude"),
+    "a mask of its own": (lambda: np.arange(3.0).view(Hidden), "masked numpy float64 (3,)", "x.mask"),
+}
+
+
+@pytest.mark.parametrize("road", ["alone", "tree", "list", "collate", "dtype"])
+@pytest.mark.parametrize("name", MEANS_MORE)
+def test_a_unit_is_not_dropped_nor_a_mask_of_a_library_s_own(name, road):
+    make, what, cure = MEANS_MORE[name]
+    convert = {
+        "alone": tb.to_numpy,
+        "dtype": lambda x: tb.to_torch(x, dtype="float32"),
+        "tree": lambda x: tb.tree.to_torch({"x": x}),
+        "list": lambda x: tb.to_torch([x, x]),
+        "collate": lambda x: tb.collate([x, x]),
+    }[road]
+    with pytest.raises(tb.UnsupportedArrayError) as caught:
+        convert(make())
+    assert what in str(caught.value)
+    assert cure in str(caught.value)
+
+
+@pytest.mark.parametrize("unit", [None, "", "dimensionless"])
+def test_a_quantity_without_a_unit_is_its_numbers(unit):
+    assert tb.to_torch(length(unit)).tolist() == [0, 1, 2]
+
+
+def test_an_out_with_a_unit_is_refused():
+    out = length("m")
+    with pytest.raises(ValueError, match=r"out is numpy float64 \(3,\) in m: its unit would be lost"):
+        tb.to_numpy(np.ones(3), out=out)
+    assert out.value.tolist() == [0, 1, 2]
 
 
 # -- Sharing by luck

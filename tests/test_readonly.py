@@ -90,6 +90,54 @@ def test_the_tensor_behind_a_read_only_view_is_as_writable_as_ever():
     assert t.tolist() == [5, 5, 5]
 
 
+def frozen_view(a):
+    view = a[:]
+    view.flags.writeable = False
+    return view
+
+
+# Views of a tensor that promise more than the array that lies on it does.
+NARROWER = {
+    "made read-only": frozen_view,
+    "a part of one made read-only": lambda a: frozen_view(a)[1:],
+    "broadcast": lambda a: np.broadcast_to(a, (2, 4)),
+    "windows": lambda a: np.lib.stride_tricks.sliding_window_view(a, 2),
+    "one window": lambda a: np.lib.stride_tricks.sliding_window_view(a, 2)[1],
+    "writable windows": lambda a: np.lib.stride_tricks.sliding_window_view(a, 2, writeable=True),
+}
+
+
+@pytest.mark.parametrize("narrowed", NARROWER)
+def test_a_view_that_promises_more_than_the_array_on_the_tensor_is_no_alias_of_it(narrowed):
+    t = torch.zeros(4)
+    a = NARROWER[narrowed](tb.to_numpy(t))
+    for _ in range(3):
+        with pytest.raises(tb.CopyRequiredError, match=r"read-only|overlapping"):
+            tb.to_torch(a, copy=False)
+        for back in (
+            tb.to_torch(a),
+            tb.tree.to_torch({"a": a})["a"],
+            next(tb.prefetch([[a]], device="cpu"))[0],
+        ):
+            assert not tb.shares_memory(back, t)
+            back += 1
+            assert t.tolist() == [0, 0, 0, 0]
+            assert back.flatten().tolist() == [1.0] * back.numel(), "each element is one"
+
+
+@pytest.mark.parametrize("narrowed", NARROWER)
+def test_on_ones_word_such_a_view_is_an_alias_still(narrowed):
+    t = torch.zeros(4)
+    a = NARROWER[narrowed](tb.to_numpy(t))
+    alias = tb.to_torch(a, share_readonly=True, copy=False)
+    assert tb.to_numpy(alias).flags.writeable is False
+    with pytest.raises(ValueError, match=r"out is read-only|overlap"):
+        tb.to_torch(np.zeros(a.shape, "f4"), out=alias)
+    version = t._version
+    alias.zero_()
+    assert t._version > version
+
+
 @pytest.mark.parametrize("as_tensor", [False, True])
 def test_memory_shared_on_ones_word_is_not_filled(as_tensor, road):
     source = frozen()

@@ -18,7 +18,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from tensorbridge._array import ArrayInfo, Traits
+from tensorbridge._array import ON_A_TENSOR, ArrayInfo, Traits
 from tensorbridge._step import Op, Step, Want
 
 
@@ -83,7 +83,7 @@ def performer(step: Step, before: Traits, want: Want) -> Callable[..., Any]:
     if step.by == "torch":
         owner = "torch"
     function = named(owner).performer(step, before, want)
-    if step.op == Op.FILL and want.out is not None and want.out.origin == "tensor":
+    if step.op == Op.FILL and want.out is not None and want.out.origin in ON_A_TENSOR:
         torch: Any = named("torch")
         return torch.counted(function)  # type: ignore[no-any-return]
     return function

@@ -24,7 +24,7 @@ from tensorbridge._array import (
     size_class,
 )
 from tensorbridge._refuse import OBSTACLES, Obstacle, cure_rows
-from tensorbridge._step import Op, Step, Want
+from tensorbridge._step import IN_PLACE, Op, Step, Want
 
 Array: TypeAlias = "np.ndarray[Any, Any]"
 PLAIN = Layout()
@@ -55,12 +55,12 @@ _KEPT = 1024
 
 
 def traits(a: Array) -> Traits:
-    if type(a) is not np.ndarray and _is_masked(a):
-        raise _obstacle(a)
+    if type(a) is not np.ndarray:
+        refuse_meaning(a, f"numpy {a.dtype} {shape_text(a.shape)}")
     dtype, base, flags = a.dtype, a.base, a.flags.num
     lay = PLAIN if flags & _IN_C and a.size and 1 not in a.shape else layout_of(a)
     plain = base is None or (type(base) is np.ndarray and base.base is None)
-    origin = "" if plain else _origin(a)
+    origin = "" if plain else _origin(a, lay)
     aligned = dtype.kind != "c" or _is_aligned_whole(a)
     found = _of_kind(dtype, flags & _FACTS, lay, aligned, size_class(a.nbytes), origin)
     if found is None:
@@ -103,8 +103,8 @@ def layout_of(a: Array) -> Layout:
     return layout(a.shape, a.strides, a.itemsize)
 
 
-def _origin(a: Array) -> str:
-    """Who stands behind a view: "tensor" (all of the view lies in its storage), "memmap"."""
+def _origin(a: Array, lay: Layout) -> str:
+    """Who stands behind a view: "tensor" (all of the view lies in its storage), "narrowed", "memmap"."""
     base: Any = owner_of(a)
     if type(base) is np.ndarray:
         return ""
@@ -117,30 +117,46 @@ def _origin(a: Array) -> str:
     first: int = a.__array_interface__["data"][0] - storage.data_ptr()
     low, high = reach(a.shape, a.strides, a.itemsize)
     within = first + low >= 0 and first + high <= storage.nbytes()
-    return "tensor" if within and first % a.itemsize == 0 else ""
+    if not within or first % a.itemsize:
+        return ""
+    if a.flags.writeable and not lay.overlap:
+        return "tensor"
+    whole: Array = _chain(a)[-2]  # the array on the tensor
+    frozen = whole.flags.writeable and not a.flags.writeable
+    return "narrowed" if frozen or (lay.overlap and not layout_of(whole).overlap) else "tensor"
 
 
 def owner_of(a: Any) -> Any:
     """The object at the end of the chain of views: an array with memory of its own, a mapping, a tensor ..."""
-    owner: Any = a
+    return _chain(a)[-1]
+
+
+def _chain(a: Any) -> list[Any]:
+    """The array, what it is a view of, and so on."""
+    chain = [a]
     while True:
-        below = owner.obj if type(owner) is memoryview else None
-        if isinstance(owner, np.ndarray) or type(owner).__name__ == "DummyArray":  # of sliding_window_view, as_strided
-            below = owner.base
+        last = chain[-1]
+        below = last.obj if type(last) is memoryview else None
+        if isinstance(last, np.ndarray) or type(last).__name__ == "DummyArray":  # of sliding_window_view, as_strided
+            below = last.base
         if below is None:
-            return owner
-        owner = below
+            return chain
+        chain.append(below)
 
 
-def _is_masked(a: Array) -> bool:
-    ma = sys.modules.get("numpy.ma")
-    return ma is not None and isinstance(a, ma.MaskedArray)
+def refuse_meaning(x: Any, what: str, number: str = "x.value, or x.to_value(unit)") -> None:
+    """A class of arrays may mean more than their elements say: masks of NumPy and others, quantities with a unit."""
+    cls = type(x)
+    if hasattr(cls, "mask"):
+        masked = Obstacle("masked", f"masked {what}")
+        raise masked if hasattr(cls, "filled") else masked.cured("Convert x.unmasked and x.mask.")
+    unit = next((str(getattr(x, name)) for name in ("unit", "units") if hasattr(cls, name)), "None")
+    if unit not in ("None", "", "dimensionless"):
+        raise Obstacle("unit", f"{what} in {unit}").cured(f"Convert {number} in a unit of your choice.")
 
 
 def _obstacle(a: Array) -> Obstacle:
     what = f"numpy {a.dtype} {shape_text(a.shape)}"
-    if _is_masked(a):
-        return Obstacle("masked", f"masked {what}")
     kinds = {"O": "object", "U": "string", "S": "string", "T": "string", "M": "datetime", "m": "datetime"}
     kind = "structured" if a.dtype.names else kinds.get(a.dtype.kind, "void" if a.dtype.type is np.void else "")
     obstacle = Obstacle(kind or "unknown dtype", what)
@@ -210,7 +226,7 @@ def performer(step: Step, before: Traits, want: Want) -> Callable[..., Any]:
     rest: dict[str, Callable[..., Any]] = {
         Op.SHARE: _base,
         Op.RESTRIDE: _restrided,
-        Op.PROTECT: _protected,
+        Op.PROTECT: _sealed if step.by == IN_PLACE else _protected,
         Op.FILL: _filled,
     }
     return rest[op]
@@ -218,6 +234,14 @@ def performer(step: Step, before: Traits, want: Want) -> Callable[..., Any]:
 
 def _base(a: Array) -> Array:
     return a if type(a) is np.ndarray else a.view(np.ndarray)
+
+
+def _sealed(a: Array) -> Array:
+    """An array that was made on the way, read-only down to the tensor: it may be a view of its carrier's elements."""
+    for view in _chain(a):
+        if isinstance(view, np.ndarray):
+            view.setflags(write=False)
+    return a
 
 
 def _protected(a: Array) -> Array:

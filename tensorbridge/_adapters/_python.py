@@ -28,9 +28,11 @@ class Parts(NamedTuple):
     def stacked(self, stack: Callable[..., Any], dtype: Any = None) -> Any:
         if self.arrays is None:
             return np.array(self.numbers, dtype=dtype)
-        arrays = self.arrays
-        if any(hasattr(kind, "stacked") for kind in set(map(type, arrays))):  # columns: to be made
+        arrays, kinds = self.arrays, set(map(type, self.arrays))
+        if any(hasattr(kind, "stacked") for kind in kinds):  # columns: to be made
             arrays = [a.stacked(stack, None) if hasattr(a, "stacked") else a for a in arrays]
+        if any(issubclass(kind, np.ndarray) and kind is not np.ndarray for kind in kinds):
+            arrays = [np.asarray(a) for a in arrays]  # np.stack of np.matrix writes beyond its memory
         whole = stack(arrays) if dtype is None else stack(arrays, dtype=dtype)
         return whole.reshape(self.shape)
 

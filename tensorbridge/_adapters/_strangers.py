@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from tensorbridge._adapters import _missing
+from tensorbridge._adapters import _missing, _numpy
 from tensorbridge._refuse import Obstacle
 
 
@@ -29,7 +29,11 @@ def told(x: Any) -> str:
 
 
 def refuse_unseen(x: Any) -> None:
-    """Of dask's collections the array promotes columns to one dtype, and lacks the mask: they know both before."""
+    """What the array of an object lacks: the unit of pint's quantities; of dask's collections, which promote columns to
+    one dtype, the mask.
+    """
+    if hasattr(type(x), "magnitude"):
+        _numpy.refuse_meaning(x, type(x).__name__, "x.magnitude, or x.m_as(unit)")
     if not hasattr(type(x), "__dask_graph__"):
         return
     meta = getattr(x, "_meta", None)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from tensorbridge import _dtypes, _engine, _readonly
 from tensorbridge._adapters import _numpy, _torch_cuda
-from tensorbridge._array import Traits
+from tensorbridge._array import ON_A_TENSOR, Traits
 from tensorbridge._step import Op, Step, Want
 
 DTYPES: dict[str, Any] = {
@@ -96,7 +96,7 @@ def _from_numpy(before: Traits) -> Callable[[Any], Tensor]:
 
 def _shared(before: Traits) -> Callable[[Any], Tensor]:
     """A tensor over the memory of an array, which remembers that it came read-only."""
-    as_alias = before.origin == "tensor"
+    as_alias = before.origin in ON_A_TENSOR
     share, mark = (_alias, _readonly.mark) if as_alias else (_from_numpy(before), _readonly.mark_memory)
     return share if before.writable else lambda a: mark(share(a))
 
