@@ -93,7 +93,7 @@ _LATER = {
 }
 
 
-def __getattr__(name: str) -> Any:
+def _load(name: str) -> Any:
     if name not in _LATER:
         raise AttributeError(f"module 'tensorbridge' has no attribute {name!r}")
     found = import_module("tensorbridge." + (_LATER[name] or name))
@@ -108,10 +108,12 @@ def _load_all() -> None:
     """
     for name in _LATER:
         if name not in globals():
-            __getattr__(name)
+            _load(name)
     globals().pop("__getattr__", None)
 
 
+if not TYPE_CHECKING:  # a type checker would take any name for one of ours
+    __getattr__ = _load
 _lanes.opened = _load_all
 
 

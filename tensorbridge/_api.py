@@ -108,6 +108,8 @@ def to_numpy(
         `detach` is False and `x` requires grad.
     UnsupportedArrayError, ProducerError, DeviceError
         `x` has no NumPy equal, described itself wrongly, or lies on a device that cannot be reached.
+    ValueError, TypeError
+        An option is misspelt or contradicts another (`out` and ``copy=False``); `out` shares memory with `x`.
 
     Cost
     ----
@@ -160,10 +162,11 @@ def to_torch(
         A tensor cannot be read-only, so a read-only source is copied. True shares it instead: you will not write. What
         `to_numpy` shares of it on the host, or of a view of it, is read-only; `out=` and `editing` refuse it.
     detach : bool
-        True leaves the graph of a tensor behind; the default keeps it. A `dtype` without gradients (integers, bool)
-        ends it, as in torch, and the plan says so.
+        True leaves the graph of a tensor behind; the default keeps it, for a tensor can. A `dtype` without gradients
+        (integers, bool) ends it, as in torch, and the plan says so.
     pin_memory : bool
-        The result lies in page-locked host memory.
+        The result lies in page-locked host memory, which torch has where it sees a CUDA device. It goes with no CUDA
+        `device` and no `out`.
     non_blocking : bool
         To a device, return before the transfer is done; then leave `x` alone until it is.
     out : torch.Tensor, shape ``(*s)``, optional
@@ -183,6 +186,8 @@ def to_torch(
         torch is not installed; the device does not exist or cannot be used from this process.
     UnsupportedArrayError, ProducerError
         torch has no such dtype or layout; a foreign object described itself wrongly.
+    ValueError, TypeError
+        As for `to_numpy`.
 
     Cost
     ----
@@ -257,12 +262,12 @@ def to_cupy(
         `copy` is False and bytes would have to move; ``error.plan`` says which and why.
     MissingFrameworkError, DeviceError
         CuPy is not installed; there is no usable CUDA device, or not from this process.
-    GraphError, UnsupportedArrayError, ProducerError
+    GraphError, UnsupportedArrayError, ProducerError, ValueError, TypeError
         As for `to_numpy`.
 
     Cost
     ----
-    Shared: 0 bytes, no wait on the host. From the host: ``x.nbytes`` over the bus.
+    Shared: 0 bytes, no wait on the host. A copy on the device: ``x.nbytes``. From the host: ``x.nbytes`` over the bus.
 
     Examples
     --------

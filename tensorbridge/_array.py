@@ -22,10 +22,12 @@ class Device(str):
 
     @property
     def type(self) -> str:
+        """The kind: "cpu" or "cuda"."""
         return self.partition(":")[0]
 
     @property
     def index(self) -> int:  # type: ignore[override]
+        """Which one of its kind; 0 for the host."""
         return int(self.partition(":")[2] or 0)
 
 
@@ -48,11 +50,11 @@ class Traits(NamedTuple):
     # "column", "table"
     framework: str
     device: Device = CPU
-    dtype: str = "float32"  # name of _dtypes; ">float32": bytes swapped
-    order: str = "C"
-    spacing: str = "dense"
-    overlap: bool = False
-    loose: bool = False
+    dtype: str = "float32"  # its name, as in the array API; ">float32": bytes swapped
+    order: str = "C"  # axes by falling stride: "C", "F", or "K" for any other permutation
+    spacing: str = "dense"  # or "strided" (gaps), "reversed" (a negative stride), "odd" (not whole elements apart)
+    overlap: bool = False  # two indices may lead to one element
+    loose: bool = False  # an axis of length 1 carries a stride that torch refuses, and that means nothing
     aligned: bool = True  # the address is a multiple of the item size that the CPU wants
     writable: bool = True
     graph: bool = False  # requires grad: an autograd graph hangs on it, or may
@@ -82,11 +84,11 @@ class ArrayInfo(NamedTuple):
     writable: bool
     requires_grad: bool
     grad_fn: str | None  # name of the node that made it, as "MulBackward0"; None at a leaf or outside a graph
-    lazy: str
+    lazy: str  # "conj", "neg", "conj neg", "zero": values that are not what the bytes say; "" otherwise
     pinned: bool | None  # None: not asked
     stream: int | None
-    address: int = 0
-    overlap: bool = False
+    address: int = 0  # of the first element
+    overlap: bool = False  # two indices may lead to one element: a broadcast, a sliding window
 
     def __str__(self) -> str:
         graph = f", in a graph ({self.grad_fn})" if self.grad_fn else ", requires grad" if self.requires_grad else ""

@@ -26,7 +26,10 @@ class CopyWarning(UserWarning):
 
 
 class BridgeError(Exception):
-    """Base of every error that tensorbridge raises on purpose (wrong options are plain ValueError or TypeError)."""
+    """Base of every error that tensorbridge raises on purpose (wrong options are plain ValueError or TypeError).
+
+    ``.plan`` is the `Plan` that was refused, or None where there was none yet.
+    """
 
     plan: Plan | None = None
 

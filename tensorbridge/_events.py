@@ -25,11 +25,13 @@ class Event(NamedTuple):
 
 
 class Totals(NamedTuple):
+    """The sums of a `Trace`."""
+
     conversions: int
     shared: int  # of them, without moving a byte
     nbytes: int
     seconds: float
-    by_kind: dict[str, int]  # bytes
+    by_kind: dict[str, int]  # bytes, by "h2h", "h2d", "d2h", "d2d"
 
 
 class Trace:
@@ -49,6 +51,7 @@ class Trace:
 
     @property
     def totals(self) -> Totals:
+        """How many conversions there were, how many shared, bytes and seconds in all."""
         events = list(self.events)
         by_kind: dict[str, int] = defaultdict(int)
         for event in events:

@@ -17,6 +17,8 @@ _DISTRIBUTIONS = {
 
 
 class Framework(NamedTuple):
+    """A framework as `info` found it."""
+
     name: str
     version: str  # "" if it is not installed
     loaded: bool  # imported in this process

@@ -80,9 +80,17 @@ HERE = Here()
 
 
 class Step(NamedTuple):
-    """One thing that is done. `nbytes` is 0 until the step is bound to an array."""
+    """One thing that is done. `nbytes` is 0 until the step is bound to an array.
 
-    op: str
+    These move no byte: "detach" (an alias outside the graph), "wrap" (a scalar as a 0-d array), "import" (a foreign
+    array, seen through its protocol), "restride" (strides that mean nothing made plain), "order" (one stream waits for
+    another), "share" (the same memory under the other framework), "protect" (a read-only view). These write every
+    element once: "export" (its producer has made or copied the array for us), "stack" (a list or a table into one
+    array), "resolve" (lazy bits made real), "byteswap", "cast", "pack" (a layout that the other side can hold), "copy",
+    "pin" (page-locked memory), "fill" (into `out`), "to_host", "to_device".
+    """
+
+    op: str  # one of those
     why: str
     nbytes: int = 0
     kind: str = ""  # "h2h", "h2d", "d2h", "d2d", "" when no byte moves
@@ -107,10 +115,10 @@ class Plan(NamedTuple):
     """What a conversion does, decided before it is done. `str` is a table for a person."""
 
     source: ArrayInfo
-    target: Traits  # framework, device, dtype, writable ... of the result
+    target: Traits  # the kind of the result: framework, device, dtype, layout, whether it may be written
     steps: tuple[Step, ...]
     zero_copy: bool  # no byte moves (an empty array has none)
-    bytes_moved: int
+    bytes_moved: int  # by all steps together
     blocking: bool  # the host waits for a transfer
 
     def __str__(self) -> str:

@@ -15,6 +15,7 @@ import pytest
 
 import tensorbridge as tb
 from tensorbridge import tree
+from tensorbridge._step import MOVING, Op
 
 ROOT = Path(tb.__file__).parent
 
@@ -105,6 +106,13 @@ def test_str_of_a_plan_and_of_an_array_is_for_a_person():
     )
 
 
+def test_steps_that_a_plan_may_show_are_all_named_where_a_step_is_documented():
+    ops = {value for name, value in vars(Op).items() if name.isupper()}
+    moving, still = tb.Step.__doc__.split("These write every")[::-1]
+    assert set(re.findall(r'"(\w+)"', moving)) == MOVING
+    assert set(re.findall(r'"(\w+)"', still)) == ops - MOVING
+
+
 # -- Types
 
 SNIPPET = """
@@ -132,6 +140,8 @@ tb.plan(x, "jax")  # type: ignore[arg-type]
 tb.to_numpy(x, np.float32)  # type: ignore[call-overload]
 tb.to_numpy(x, copy="yes")  # type: ignore[call-overload]
 tb.to_torch(x, writable=True)  # type: ignore[call-arg]
+tb.to_nmpy(x)  # type: ignore[attr-defined]
+tb.tree.to_nmpy(x)  # type: ignore[attr-defined]
 """
 CONFIG = """
 [mypy]
