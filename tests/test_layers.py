@@ -22,7 +22,7 @@ LAYERS = [
     {"_refuse", "_words", "_events", "_lease"},
     {"_rules", "_staging"},
     {"_plan", "_watch"},
-    {"_adapters"},
+    {"_adapters", "_casting"},
     {"_adapters._made", "_adapters._missing", "_adapters._numbers", "_adapters._numpy"},
     {
         "_adapters._strangers",
