@@ -192,6 +192,10 @@ def _buffer(x: Any) -> memoryview | None:
 def _by_buffer(x: Any, view: memoryview) -> Any:
     """NumPy would guess at what ctypes says of structures and unions, with a warning."""
     what = f"{type(x).__name__} (buffer format {view.format!r})"
+    if view.format.startswith("&"):
+        one = hasattr(type(x), "contents")
+        each = "Convert np.ctypeslib.as_array(x[i], shape) of each."
+        raise Obstacle("pointer", what) if one else Obstacle("pointer", what).cured(each)
     if view.format.startswith("T{"):
         raise _as_array(Obstacle("structured", what))
     if view.format == "B" and view.itemsize != 1:

@@ -22,6 +22,9 @@ def told(x: Any) -> str:
         return "set" if isinstance(x, Set) else "range"
     if answers_to_all(x):
         return "stand-in"
+    shared = sys.modules.get("multiprocessing.sharedctypes")
+    if shared is not None and isinstance(x, shared.SynchronizedBase):
+        return "text" if isinstance(x, shared.SynchronizedString) else "synchronized"
     if hasattr(cls, "toarray"):
         return "scipy"
     lazy = getattr(sys.modules.get("polars"), "LazyFrame", None)
