@@ -267,7 +267,7 @@ def trace() -> AbstractContextManager[Trace]:
     >>> [(event.kind, event.nbytes) for event in seen.events]
     [('', 0), ('h2h', 24)]
     """
-    return Reentrant(_traced, "trace")
+    return Reentrant(_traced, "trace() as seen")
 
 
 @contextmanager
