@@ -1,8 +1,8 @@
 """Containers: which values are trees of arrays, how one is opened into its children, how its like is built again.
 
 A tree is walked with a stack of its own, so that depth costs nothing. Exact built-in types are known at once; then
-come those registered with torch's pytrees or optree, tables, subclasses of built-in containers, dataclasses, and the
-like. Sets are not containers here: arrays cannot be hashed.
+come those registered with torch's pytrees or optree, tables, subclasses of built-in containers, dataclasses, classes of
+attrs, and the like. Sets are not containers here: arrays cannot be hashed.
 """
 
 from __future__ import annotations
@@ -49,13 +49,12 @@ def _namedtuple_name(node: Any, _: Any, i: int) -> str:
     return f".{node._fields[i]}"
 
 
-_UNSET = object()
-
-
-def _dataclass_open(node: Any) -> tuple[list[Any], list[str]]:
-    found = [(f.name, getattr(node, f.name, _UNSET)) for f in dataclasses.fields(node)]
-    found = [(name, value) for name, value in found if value is not _UNSET]
-    return [value for _, value in found], [name for name, _ in found]
+def _fields_open(node: Any) -> tuple[list[Any], list[str]]:
+    """Of a dataclass, or a class of attrs, those that are set."""
+    cls = type(node)
+    fields = cls.__attrs_attrs__ if hasattr(cls, "__attrs_attrs__") else dataclasses.fields(node)
+    names = [field.name for field in fields if hasattr(node, field.name)]
+    return [getattr(node, name) for name in names], names
 
 
 def _dot(node: Any, names: list[str], i: int) -> str:
@@ -75,8 +74,8 @@ LIST = Kind(sequence_open, lambda node, _, children: children, at, exotic=False)
 TUPLE = Kind(sequence_open, lambda node, _, children: tuple(children), at, exotic=False)
 MAPPING = Kind(_mapping_open, _rebuild.mapping_build)
 CHAINMAP = Kind(lambda node: (list(node.maps), None), _rebuild.chainmap_build, lambda node, _, i: f".maps[{i}]")
-DATACLASS = Kind(_dataclass_open, _rebuild.dataclass_build, _dot)
-NAMESPACE = DATACLASS._replace(open=lambda node: (list(vars(node).values()), list(vars(node))))
+FIELDS = Kind(_fields_open, _rebuild.fields_build, _dot)
+NAMESPACE = FIELDS._replace(open=lambda node: (list(vars(node).values()), list(vars(node))))
 ROOT = Kind(
     lambda node: ([node], None), lambda node, _, children: children[0], lambda node, _, i: "batch", exotic=False
 )
@@ -189,8 +188,8 @@ def _by_class(x: Any, cls: type) -> Any:
         return ARRAY
     if issubclass(cls, SimpleNamespace):
         return NAMESPACE
-    if dataclasses.is_dataclass(cls):
-        return DATACLASS
+    if dataclasses.is_dataclass(cls) or hasattr(cls, "__attrs_attrs__"):
+        return FIELDS
     # A sparse array would make an array if told to: it is refused by name, not left alone.
     return ARRAY if hasattr(cls, "toarray") and hasattr(x, "shape") else OTHER
 

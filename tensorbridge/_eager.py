@@ -35,8 +35,16 @@ def outermost(function: _F) -> _F:
     return _hidden(function, below=False)
 
 
+# What torch gives as the reason where a graph may not break. Its hint to remove a call is for whoever wrote that.
+REASON = (
+    "tensorbridge runs between compiled graphs, never in one, so fullgraph=True and strict export are impossible "
+    "around it: convert before or after the compiled function, or leave fullgraph=True out; there is no call to remove"
+)
+
+
 def _hidden(function: _F, *, below: bool) -> _F:
     function._torchdynamo_disable = True  # type: ignore[attr-defined]
+    function._torchdynamo_disable_msg = REASON  # type: ignore[attr-defined]
     unmarked.append((function.__code__, below))
     return function
 

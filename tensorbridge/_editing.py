@@ -90,9 +90,9 @@ def editing(tensor: torch.Tensor) -> AbstractContextManager[NDArray[Any]]:
         ...
     ValueError: assignment destination is read-only
     """
-    torch = torch_of(tensor, "editing")
+    torch = torch_of(tensor, "editing(tensor) as array")
     edit = _edit_host if on_host(_alias(torch, tensor)) else _edit_copy
-    return Reentrant(lambda: edit(torch, tensor), "editing")
+    return Reentrant(lambda: edit(torch, tensor), "editing(tensor) as array")
 
 
 @contextlib.contextmanager

@@ -51,7 +51,9 @@ class DeviceError(BridgeError, RuntimeError):
 
 
 class MissingFrameworkError(BridgeError, ImportError):
-    """The framework to convert to is not installed."""
+    """A framework that the conversion needs is not installed."""
+
+    __str__ = BaseException.__str__  # ImportError keeps its first text, without the leaf that is named later
 
 
 class ProducerError(BridgeError, BufferError):

@@ -16,20 +16,21 @@ import sys
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sized
 from contextlib import AbstractContextManager, nullcontext, suppress
 from contextvars import copy_context
 from queue import Empty, SimpleQueue
 from typing import Any, Literal, NamedTuple, NoReturn, TypeVar
 
 from tensorbridge import _options, _tables, _watch
-from tensorbridge._array import CPU, Traits
+from tensorbridge._array import CPU, Device, Traits
 from tensorbridge._containers import flatten
 from tensorbridge._eager import eager, is_inside, mark, told
 from tensorbridge._prefetch_roads import Batch, Host, road_for
 from tensorbridge._step import Want
 
 _T = TypeVar("_T")
+_USUAL = Device("cuda")  # by its identity told from a "cuda" that is given
 PATIENCE = 1.0  # seconds that close() waits for a worker whose source does not answer
 
 
@@ -38,7 +39,7 @@ def prefetch(
     batches: Iterable[_T],
     *,
     to: Literal["numpy", "torch", "cupy"] = "torch",
-    device: Any = "cuda",
+    device: Any = _USUAL,
     depth: int = 2,
     transform: Callable[[_T], Any] | None = None,
     copy: bool | None = None,
@@ -51,7 +52,7 @@ def prefetch(
         A list, a generator, a DataLoader. Read by a thread, ahead of the consumer.
     to : "torch", "cupy" or "numpy"
     device : as for `to_torch` and `to_cupy`
-        "cpu" converts on the host (for NumPy the only choice).
+        "cpu" converts on the host, which is the only choice for NumPy, and taken there.
     depth : int
         How many batches may be ahead of the consumer, at most. They are all in memory at once, on the device too.
     transform : callable, optional
@@ -64,8 +65,9 @@ def prefetch(
     Returns
     -------
     Prefetch
-        An iterator and a context manager, with ``close()``. Batches keep their structure, as with `tree.to_torch`; on
-        the device they are ordered after the transfer, for the stream that is current when they are asked for.
+        An iterator and a context manager, with ``close()``, and a length where `batches` has one. Batches keep their
+        structure, as with `tree.to_torch`; on the device they are ordered after the transfer, for the stream that is
+        current when they are asked for.
 
     Raises
     ------
@@ -96,7 +98,7 @@ def prefetch(
     where = _watch._caller()[0]
     arguments = (_work, state, source, transform, want, road, _grad_mode(), where)
     worker = _Worker(state, copy_context().run, arguments, where)
-    iterator = Prefetch(worker, road)
+    iterator = Prefetch(worker, road, batches if isinstance(batches, Sized) else None)
     _workers.add(worker)
     worker.start()
     return iterator
@@ -126,10 +128,8 @@ def _want(to: str, device: Any, depth: int, transform: Any, copy: Any) -> Want:
     if transform is not None and not callable(transform):
         raise TypeError(f"prefetch(transform={transform!r}): a callable or None")
     if to == "numpy":
-        if _options.device_named(device, to) not in (None, CPU):
-            said = ", which is the default" if device == "cuda" else ""
-            text = f'prefetch(to="numpy", device={device!r}{said}): NumPy arrays are on the host'
-            raise ValueError(f'{text}; say device="cpu"')
+        if device is not _USUAL and _options.device_named(device, to) not in (None, CPU):
+            raise ValueError(f'prefetch(to="numpy", device={device!r}): NumPy arrays are on the host; leave device out')
         return _options.want_numpy(None, copy, None, True, None, "prefetch")
     _options.require(to, "prefetch")
     if to == "cupy":
@@ -206,8 +206,8 @@ class _Worker(threading.Thread):
 class Prefetch(Iterator[Any]):
     """Batches that were read and converted ahead. Made by `prefetch`; ``close()`` it, or use it in a ``with`` block."""
 
-    def __init__(self, worker: _Worker, road: Host) -> None:
-        self._state, self._worker, self._road = worker.state, worker, road
+    def __init__(self, worker: _Worker, road: Host, sized: Sized | None) -> None:
+        self._state, self._worker, self._road, self._sized = worker.state, worker, road, sized
         self._dropped = weakref.finalize(self, _State.close, worker.state)
         self._dropped.atexit = False
 
@@ -227,6 +227,15 @@ class Prefetch(Iterator[Any]):
             finally:
                 del item  # the traceback holds this frame
         return self._road.handed_over(item)
+
+    def __len__(self) -> int:
+        """How many batches there are in all, read or not: as for an iterator over a DataLoader."""
+        if self._sized is None:
+            raise TypeError("object of type 'Prefetch' has no len(): the source has none")
+        return len(self._sized)
+
+    def __bool__(self) -> bool:
+        return True  # whatever its length
 
     def close(self) -> None:
         """Stop the worker and close the source. Waits a second at most for a source that does not answer: then its

@@ -77,14 +77,19 @@ def chainmap_build(node: Any, _: Any, children: list[Any]) -> Any:
     return like
 
 
-def dataclass_build(node: Any, names: list[str], children: list[Any]) -> Any:
+def fields_build(node: Any, names: list[str], children: list[Any]) -> Any:
     """An instance made without ``__init__``: its fields are not arguments of it (init=False), or were changed since."""
     cls: Any = type(node)
     like = cls.__new__(cls) if cls.__new__ in (object.__new__, SimpleNamespace.__new__) else copy.copy(node)
     _keep_attributes(like, node, besides=names)
     for name, child in zip(names, children, strict=True):
         object.__setattr__(like, name, child)
+    if hasattr(cls, "__attrs_attrs__") and hasattr(node, _HASH_OF_ATTRS):  # of the old values; None: not made yet
+        object.__setattr__(like, _HASH_OF_ATTRS, None)
     return like
+
+
+_HASH_OF_ATTRS = "_attrs_cached_hash"
 
 
 def _alike(node: Any) -> Any:
@@ -114,7 +119,8 @@ def _keep_attributes(like: Any, node: Any, besides: Sequence[str] = ()) -> None:
     for name, value in getattr(node, "__dict__", {}).items():
         if not isinstance(getattr(cls, name, None), cached_property):  # derived from the old arrays
             object.__setattr__(like, name, value)
-    slots = [vars(base).get("__slots__", ()) for base in cls.__mro__]
+    # Besides fields, attrs has slots for what was derived from them.
+    slots = [vars(base).get("__slots__", ()) for base in cls.__mro__ if "__attrs_attrs__" not in vars(base)]
     for slot in (name for names in slots for name in ([names] if isinstance(names, str) else names)):
         if slot not in ("__dict__", "__weakref__", *besides) and hasattr(node, slot):
             object.__setattr__(like, slot, getattr(node, slot))

@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from threading import get_ident
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, NoReturn, TypeVar
 
 from tensorbridge._eager import eager
 
@@ -18,12 +18,17 @@ class Reentrant(AbstractContextManager[_T], Generic[_T]):
 
     _thread = staticmethod(get_ident)  # where the interpreter ends, names end before blocks
 
-    def __init__(self, make: Callable[[], AbstractContextManager[_T]], call: str) -> None:
-        self._make, self._call = make, call
+    def __init__(self, make: Callable[[], AbstractContextManager[_T]], line: str) -> None:
+        self._make, self._line = make, line  # of a `with`: "trace() as seen"
         self._open: dict[int, list[AbstractContextManager[_T]]] = defaultdict(list)  # by thread
 
     def __repr__(self) -> str:
-        return f"<{self._call}: open it by a with block>"
+        return f"<{self._line.partition('(')[0]}: open it by a with block>"
+
+    def __call__(self, *_: Any) -> NoReturn:
+        call = self._line.partition(" as ")[0]
+        text = f"{call} is no decorator: the function would not get what it yields"
+        raise TypeError(f"{text}.\nOpen it inside: with tensorbridge.{self._line}:")
 
     @eager
     def __enter__(self) -> _T:

@@ -129,6 +129,13 @@ OBSTACLES: dict[str, Refusal] = {
         "it is no array of NumPy, torch or CuPy, and has no __dlpack__, array interface, buffer or __array__",
         "Give an array, a number or a list of them; of an object that holds an array, that array.",
     ),
+    "pointer": _unsupported(
+        "a pointer does not say how many elements lie there", "Convert np.ctypeslib.as_array(x, shape)."
+    ),
+    "synchronized": _unsupported(
+        "it guards its memory by a lock, and gives no array",
+        "Convert x.get_obj(), the same memory; hold the lock, with x.get_lock(), while it is read or written.",
+    ),
     "stand-in": _unsupported(
         "it answers to every name, as a mock or a value that is being traced does, and holds no data",
         "Give the array that it stands for; of a value that is being traced, convert outside the tracing.",

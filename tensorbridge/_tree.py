@@ -32,9 +32,9 @@ def to_numpy(
     Parameters
     ----------
     tree : nested containers of arrays
-        dict, list, tuple, namedtuple, dataclass, OrderedDict, defaultdict, deque, SimpleNamespace; subclasses of
-        Mapping, list, tuple; what is registered with torch's pytrees or optree; tables of pandas, polars and pyarrow;
-        groups of h5py and zarr.
+        dict, list, tuple, namedtuple, dataclass, OrderedDict, defaultdict, deque, SimpleNamespace; classes of attrs;
+        subclasses of Mapping, list, tuple; what is registered with torch's pytrees or optree; tables of pandas, polars
+        and pyarrow; groups of h5py and zarr.
     dtype, copy, writable, detach
         As for `tensorbridge.to_numpy`, for every array.
     out : tree of numpy.ndarray, optional

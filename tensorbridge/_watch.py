@@ -192,12 +192,7 @@ def allow(plan: Plan, asked: str) -> None:
         why = next(s.why for s in plan.steps if s.kind in policy.kinds)
         text = f"{asked}: {plan.source} moves {bytes_text(nbytes)}: {why}"
         text += f" (avoid it: {cure})" if cure else ""
-        where = called_from.get()
-        if where is None:
-            warnings.warn(text, CopyWarning, stacklevel=_caller()[1])
-        else:
-            path, _, line = where.rpartition(":")
-            warnings.warn_explicit(text, CopyWarning, path, int(line), registry=_said)
+        warn(text, CopyWarning)
         return
     last = 'Allow it with copy_guard("allow") around this call' + (f", or {cure}." if cure else ".")
     error = CopyRequiredError("\n".join([first, *step_lines(plan.steps), last]))
@@ -205,13 +200,22 @@ def allow(plan: Plan, asked: str) -> None:
     raise error
 
 
-_HERE = os.path.dirname(os.path.abspath(__file__)) + os.sep
+def warn(text: str, category: type[Warning]) -> None:
+    """Warn at the caller's line."""
+    where = called_from.get()
+    if where is None:
+        warnings.warn(text, category, stacklevel=_caller()[1])
+    else:
+        path, _, line = where.rpartition(":")
+        warnings.warn_explicit(text, category, path, int(line), registry=_said.setdefault(path, {}))
 
+
+_HERE = os.path.dirname(os.path.abspath(__file__)) + os.sep
 
 # Set in a worker's context: the ``file:line`` that started it, as no line of the caller's is on its stack.
 called_from: ContextVar[str | None] = ContextVar("tensorbridge_called_from", default=None)
-# What workers have warned of: as the registry of a module, so that Python's filters say a thing once there too.
-_said: dict[str | tuple[str, type[Warning], int], int] = {}
+# What workers have warned of, by file: as the registry of a module, so that Python's filters say a thing once too.
+_said: dict[str, dict[str | tuple[str, type[Warning], int], int]] = {}
 
 
 def _caller() -> tuple[str, int]:
@@ -263,7 +267,7 @@ def trace() -> AbstractContextManager[Trace]:
     >>> [(event.kind, event.nbytes) for event in seen.events]
     [('', 0), ('h2h', 24)]
     """
-    return Reentrant(_traced, "trace")
+    return Reentrant(_traced, "trace() as seen")
 
 
 @contextmanager

@@ -55,6 +55,29 @@ class Derived:
         return self.obs.sum()
 
 
+class Field(typing.NamedTuple):
+    name: str
+
+
+class Converting:
+    """As attrs makes a class: fields that are listed, and converted by `__init__`, which takes one by another name."""
+
+    __attrs_attrs__ = (Field("obs"), Field("_mask"), Field("unset"))
+
+    def __init__(self, obs: Any, mask: Any) -> None:
+        self.obs, self._mask = np.asarray(obs), (mask,)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if hasattr(self, name):
+            raise AttributeError("frozen")
+        object.__setattr__(self, name, value)
+
+
+class ConvertingBySlots(Converting):
+    __slots__ = ("obs",)
+    __attrs_attrs__ = (Field("obs"),)
+
+
 class BySlots:
     __slots__ = "_note"
 
@@ -217,6 +240,8 @@ CONTAINERS: dict[str, Any] = {
     "frozen dataclass with slots": lambda a: Frozen(a, "text"),
     "dataclass with fields that init does not take": derived,
     "dataclass with slots of a base": slotted,
+    "class of attrs": lambda a: Converting(a, {"deep": a}),
+    "class of attrs with a slot": lambda a: ConvertingBySlots(a, "text"),
     "namespace": lambda a: types.SimpleNamespace(obs=a, mask={"deep": a}, n=3),
     "namespace with more to init": lambda a: TaggedNamespace("kept", obs=a),
     "registered": lambda a: Registered(a, "text", "kept"),
@@ -267,4 +292,5 @@ KEPT: dict[str, Any] = {
     "enum": Colour.RED,
     "method": "text".upper,
     "dataclass type": Plain,
+    "class of attrs itself": Converting,
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 import warnings
@@ -70,6 +71,42 @@ assert torch.equal(torch.compile(f, backend="eager")(x), f(x))
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent.parent, check=False)
     assert done.returncode == 0
+
+
+def listed_ahead(x):
+    return list(tb.prefetch([x], device="cpu"))
+
+
+@pytest.mark.parametrize("function", [there_and_back, with_everything, while_edited, drawn, watched, listed_ahead])
+def test_where_a_graph_may_not_break_torch_says_what_to_do(function):
+    text = (
+        "(reason: tensorbridge runs between compiled graphs, never in one, so fullgraph=True and strict export are "
+        "impossible around it: convert before or after the compiled function, or leave fullgraph=True out; there is no "
+        "call to remove)"
+    )
+
+    class Module(torch.nn.Module):
+        def forward(self, x):
+            return function(x)
+
+    torch.compiler.reset()
+    for call in (
+        lambda: torch.compile(function, fullgraph=True, backend="eager")(torch.ones(3)),
+        lambda: torch.export.export(Module(), (torch.ones(3),), strict=True),
+    ):
+        with pytest.raises(Exception, match=re.escape(text)) as caught:
+            call()
+        assert type(caught.value).__module__.startswith("torch.")
+
+
+def test_export_that_is_not_strict_is_refused_by_name():
+    class Module(torch.nn.Module):
+        def forward(self, x):
+            return there_and_back(x)
+
+    with pytest.raises(tb.UnsupportedArrayError) as caught:
+        torch.export.export(Module(), (torch.ones(3),), strict=False)
+    assert str(caught.value).splitlines()[-1] == "Convert outside FakeTensorMode, torch.export or tracing."
 
 
 # Compiled code takes an array for a tensor of its own: it drops the read-only flag, and may write to the array before

@@ -122,6 +122,10 @@ def test_a_block_can_be_opened_again_and_in_itself():
     with pytest.raises(ValueError, match="read-only"):
         a[0] = 4
     assert repr(block) == "<editing: open it by a with block>"
+    with pytest.raises(
+        TypeError, match=r"^editing\(tensor\) is no decorator: .*\n.* with tensorbridge\.editing\(tensor\) as"
+    ):
+        block(print)
 
 
 def test_a_block_that_is_open_in_two_threads_closes_the_array_of_its_own():

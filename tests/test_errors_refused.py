@@ -513,12 +513,21 @@ import sys
 class Missing:
     def find_spec(self, name, path=None, target=None):
         if name.split(".")[0] in {blocked!r}:
-            raise ModuleNotFoundError(f"No module named {{name!r}}")
+            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
 sys.meta_path.insert(0, Missing())
 import numpy as np, tensorbridge as tb
 class Device:
     __cuda_array_interface__ = {{"shape": (3,), "typestr": "<f4", "data": (1 << 20, True), "version": 3}}
+class Writable:
+    __cuda_array_interface__ = {{**Device.__cuda_array_interface__, "data": (1 << 20, False)}}
+class Capsule:
+    def __dlpack_device__(self):
+        return 2, 0
+    def __dlpack__(self, **_):
+        raise AssertionError("asked")
 """
+CUPY = "pip install cupy-cuda12x or cupy-cuda13x[ctk], whichever the driver's CUDA version asks for"
+OR_TORCH = f"{CUPY}, or import a torch built for CUDA first"
 MISSING = {
     "torch": (
         "tb.to_torch(np.zeros(3))",
@@ -532,9 +541,29 @@ MISSING = {
     ),
     "a reader of read-only device memory": (
         "import torch; tb.to_torch(Device())",
-        "to_torch: device memory that is read-only, unaligned, or has negative or odd strides, is read by CuPy: "
-        "No module named 'cupy'.\n"
-        "pip install cupy-cuda12x or cupy-cuda13x[ctk], whichever the driver's CUDA version asks for",
+        "to_torch: device memory that is read-only, unaligned, or has negative or odd strides, is read by CuPy, which "
+        f"is not installed.\n{CUPY}",
+    ),
+    "a reader of device memory": (
+        "tb.to_numpy(Writable())",
+        f"to_numpy: device memory is read by CuPy, which is not installed.\n{OR_TORCH}",
+    ),
+    "a reader of device memory by DLPack": (
+        "tb.to_numpy(Capsule())",
+        f"to_numpy: Capsule lies on cuda:0, and is read by CuPy, which is not installed.\n{OR_TORCH}",
+    ),
+    "a reader of device memory by DLPack, with a torch that sees no device": (
+        "import torch; tb.plan(Capsule(), 'numpy')",
+        f"to_numpy: Capsule lies on cuda:0, and is read by CuPy, which is not installed.\n{OR_TORCH}",
+    ),
+    "a reader of a leaf": (
+        "tb.tree.to_numpy({'x': [Capsule()]})",
+        f"batch['x'][0]: to_numpy: Capsule lies on cuda:0, and is read by CuPy, which is not installed.\n{OR_TORCH}",
+    ),
+    "torch, of which only a plan is made": (
+        "tb.plan(Capsule(), 'torch')",
+        "to_torch: Capsule lies on cuda:0, and is read by torch, which is not installed.\n"
+        "pip install torch (for the CPU alone, from PyTorch's own CPU index)",
     ),
 }
 

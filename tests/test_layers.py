@@ -22,7 +22,7 @@ LAYERS = [
     {"_refuse", "_words", "_events", "_lease"},
     {"_rules", "_staging"},
     {"_plan", "_watch"},
-    {"_adapters"},
+    {"_adapters", "_casting"},
     {"_adapters._made", "_adapters._missing", "_adapters._numbers", "_adapters._numpy"},
     {
         "_adapters._strangers",
@@ -32,7 +32,7 @@ LAYERS = [
         "_adapters._torch_cuda",
         "_adapters._cupy",
     },
-    {"_adapters._columns", "_adapters._torch_steps"},
+    {"_adapters._columns", "_adapters._foreign", "_adapters._torch_steps"},
     {"_adapters._protocols", "_adapters._torch"},
     {"_copy_lanes"},
     {"_memory", "_lanes", "_device_lanes", "_editing"},

@@ -50,6 +50,32 @@ def test_any_iterable_will_do(name):
     assert len(list(on_host(make()))) == count
 
 
+class Unsized(torch.utils.data.IterableDataset):
+    def __iter__(self):
+        return iter([torch.zeros(2)] * 4)
+
+
+def test_it_is_as_long_as_its_source_however_much_was_read():
+    loader = torch.utils.data.DataLoader(list(range(10)), batch_size=4)
+    for source, length in ((loader, 3), ([np.zeros(2)] * 2, 2), ([], 0)):
+        ready = on_host(source)
+        assert len(ready) == length
+        assert len(list(ready)) == len(ready) == length
+        assert ready, "an iterator is true, though it may be empty"
+
+
+def test_without_a_length_of_its_source_it_has_none():
+    ready = on_host(np.zeros(2) for _ in range(2))
+    with pytest.raises(TypeError, match=r"^object of type 'Prefetch' has no len\(\): the source has none$"):
+        len(ready)
+    assert ready
+    assert len(list(ready)) == 2
+    ready = on_host(torch.utils.data.DataLoader(Unsized(), batch_size=2))
+    with pytest.raises(TypeError, match="'Unsized' has no len"):
+        len(ready)
+    assert len(list(ready)) == 2
+
+
 def test_an_infinite_source_is_not_read_to_its_end():
     def forever() -> Iterator[Any]:
         number = 0
@@ -224,7 +250,7 @@ def test_error_of_closing_the_source_is_raised_by_close():
         ({"depth": True}, TypeError, "as an int"),
         ({"to": "jax"}, ValueError, 'choose "numpy"'),
         ({"transform": 3}, TypeError, "a callable or None"),
-        ({"device": "cuda", "to": "numpy"}, ValueError, 'say device="cpu"'),
+        ({"device": "cuda", "to": "numpy"}, ValueError, "on the host; leave device out"),
         ({"device": "tpu"}, ValueError, "choose"),
         ({"device": "cpu", "to": "cupy"}, (ValueError, tb.MissingFrameworkError), "^prefetch"),
         ({"copy": 1}, TypeError, r"^prefetch\(copy=1\): copy is True, False or None"),

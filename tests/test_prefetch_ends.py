@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextvars
+import re
 import subprocess
 import sys
 import textwrap
@@ -248,11 +249,17 @@ def test_trace_and_warning_name_the_line_that_asked_for_each_conversion():
     assert [f"{w.filename}:{w.lineno}" for w in warned] == lines
 
 
-def test_to_numpy_on_the_host_and_the_default_device_is_told():
+def test_numpy_is_on_the_host_and_another_device_is_refused():
     for device in ("cpu", None):
         assert [type(batch) for batch in tb.prefetch([torch.ones(2)], to="numpy", device=device)] == [np.ndarray]
-    with pytest.raises(ValueError, match=r"which is the default.*on the host; say device=\"cpu\""):
-        tb.prefetch([np.ones(2)], to="numpy")
+    for device in ("cuda", "cuda:1", 0):
+        text = f'prefetch(to="numpy", device={device!r}): NumPy arrays are on the host; leave device out'
+        with pytest.raises(ValueError, match=f"^{re.escape(text)}$"):
+            tb.prefetch([np.ones(2)], to="numpy", device=device)
+
+
+def test_without_a_device_numpy_is_on_the_host():
+    assert [type(batch) for batch in tb.prefetch([torch.ones(2)], to="numpy")] == [np.ndarray]
 
 
 def test_a_guard_warns_once_of_equal_batches_as_python_does_of_a_line():

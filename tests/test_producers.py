@@ -275,7 +275,11 @@ FAULTS = {
     "device by name": ({"device": lambda: "cpu"}, tb.ProducerError, "returned 'cpu'"),
     "no device": ({"device": lambda: None}, tb.ProducerError, "returned None"),
     "metal": ({"device": lambda: (8, 0)}, tb.DeviceError, "DLPack type 8"),
-    "a CUDA device that is not there": ({"device": lambda: (2, 99)}, tb.DeviceError, "cuda:99"),
+    "a CUDA device that is not there": (
+        {"device": lambda: (2, 99)},
+        (tb.DeviceError, tb.MissingFrameworkError),
+        "cuda:99",
+    ),
     "BufferError": ({"capsule": raising(BufferError("busy"))}, tb.ProducerError, "BufferError: busy"),
     "KeyError": ({"capsule": raising(KeyError("key"))}, tb.ProducerError, "KeyError: 'key'"),
     "RuntimeError": ({"capsule": raising(RuntimeError("gone"))}, tb.ProducerError, "RuntimeError: gone"),

@@ -1,6 +1,7 @@
 """Foreign producers on a device: whose stream they are asked for, when they are not asked at all, what is believed."""
 
 import contextlib
+import sys
 import types
 
 import numpy as np
@@ -11,7 +12,7 @@ from races import with_adapters
 
 import tensorbridge as tb
 from tensorbridge import Device, Traits, _streams
-from tensorbridge._adapters import _protocols, _torch_cuda
+from tensorbridge._adapters import _foreign, _protocols, _torch_cuda
 from tensorbridge._plan import decide
 from tensorbridge._step import Want
 
@@ -179,6 +180,32 @@ def test_a_device_that_cupy_does_not_have_is_a_device_error(machine, monkeypatch
     monkeypatch.setattr(_streams, "current", current)
     with pytest.raises(tb.DeviceError, match="Elsewhere lies on cuda:3, which cupy cannot use here"):
         _protocols.open(Elsewhere(np.zeros(3)), Want("cupy"))
+
+
+def test_whoever_reads_is_imported_where_it_is_not_yet(machine, monkeypatch):
+    """CuPy, for host memory to be made of what lies on a device, where torch sees none."""
+    cupy = machine.cupy
+    monkeypatch.delitem(sys.modules, "cupy")
+    monkeypatch.setattr(_streams, "mover", lambda: "cupy")
+    monkeypatch.setattr(_foreign, "named", lambda name: sys.modules.__setitem__(name, cupy))
+    machine.current["cupy"][0] = 0x60
+    producer = OnDevice(np.arange(6, dtype=np.float32))
+    assert _protocols.open(producer, Want("numpy"))[0].stream == 0x60
+
+
+def test_a_cupy_that_cannot_be_imported_is_told_why(machine, monkeypatch):
+    def broken(name):
+        raise ImportError("libcuda.so.1: cannot open shared object file")
+
+    monkeypatch.delitem(sys.modules, "cupy")
+    monkeypatch.setattr(_foreign, "named", broken)
+    text = (
+        "OnDevice lies on cuda:0, and is read by CuPy, which cannot be imported: libcuda.so.1: cannot open shared "
+        "object file.\npip install cupy-cuda12x or cupy-cuda13x[ctk], whichever the driver's CUDA version asks for"
+    )
+    with pytest.raises(tb.MissingFrameworkError) as raised:
+        _protocols.open(OnDevice(np.zeros(3)), Want("cupy"))
+    assert str(raised.value) == text
 
 
 # -- Alignment

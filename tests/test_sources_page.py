@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import array
 import ctypes
+import multiprocessing
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -89,7 +90,9 @@ SOURCES: dict[str, list[Source]] = {
     "ctypes array": [
         Source(lambda _: (ctypes.c_double * 3)(), put),
         Source(lambda _: np.ctypeslib.as_array(ctypes.pointer(ctypes.c_double(1)), (1,)), put),
+        Source(lambda _: multiprocessing.Array("d", 3, lock=False), put),
     ],
+    "`multiprocessing.Array` with its lock": [Source(lambda _: multiprocessing.Array("d", 3))],
     "structured array": [Source(lambda _: np.zeros(3, RECORDS))],
     "its field, whose size does not divide that of the record": [Source(lambda _: np.zeros(3, RECORDS)["x"], put)],
     "big-endian array": [Source(lambda _: np.arange(3, dtype=">f8"), put)],

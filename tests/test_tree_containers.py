@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from arrays import numbers
-from containers import CONTAINERS, KEPT, Derived, Items, Registered, Wrapped, derived
+from containers import CONTAINERS, KEPT, Converting, Derived, Items, Registered, Wrapped, derived
 
 import tensorbridge as tb
 from tensorbridge import tree
@@ -28,6 +28,9 @@ def parts(x: Any) -> tuple[Any, list[Any]]:
     if dataclasses.is_dataclass(x):
         names = [f.name for f in dataclasses.fields(x)]
         return (type(x), names, getattr(x, "_note", None)), [getattr(x, name) for name in names]
+    if isinstance(x, Converting):
+        names = ["obs", "_mask"]
+        return (type(x), hasattr(x, "unset")), [getattr(x, name) for name in names]
     if isinstance(x, types.SimpleNamespace):
         return (type(x), list(vars(x))), list(vars(x).values())
     if isinstance(x, Registered):

@@ -134,6 +134,19 @@ def test_a_trace_can_be_opened_again_and_begins_anew():
     assert len(outer.events) == len(inner.events) == 1
 
 
+def test_a_trace_is_no_decorator_for_nobody_would_see_what_it_records():
+    with pytest.raises(TypeError) as raised:
+
+        @tb.trace()
+        def load():
+            return tb.to_numpy(1.0)
+
+    assert str(raised.value) == (
+        "trace() is no decorator: the function would not get what it yields.\n"
+        "Open it inside: with tensorbridge.trace() as seen:"
+    )
+
+
 def test_guard_decorates_a_function(reversed_array):
     @tb.copy_guard("error")
     def load():

@@ -10,7 +10,7 @@ from typing import Any, Literal, TypeAlias, cast
 
 import numpy as np
 
-from tensorbridge import _dtypes
+from tensorbridge import _casting, _dtypes
 from tensorbridge._array import (
     CPU,
     ArrayInfo,
@@ -217,7 +217,7 @@ def performer(step: Step, before: Traits, want: Want) -> Callable[..., Any]:
     order: Literal["C", "K"] = "C" if before.overlap else "K"
     if op in (Op.CAST, Op.BYTESWAP):
         dtype: Any = _dtypes.DTYPES[after.dtype].numpy
-        return lambda a: np.asarray(a).astype(dtype, order=order)
+        return _casting.told(lambda a: np.asarray(a).astype(dtype, order=order), before.dtype, after.dtype)
     if op in (Op.COPY, Op.PACK):
         return lambda a: np.array(a, order=order, copy=True, subok=False)
     if op == Op.STACK:
@@ -227,9 +227,8 @@ def performer(step: Step, before: Traits, want: Want) -> Callable[..., Any]:
         Op.SHARE: _base,
         Op.RESTRIDE: _restrided,
         Op.PROTECT: _sealed if step.by == IN_PLACE else _protected,
-        Op.FILL: _filled,
     }
-    return rest[op]
+    return filler(before.dtype, after.dtype) if op == Op.FILL else rest[op]
 
 
 def _base(a: Array) -> Array:
@@ -257,9 +256,14 @@ def _restrided(a: Array) -> Array:
     return _over(a, tuple(strides), not a.flags.writeable)
 
 
-def _filled(a: Array, out: Array) -> Array:
-    np.copyto(out, a, casting="unsafe")
-    return out
+def filler(source: str, wanted: str) -> Callable[[Array, Array], Array]:
+    """Writes elements of `source` into an array of `wanted`, and returns that."""
+
+    def filled(a: Array, out: Array) -> Array:
+        np.copyto(out, a, casting="unsafe")
+        return out
+
+    return _casting.told(filled, source, wanted)
 
 
 class _Bytes(ctypes.c_char * sys.maxsize):  # type: ignore[misc]

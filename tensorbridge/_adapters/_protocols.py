@@ -8,46 +8,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from operator import index as index_of
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from tensorbridge import _dtypes, _refuse, _streams
-from tensorbridge._adapters import _columns, _dlpack, _made, _missing, _numpy, _python, _strangers, named
+from tensorbridge._adapters import _columns, _dlpack, _foreign, _made, _missing, _numpy, _python, _strangers
 from tensorbridge._adapters._arrow import Joined
 from tensorbridge._adapters._dlpack import malformed
-from tensorbridge._array import ArrayInfo, Device, Traits, c_strides, layout, order_text, reach, size_class
-from tensorbridge._errors import (
-    INSTALL,
-    BridgeError,
-    DeviceError,
-    MissingFrameworkError,
-    ProducerError,
-    UnsupportedArrayError,
-)
+from tensorbridge._array import ArrayInfo, Traits, order_text, reach, size_class
+from tensorbridge._errors import BridgeError, DeviceError, ProducerError, UnsupportedArrayError
 from tensorbridge._refuse import Obstacle
 from tensorbridge._step import EXPORTED, Op, Step, Want
-
-
-class Foreign(NamedTuple):
-    """Device memory of another library: what was read of it, and the object that still owns it."""
-
-    shape: tuple[int, ...]
-    strides: tuple[int, ...]  # bytes
-    dtype: str
-    device: Device
-    address: int
-    readonly: bool
-    producer: Any
-    capsule: Any = None
-    stream: int | None = None  # that the memory is ready on: the array interface names it, DLPack was asked for it
-
-    def __dlpack__(self, **_: Any) -> Any:
-        return self.capsule
-
-    def __dlpack_device__(self) -> tuple[int, int]:
-        return 2, self.device.index
 
 
 def open(x: Any, want: Want) -> tuple[Any, Traits]:
@@ -61,7 +33,7 @@ def open(x: Any, want: Want) -> tuple[Any, Traits]:
     if _speaks(x, "__dlpack__") and _speaks(x, "__dlpack_device__"):
         return _by_dlpack(x, want)
     if (facts := _offered(x, "__cuda_array_interface__")) is not None:
-        via, found = "cuda_array_interface", _by_cai(x, facts)
+        via, found = "cuda_array_interface", _foreign.by_interface(x, facts)
     elif (box := [_offered(x, "__array_interface__")])[0] is not None:
         origin = "made" if _made.for_us(box) else ""
         return _read(_by_array_interface(x, box[0]), "array_interface", x, origin)
@@ -79,7 +51,7 @@ def open(x: Any, want: Want) -> tuple[Any, Traits]:
 
 
 def _read(found: Any, via: str, x: Any, origin: str = "") -> tuple[Any, Traits]:
-    traits = _foreign_traits(found, via) if isinstance(found, Foreign) else _described(found, via, x)
+    traits = _foreign.traits(found, via) if isinstance(found, _foreign.Foreign) else _described(found, via, x)
     return found, traits._replace(origin=origin or traits.origin)
 
 
@@ -161,46 +133,13 @@ def _by_dlpack(x: Any, want: Want) -> tuple[Any, Traits]:
             "Copy it to the host with its own library first."
         )
     reader = want.framework if want.framework != "numpy" else _streams.mover()
-    _refuse_fork(x)
-    number = _stream(type(x).__name__, reader, index)
-    _refuse_capture(x)  # the producer may record an event
+    _foreign.refuse_fork(x)
+    number = _foreign.stream_of(type(x).__name__, reader, index, want)
+    _foreign.refuse_capture(x)  # the producer may record an event
     with _streams.on_device(index):
         capsule = _asked(lambda: _dlpack.request(x, copy=want.copy, stream=number), x, "DLPack")
-    found, copied = _device_array(x, capsule, number)
+    found, copied = _foreign.device_array(x, capsule, number)
     return _read(found, "dlpack", x, "copied" if copied else "")
-
-
-def _refuse_fork(x: Any) -> None:
-    if _streams.forked():
-        raise _not_asked(x, _refuse.FORKED)
-
-
-def _refuse_capture(x: Any) -> None:
-    if _streams.capturing():
-        raise _not_asked(x, _refuse.CAPTURING)
-
-
-def _not_asked(x: Any, refusal: Any) -> DeviceError:
-    return DeviceError(f"{type(x).__name__} cannot be asked for device memory: {refusal.why}.\n{refusal.cure}")
-
-
-def _stream(what: str, reader: str, index: int) -> int:
-    """The stream current in the framework that will read it; an error of ours where there is no such device."""
-    try:
-        return _streams.current(reader, index)
-    except (AssertionError, LookupError, RuntimeError) as error:  # no CUDA in this build; not imported; no device
-        why = error.__cause__ or error  # ours has torch's own as its cause
-        raise DeviceError(f"{what} lies on cuda:{index}, which {reader} cannot use here: {why}") from error
-
-
-def _device_array(x: Any, capsule: Any, number: int) -> tuple[Foreign, bool]:
-    tensor, flags = _dlpack.read(x, capsule)
-    if tensor.device_type not in _dlpack.CUDA:
-        raise malformed(x, f"its capsule is on device type {tensor.device_type}, not on CUDA as it said")
-    name, shape, strides, address = _dlpack.facts(x, tensor)
-    device = Device(f"cuda:{tensor.device_id}")
-    frozen, copied = bool((flags or 0) & _dlpack.READ_ONLY), bool((flags or 0) & _dlpack.IS_COPIED)
-    return Foreign(shape, strides, name, device, address, frozen, x, capsule, number), copied
 
 
 # -- Array interfaces
@@ -237,67 +176,6 @@ class _Interface:
         self.owner, self.__array_interface__ = owner, interface
 
 
-def _by_cai(x: Any, facts: Any) -> Foreign:
-    if not isinstance(facts, Mapping):
-        raise malformed(x, f"__cuda_array_interface__ is {type(facts).__name__}, not a dict")
-    if facts.get("mask") is not None:
-        raise Obstacle("masked", type(x).__name__)
-    try:
-        shape, dtype = tuple(map(index_of, facts["shape"])), np.dtype(facts["typestr"])
-        pointer, readonly = facts["data"]
-        address, frozen = index_of(pointer or 0), bool(readonly)
-        given, stream = facts.get("strides"), facts.get("stream")
-        strides = c_strides(shape, dtype.itemsize) if given is None else tuple(map(index_of, given))
-        stream = None if stream is None else index_of(stream)
-    except (KeyError, TypeError, ValueError) as error:
-        raise malformed(x, f"__cuda_array_interface__ lacks or garbles {error}") from error
-    if len(strides) != len(shape) or min(shape, default=0) < 0 or (not address and 0 not in shape):
-        raise malformed(x, f"shape {shape}, strides {strides} and address {address} in __cuda_array_interface__")
-    if stream == 0:
-        raise malformed(x, "stream 0 is not allowed in __cuda_array_interface__ (1 is the default stream)")
-    name = _dtypes.of_numpy(dtype)
-    if not name or name.startswith(">"):
-        raise Obstacle("unknown dtype", f"{type(x).__name__} {dtype}")
-    device = Device(f"cuda:{_device_of(x, address)}")
-    return Foreign(shape, strides, name, device, address, frozen, x, None, stream)
-
-
-def _device_of(x: Any, address: int) -> int:
-    """Where the memory is: the object may say, the driver knows, and of no memory it is where we are."""
-    said = getattr(getattr(x, "device", None), "id", None)
-    if isinstance(said, int):
-        return said
-    asked = next((name for name in ("cupy", "torch") if _streams.usable(name) and not _streams.forked()), "")
-    if not asked:  # described where nobody can be asked
-        return 0
-    if not address:
-        return _streams.current_device()
-    _refuse_capture(x)
-    framework: Any = named(asked if asked == "cupy" else "torch_cuda")
-    index: int = framework.device_of(address)
-    if index < 0:
-        raise malformed(x, f"no device has memory at {address:#x}")
-    return index
-
-
-def _foreign_traits(x: Foreign, via: str) -> Traits:
-    itemsize = _dtypes.DTYPES[x.dtype].itemsize
-    lay = layout(x.shape, x.strides, itemsize)
-    count = math.prod(x.shape)
-    return Traits(
-        via,
-        x.device,
-        x.dtype,
-        lay.order,
-        lay.spacing,
-        lay.overlap,
-        lay.loose,
-        not count or x.address % itemsize == 0,
-        writable=not x.readonly,
-        size=size_class(count * itemsize),
-    )
-
-
 # -- Buffers and __array__
 
 
@@ -314,6 +192,10 @@ def _buffer(x: Any) -> memoryview | None:
 def _by_buffer(x: Any, view: memoryview) -> Any:
     """NumPy would guess at what ctypes says of structures and unions, with a warning."""
     what = f"{type(x).__name__} (buffer format {view.format!r})"
+    if view.format.startswith("&"):
+        one = hasattr(type(x), "contents")
+        each = "Convert np.ctypeslib.as_array(x[i], shape) of each."
+        raise Obstacle("pointer", what) if one else Obstacle("pointer", what).cured(each)
     if view.format.startswith("T{"):
         raise _as_array(Obstacle("structured", what))
     if view.format == "B" and view.itemsize != 1:
@@ -384,17 +266,14 @@ def performer(step: Step, before: Traits, want: Want) -> Callable[..., Any]:
     assert step.op in (Op.IMPORT, Op.EXPORT)
     if step.after.framework == "numpy":
         return lambda x: x if isinstance(x, np.ndarray) else open(x, want)[0]
-    try:
-        reader: Any = named(step.after.framework)
-    except ModuleNotFoundError as error:
-        raise MissingFrameworkError(
-            f"to_{want.framework}: device memory that is read-only, unaligned, or has negative or odd strides, is read "
-            f"by CuPy: {error}.\n{INSTALL['cupy']}"
-        ) from error
+    odd = before.spacing == "reversed" or not before.writable or _refuse.askew(before)
+    what = "device memory that is read-only, unaligned, or has negative or odd strides," if odd else "device memory"
+    reader = _foreign.adapter(step.after.framework, f"to_{want.framework}: {what}", mover=not odd)
 
     def read(x: Any) -> Any:
-        found = x if isinstance(x, Foreign) else open(x, want)[0]
-        _stream(f"to_{want.framework}: {type(found.producer).__name__}", step.after.framework, found.device.index)
+        found = x if isinstance(x, _foreign.Foreign) else open(x, want)[0]
+        what = f"to_{want.framework}: {type(found.producer).__name__}"
+        _foreign.stream_of(what, step.after.framework, found.device.index, want)
         return reader.imported(found)
 
     return read

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from tensorbridge import _dtypes
+from tensorbridge import _casting, _dtypes
 from tensorbridge._adapters import _numbers, _numpy, adapter_of, is_scalar
 from tensorbridge._array import CPU, MOST_AXES, ArrayInfo, Traits, c_strides, shape_text, size_class
 from tensorbridge._errors import UnsupportedArrayError
@@ -178,4 +178,4 @@ def describe(handle: Any, traits: Traits) -> ArrayInfo:
 
 def performer(step: Step, before: Traits, want: Want) -> Callable[[Any], Any]:
     dtype, wanted = _dtypes.DTYPES[before.dtype].numpy, _dtypes.DTYPES[step.after.dtype].numpy
-    return lambda x: np.array(x, dtype=dtype).astype(wanted, copy=False)
+    return _casting.told(lambda x: np.array(x, dtype=dtype).astype(wanted, copy=False), before.dtype, step.after.dtype)

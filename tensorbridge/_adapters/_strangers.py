@@ -16,12 +16,15 @@ from tensorbridge._refuse import Obstacle
 def told(x: Any) -> str:
     """What it is that offers no array."""
     cls = type(x)
-    if isinstance(x, (Mapping, deque)) or hasattr(cls, "__dataclass_fields__"):
+    if isinstance(x, (Mapping, deque)) or hasattr(cls, "__dataclass_fields__") or hasattr(cls, "__attrs_attrs__"):
         return "container"
     if isinstance(x, (Set, range)):
         return "set" if isinstance(x, Set) else "range"
     if answers_to_all(x):
         return "stand-in"
+    shared = sys.modules.get("multiprocessing.sharedctypes")
+    if shared is not None and isinstance(x, shared.SynchronizedBase):
+        return "text" if isinstance(x, shared.SynchronizedString) else "synchronized"
     if hasattr(cls, "toarray"):
         return "scipy"
     lazy = getattr(sys.modules.get("polars"), "LazyFrame", None)

@@ -141,13 +141,13 @@ def _into_numpy_pages(before: Traits, after: Traits, by: str) -> Callable[[Tenso
     view = _from_numpy(after._replace(framework="numpy"))
     dtype = _dtypes.DTYPES[after.dtype].numpy
     order: Any = "C" if before.overlap else "K"
+    fill = _numpy.filler(before.dtype, after.dtype)
 
     def copy(t: Tensor) -> Tensor:
         source = borrowed(t)
         fresh = np.empty_like(source, dtype=dtype, order=order)
         if by == "numpy":
-            np.copyto(fresh, source, casting="unsafe")
-            return view(fresh)
+            return view(fill(source, fresh))
         return view(fresh).copy_(t)
 
     return copy
@@ -157,9 +157,10 @@ def counted(fill: Callable[..., Any]) -> Callable[..., Any]:
     """Fill a NumPy view of a tensor, and let autograd know."""
 
     def filled(x: Any, out: Any) -> Any:
-        result = fill(x, out)
-        torch.autograd.graph.increment_version(_numpy.owner_of(out))
-        return result
+        try:
+            return fill(x, out)
+        finally:  # NumPy raises, where it is told to, when it has written
+            torch.autograd.graph.increment_version(_numpy.owner_of(out))
 
     return filled
 
@@ -167,11 +168,14 @@ def counted(fill: Callable[..., Any]) -> Callable[..., Any]:
 def _filler(before: Traits, step: Step, want: Want) -> Callable[..., Any]:
     """Write into `out`, on whichever side it is."""
     if step.by == "numpy":
+        fill_array = _numpy.filler(before.dtype, step.after.dtype)
 
         def by_numpy(x: Any, out: Any) -> Any:
-            np.copyto(borrowed(out), borrowed(x), casting="unsafe")
-            if want.framework == "torch":
-                torch.autograd.graph.increment_version(out)  # NumPy's writes are not seen by autograd
+            try:
+                fill_array(borrowed(x), borrowed(out))
+            finally:  # where it is told to, NumPy raises when it has written
+                if want.framework == "torch":
+                    torch.autograd.graph.increment_version(out)  # NumPy's writes are not seen by autograd
             return out
 
         return by_numpy

@@ -13,7 +13,7 @@ import tensorbridge
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # before JAX is imported
 
 LIBRARIES = (
-    "dask", "datasets", "h5py", "jax", "optree", "pandas", "polars", "pyarrow", "safetensors", "tifffile",
+    "attrs", "dask", "datasets", "h5py", "jax", "optree", "pandas", "polars", "pyarrow", "safetensors", "tifffile",
     "transformers", "xarray", "zarr",
 )  # fmt: skip
 missing = [name for name in LIBRARIES if importlib.util.find_spec(name) is None]

@@ -1,0 +1,50 @@
+"""Casts by NumPy: what it says of them (overflow, invalid value) is said at the caller's line, not at one of ours.
+
+NumPy warns at the line that casts, and Python shows a warning once a line: one in here would stand for every caller.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import numpy as np
+
+from tensorbridge import _dtypes, _watch
+
+_T = TypeVar("_T")
+_KINDS = {"divide by zero": "divide", "overflow": "over", "underflow": "under", "invalid value": "invalid"}
+
+
+def told(cast: Callable[..., _T], source: str, wanted: str) -> Callable[..., _T]:
+    """`cast`, from elements of one name to another, with its warnings at the caller's line.
+
+    What NumPy has to say is kept back for the moment of the cast, by its own `errstate`, which is this context's alone.
+    Who has asked for something else than a warning (`raise`, `call` ...) gets it from NumPy: the cast is done again.
+    """
+    if not _may_fail(source.lstrip(">"), wanted.lstrip(">")):
+        return cast
+
+    def cast_and_tell(*arrays: Any) -> _T:
+        said: list[str] = []
+        with np.errstate(all="call", call=lambda kind, _: said.append(kind)):
+            made = cast(*arrays)
+        if said:
+            modes: Any = np.geterr()
+            asked = {kind: modes[_KINDS[kind]] for kind in said}
+            if not {"warn", "ignore"}.issuperset(asked.values()):
+                return cast(*arrays)
+            for kind in (kind for kind, mode in asked.items() if mode == "warn"):
+                _watch.warn(f"{kind} encountered in cast", RuntimeWarning)
+        return made
+
+    return cast_and_tell
+
+
+def _may_fail(source: str, wanted: str) -> bool:
+    """Whether NumPy may have anything to say: not of a cast that keeps every value."""
+    before, after = _dtypes.DTYPES[source].numpy, _dtypes.DTYPES[wanted].numpy
+    if source == wanted or before is None or after is None:
+        return False
+    integers = before.kind in "biu" and after.kind in "biu"
+    return not (integers or np.can_cast(before, after, "safe"))
