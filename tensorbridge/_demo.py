@@ -19,9 +19,10 @@ EPOCHS = 60
 
 
 def main() -> int:
-    missing = [name for name in ("torch", "sklearn") if importlib.util.find_spec(name) is None]
+    packages = {"torch": "torch", "sklearn": "scikit-learn"}
+    missing = [package for name, package in packages.items() if importlib.util.find_spec(name) is None]
     if missing:
-        print(f"The demo needs {' and '.join(missing)}: pip install 'tensorbridge[demo]'", file=sys.stderr)
+        print(f"The demo needs {' and '.join(missing)}: pip install {' '.join(missing)}", file=sys.stderr)
         return 1
     digits()
     copy_against_share()

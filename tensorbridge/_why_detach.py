@@ -131,7 +131,7 @@ def figure(path: str) -> None:
 
 def main() -> int:
     if find_spec("torch") is None:
-        print("This needs torch: pip install 'tensorbridge[demo]'", file=sys.stderr)
+        print("This needs torch: pip install torch", file=sys.stderr)
         return 1
     plain = str.maketrans("", "", "`*")
     print("Why .detach() before .numpy()? A write through shared memory, and what backward makes of it.\n")

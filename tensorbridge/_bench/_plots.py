@@ -18,7 +18,7 @@ BLUE, ORANGE, GREEN, VERMILION, PURPLE, GREY = "#0072B2", "#E69F00", "#009E73", 
 
 def missing() -> str:
     """Why no plot can be drawn; empty if they can."""
-    return "" if find_spec("matplotlib") else "matplotlib is not installed (pip install 'tensorbridge[bench]')"
+    return "" if find_spec("matplotlib") else "matplotlib is not installed (pip install matplotlib)"
 
 
 def draw(run: Run, out: Path) -> list[str]:
