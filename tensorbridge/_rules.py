@@ -229,7 +229,8 @@ def protect(steps: Steps, want: Want, guarded: bool) -> None:
     frozen = "" if steps.fresh else _why_frozen(steps, guarded)
     if not steps.now.writable:
         return
-    by, origin = (IN_PLACE, steps.now.origin) if steps.giver.startswith("torch") else ("", narrowed(steps.now))
+    own = steps.giver.startswith("torch") and want.out is None  # else the array may be the caller's
+    by, origin = (IN_PLACE, steps.now.origin) if own else ("", narrowed(steps.now))
     if want.writable is False:
         steps.then(Op.PROTECT, "writable=False: a read-only view", by=by, writable=False, origin=origin)
     elif want.writable is None and frozen:
