@@ -295,6 +295,7 @@ TENSOR_VIEWS: dict[str, Build] = {
     "view-of-tensor-wider": lambda: torch.tensor(HALVES).int().ravel().numpy().view("int64"),
     "view-of-tensor-wider-than-its-rows": lambda: torch.tensor(HALVES).int().numpy().ravel().view("int64"),
     "view-of-tensor-beyond-its-storage": lambda: strided(torch.from_numpy(digits(12)[:6]).numpy(), (16,)),
+    "view-of-tensor-before-its-storage": lambda: strided(torch.from_numpy(digits(12)[6:]).numpy(), (-8,))[::-1],
     "view-of-tensor-same-width": lambda: tensor(6, dtype=torch.int32).view(torch.float32).numpy().view("int32"),
     "view-of-tensor-bfloat16": lambda: (
         tensor(6, dtype=torch.bfloat16).view(torch.int16).numpy().view(ml_dtypes.bfloat16)

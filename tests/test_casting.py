@@ -219,3 +219,11 @@ QUIET = [("uint8", "float32"), ("int64", "int8"), ("bool", "float16"), ("float32
 def test_a_cast_that_cannot_fail_asks_nothing_of_numpy(source, wanted, monkeypatch):
     monkeypatch.setattr(np, "errstate", None)
     assert tb.to_numpy(np.ones(3, source), dtype=wanted, copy=True).tolist() == [1, 1, 1]
+
+
+@pytest.mark.parametrize("target", ["dtype", "out"])
+def test_a_float_that_no_integer_is_is_told_at_the_callers_line(target):
+    options = {"dtype": "int32"} if target == "dtype" else {"out": np.zeros(2, "int32")}
+    with pytest.warns(RuntimeWarning, match="invalid value") as said:
+        tb.to_numpy(np.array([np.nan, 1.0]), **options)
+    assert {warning.filename for warning in said} == {__file__}

@@ -8,6 +8,7 @@ import dataclasses
 import subprocess
 import sys
 import textwrap
+import types
 import typing
 from pathlib import Path
 from typing import Any
@@ -56,6 +57,7 @@ LEAVES: dict[str, Any] = {
     "array interface": lambda i: Interface(np.full(3, float(i))),
     "buffer": lambda i: array.array("f", [i, 2]),
     "empty": lambda i: np.zeros((0, 3)),
+    "empty rows": lambda i: np.zeros((2, 0)),
     "memory map": lambda i: np.full((2, 3), i, "f4").view(np.memmap),
     "float8 of NumPy": lambda i: np.full(3, i, ml_dtypes.float8_e4m3fn),
     "bfloat16, reversed": lambda i: np.arange(float(i), i + 3).astype(ml_dtypes.bfloat16)[::-1],
@@ -197,10 +199,18 @@ def test_views_of_one_tensor_are_stacked():
     assert torch.equal(tb.collate(list(whole)), whole)
 
 
+def test_zeros_that_have_no_memory_get_some():
+    batch = tb.collate([torch._efficientzerotensor(3)] * 2)
+    assert batch.data_ptr()
+    assert tb.to_numpy(batch).tolist() == [[0, 0, 0]] * 2
+
+
 def test_graph_is_kept_in_the_main_process():
     samples = [torch.ones(2, requires_grad=True) for _ in range(3)]
     tb.collate(samples).sum().backward()
-    assert all(torch.equal(t.grad, torch.ones(2)) for t in samples)
+    with tb.trace():
+        tb.collate(samples).sum().backward()
+    assert all(torch.equal(t.grad, torch.full((2,), 2.0)) for t in samples)
 
 
 # -- What is refused
@@ -224,6 +234,13 @@ def unheld() -> Any:
     """A tensor whose memory has been given back, as FSDP does it."""
     x = torch.ones(2)
     x.untyped_storage().resize_(0)
+    return x
+
+
+def shortened(view: Any) -> Any:
+    """A view of 4 elements on a storage that has room for 4, and not for these."""
+    x = view(torch.ones(8))
+    x.untyped_storage().resize_(16)
     return x
 
 
@@ -273,16 +290,22 @@ REFUSED: dict[str, Any] = {
         r"^collate: batch has two keys that are written alike.* in sample 1\.\nGive all samples one order",
     ),
     "one more key that is written alike": ([{KEYS[0]: 1}, {KEYS[0]: 1, KEYS[1]: 2}], r"two keys that are written"),
+    "one key less that is written alike": ([{KEYS[0]: 1, KEYS[1]: 2}, {KEYS[0]: 1}], r"two keys that are written"),
+    "dict and dataclass": ([{"x": 1}, types.SimpleNamespace(x=1)], r"sample 1 has no batch\['x'\]"),
+    "tuple and namedtuple": ([(1, 2), Sample(1, 2)], r"sample 1 has no batch\[0\]"),
     "cycle": ([cyclic(), cyclic()], r"^collate: sample 0: batch\[0\] is batch again"),
     "storage that was freed": (
         [torch.ones(2), unheld()],
         r"^collate: batch: sample 1: torch float32 \(2,\) .* its storage holds 0 B",
     ),
+    "storage that ends among the elements": ([shortened(lambda x: x[::2])] * 2, r"needs 28 B and its storage holds 16"),
+    "storage that ends before a view": ([shortened(lambda x: x[4:])] * 2, r"needs 32 B and its storage holds 16"),
     "tensors of two dtypes": ([torch.ones(2), torch.ones(2, dtype=torch.int32)], r"sample 1 has int32"),
     "tensors of two shapes": ([torch.ones(2), torch.ones(3)], r"sample 1 has \(3,\)"),
     "mask": ([np.ma.MaskedArray([1, 2])] * 2, r"^collate: batch: sample 0: masked numpy .* mask .* would be lost"),
     "mask beside an array": ([np.ones(2), np.ma.MaskedArray([1.0, 2])], r"^collate: batch: sample 1: masked numpy"),
     "meta": ([torch.ones(2, device="meta")] * 2, r"^collate: batch: sample 0: .*meta"),
+    "functional": ([torch._to_functional_tensor(torch.ones(2))] * 2, r"^collate: batch: sample 0: .*functional"),
     "sparse": ([torch.eye(2).to_sparse()] * 2, r"^collate: batch: sample 0: .*sparse"),
 }  # fmt: skip
 
@@ -333,6 +356,15 @@ def test_the_line_that_asks_a_loader_for_a_batch_is_the_one_that_is_named():
     with tb.trace() as seen:
         list(loader)
     assert {event.where.rpartition(":")[0] for event in seen.events} == {__file__}
+
+
+@pytest.mark.parametrize("samples", [[1, 2], [True, False], [np.float32(1), np.float32(2)]], ids=repr)
+def test_trace_and_guard_see_numbers_stacked(samples):
+    with tb.trace() as seen:
+        made = tb.collate(samples)
+    assert seen.totals.nbytes == made.nbytes
+    with tb.copy_guard("error"), pytest.raises(tb.CopyRequiredError, match=r"^collate: batch: "):
+        tb.collate(samples)
 
 
 def test_trace_and_guard_see_the_copy():

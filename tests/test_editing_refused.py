@@ -144,3 +144,13 @@ def test_a_refusal_leaves_the_version_counter_alone():
     with pytest.raises(BridgeError):
         editing(t)
     assert t._version == before
+
+
+@pytest.mark.parametrize("transform", [torch.func.vmap, torch.func.grad])
+def test_a_tensor_that_outlived_its_transform_is_refused(transform):
+    kept = []
+    transform(lambda x: (kept.append(x), x.sum())[1])(
+        torch.ones(2) if transform is torch.func.grad else torch.ones(2, 3)
+    )
+    with pytest.raises(UnsupportedArrayError, match=r"no memory of its own inside torch\.func"):
+        editing(kept[0])

@@ -411,7 +411,7 @@ def length(unit):
 MEANS_MORE = {
     "a unit": (lambda: length("km"), "numpy float64 (3,) in km", "x.value"),
     "a unit of a quantity that is no array": (Pint, "Pint in metre", "x.magnitude"),
-    "a mask of its own": (lambda: np.arange(3.0).view(Hidden), "masked numpy float64 (3,)", "x.mask"),
+    "a mask of its own": (lambda: np.arange(3.0).view(Hidden), "masked numpy float64 (3,)", "x.unmasked and x.mask"),
 }
 
 

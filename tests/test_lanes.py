@@ -254,3 +254,55 @@ def test_a_trace_sees_what_would_go_by_a_fast_lane():
         tb.to_numpy(torch.ones(3))
         tb.to_torch(np.ones(3))
     assert [event.target for event in seen.events] == ["numpy float32 on cpu", "torch float64 on cpu"]
+
+
+def set_shape(a: Any, t: torch.Tensor) -> None:
+    a.shape = 4
+
+
+def set_dtype(a: Any, t: torch.Tensor) -> None:
+    a.dtype = "int32"
+
+
+AFTERWARDS = {
+    "array of another shape": set_shape,
+    "array of another dtype": set_dtype,
+    "tensor turned": lambda a, t: t.t_(),
+    "tensor of other memory": lambda a, t: t.set_(torch.zeros(2, 2)),
+    "tensor in a graph": lambda a, t: t.requires_grad_(),
+}
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("name", AFTERWARDS)
+def test_an_array_or_its_tensor_that_was_changed_in_place_is_taken_as_it_is_now(name):
+    """Then the array is all of its tensor no more, as it was when it was made."""
+    owner = torch.arange(4.0).view(2, 2)
+    a = tb.to_numpy(owner)
+    AFTERWARDS[name](a, a.base)
+    made = tb.to_torch(a)
+    with tb.trace():
+        full = tb.to_torch(a)
+    assert (made.shape, made.dtype, made.stride()) == (full.shape, full.dtype, full.stride())
+    assert made.requires_grad == full.requires_grad == a.base.requires_grad
+    assert np.array_equal(made.detach().numpy(), a)
+    assert tb.shares_memory(made, owner)
+
+
+@pytest.mark.parametrize("options", [{"copy": True}, {"dtype": "float32"}, {"detach": True}, {"copy": False}], ids=str)
+def test_the_host_named_beside_another_option_hides_none(options):
+    a = np.arange(3.0)
+    for _ in range(2):
+        made = tb.to_torch(a, device="cpu", **options)
+        assert tb.describe(made).dtype == options.get("dtype", "float64")
+        assert tb.shares_memory(made, a) == (not {"dtype", "copy"} & options.keys() or options.get("copy") is False)
+
+
+@pytest.mark.parametrize("options", [{"copy": True}, {"out": np.zeros(4, "f4")}], ids=["copied", "filled"])
+@pytest.mark.parametrize("offset", [0, 4])
+def test_a_tensor_that_has_outgrown_its_storage_is_not_copied(options, offset):
+    t = torch.ones(8)[offset : offset + 4]
+    t.untyped_storage().resize_(4 * offset + 8)
+    for _ in range(3):
+        with pytest.raises(tb.UnsupportedArrayError, match="its storage holds"):
+            tb.to_numpy(t, **options)

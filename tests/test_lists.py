@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from arrays import numbers
+from torch.autograd import forward_ad
 
 import tensorbridge as tb
 
@@ -73,3 +74,11 @@ def test_an_item_that_cannot_be_stacked_is_found_behind_those_that_can(name):
     shape = (4096,) if name in ("outgrown", "shrunk") else (2,)
     with pytest.raises(tb.UnsupportedArrayError, match=text):
         tb.to_numpy([torch.zeros(shape), torch.zeros(shape), make()])
+
+
+def test_an_item_with_a_tangent_is_found_behind_one_without():
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(torch.ones(2), torch.ones(2))
+        for items in ([torch.ones(2), dual], [dual, torch.ones(2)], [dual, dual]):
+            with pytest.raises(tb.GraphError):
+                tb.to_numpy(items, detach=False)

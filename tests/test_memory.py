@@ -438,3 +438,20 @@ def test_failed_call_leaves_the_source_as_it_was(why):
     if isinstance(array, torch.Tensor):
         assert array._version == version
         assert array.untyped_storage().resizable()
+
+
+@pytest.mark.parametrize("options", [{"copy": True}, {"dtype": "float32"}], ids=str)
+@pytest.mark.parametrize("count", [3, 2**20], ids=["small", "large"])
+def test_a_copy_of_what_overlaps_is_in_c_order_whatever_axis_is_the_finer(count, options):
+    t = torch.arange(float(count + 4), dtype=torch.float64).as_strided((count, 3), (1, 2))
+    a = np.lib.stride_tricks.as_strided(np.arange(count + 4.0), (count, 3), (8, 16))
+    for x, convert in ((t, tb.to_torch), (a, tb.to_torch), (t, tb.to_numpy), (a, tb.to_numpy)):
+        made = tb.describe(convert(x, **options))
+        assert made.strides == (made.nbytes // count, made.nbytes // count // 3)
+        assert tb.plan(x, made.framework, **options).target.order == made.order == "C"
+
+
+def test_a_tensor_that_no_kernel_may_read_as_it_lies_is_told():
+    t = torch.frombuffer(bytearray(25), dtype=torch.float64, offset=1, count=3)
+    assert not tb.plan(t, "numpy").target.aligned
+    assert tb.plan(t[:0], "numpy").target.aligned

@@ -11,6 +11,7 @@ import weakref
 
 import numpy as np
 import pytest
+import torch
 from _facts_probes import address
 
 import tensorbridge as tb
@@ -334,3 +335,12 @@ def test_an_object_with_half_of_dlpack_is_told_which_half_is_missing():
 def test_half_of_dlpack_does_not_hide_the_protocol_that_is_whole():
     half = type("Half", (Array,), {"__dlpack__": lambda self, **keywords: None})
     assert tb.to_numpy(half(np.arange(2.0))).tolist() == [0, 1]
+
+
+def test_a_view_of_a_tensor_that_an_object_gives_is_an_alias_of_that_tensor():
+    t = torch.zeros(3)
+    alias = tb.to_torch(Array(t.numpy()))
+    version = t._version
+    alias += 1
+    assert t._version > version
+    assert t.tolist() == [1, 1, 1]

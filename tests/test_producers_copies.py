@@ -339,3 +339,15 @@ def test_in_a_tree_each_array_that_has_to_copy_is_copied_by_its_producer_once(ar
     assert len(other.given) == 1
     with pytest.raises(tb.CopyRequiredError, match="does not promise that no byte moves"):
         tb.tree.to_torch({"a": array}, copy=False)
+
+
+@pytest.mark.parametrize("copy", [True, False])
+def test_parts_of_a_list_are_asked_for_no_copy_and_not_forbidden_one(copy):
+    """They are copied into the whole in any case, and that is what copy=False is about."""
+    parts = [Producer(laid_out((3,), (1,))) for _ in range(2)]
+    refused = (
+        contextlib.nullcontext() if copy else pytest.raises(tb.CopyRequiredError, match="the list becomes one array")
+    )
+    with refused:
+        tb.to_numpy(parts, copy=copy)
+    assert not any("copy" in words for part in parts for words in part.asked)

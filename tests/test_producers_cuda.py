@@ -297,3 +297,11 @@ def test_the_lane_leaves_what_is_not_aligned_to_the_planner(machine):
 
     assert lane(0x5008) is None
     assert lane(0x5000).data_ptr() == 0x5000
+
+
+def test_device_arrays_of_other_libraries_are_not_stacked(machine):
+    parts = [Interface(np.zeros(3, "f4")), Interface(np.ones(3, "f4"))]
+    for part in parts:
+        part.device = types.SimpleNamespace(id=0)
+    with pytest.raises(tb.UnsupportedArrayError, match="device arrays of other libraries are not stacked"):
+        tb.plan(parts, "torch")

@@ -168,6 +168,28 @@ def test_writable_memory_is_a_copy_of_it_and_copies_are_free():
     assert tb.to_torch(t) is t or not tb.to_numpy(tb.to_torch(t)).flags.writeable
 
 
+def test_writable_memory_of_what_requires_grad_too_is_a_copy_all_the_same(road):
+    """That is shared writable on the caller's word about the graph, which says nothing of who owns the memory."""
+    source = frozen()
+    t = tb.to_torch(source, share_readonly=True).requires_grad_()
+    for _ in range(3):
+        made = tb.to_numpy(t, **{**road, "writable": True})
+        made[:] = 5
+        assert source.tolist() == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("view", [lambda a: a, lambda a: a.T, lambda a: a[1:]], ids=["whole", "transposed", "a part"])
+@pytest.mark.parametrize("writable", [None, False])
+def test_what_lies_overlapping_on_the_tensor_itself_is_an_alias_of_it(view, writable):
+    t = torch.zeros(3)
+    a = view(tb.to_numpy(t.expand(2, 3), writable=writable))
+    alias = tb.to_torch(a, copy=False)
+    version = t._version
+    alias.detach()[0, 0] = 1
+    assert t._version > version
+    assert t.sum() == 1
+
+
 def test_nothing_is_remembered_of_memory_that_is_gone():
     gc.collect()
     before = len(_readonly.marked)

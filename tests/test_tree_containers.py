@@ -282,6 +282,68 @@ def test_container_that_wraps_what_it_holds_anew_is_asked_for_the_arrays_in_it(a
     assert_tensor_of(a, made["l"][1]["z"])
 
 
+class Lowered(dict):  # type: ignore[type-arg]
+    """Writes its keys small, and keeps those that it was copied with."""
+
+    def __copy__(self) -> Any:
+        return Lowered()
+
+    def __setitem__(self, key: str, value: Any) -> None:
+        super().__setitem__(key.lower(), value)
+
+
+def test_container_that_changes_its_keys_is_refused(a):
+    with pytest.raises(tb.UnsupportedArrayError, match="a Lowered cannot be built from converted values"):
+        tree.to_torch(Lowered(X=a))
+
+
+class Anew(Wrapped):
+    """Makes what is no array anew as it is asked for."""
+
+    def __getitem__(self, key: Any) -> Any:
+        value = self.items_[key]
+        return bytearray(value) if isinstance(value, bytearray) else value
+
+
+def test_container_that_makes_what_is_no_array_anew_is_asked_for_its_arrays_alone(a):
+    made = tree.to_torch(Anew({"x": a, "raw": bytearray(b"raw")}))
+    assert_tensor_of(a, made["x"])
+    assert made["raw"] == b"raw"
+
+
+class Ring(collections.deque):  # type: ignore[type-arg]
+    """Says how it is copied."""
+
+    def __copy__(self) -> Any:
+        like = Ring((), self.maxlen)
+        like.note = "copied"
+        return like
+
+
+def test_deque_that_says_how_it_is_copied_is_copied_so(a):
+    made = tree.to_torch(Ring([a, a], 3))
+    assert (type(made), made.maxlen, made.note, len(made)) == (Ring, 3, "copied", 2)
+
+
+@dataclasses.dataclass
+class Counted:
+    """Is made by a `__new__` that wants to know for what."""
+
+    x: Any
+
+    def __new__(cls, x: Any) -> Any:
+        return super().__new__(cls)
+
+    def __reduce__(self) -> Any:
+        return Counted, (self.x,)
+
+
+def test_dataclass_whose_new_wants_an_argument_is_copied(a):
+    source = Counted(a)
+    assert_tensor_of(a, tree.to_torch(source).x)
+    assert source.x is a
+
+
 def test_quoted_reason_ends_in_one_full_stop(a):
     class Ends(Wrapped):
         def __init__(self, items: Any = ()) -> None:

@@ -152,6 +152,64 @@ def test_view_of_a_tensor_comes_back_as_its_alias_beside_plain_arrays_too():
     assert t._version == 2
 
 
+def test_part_of_a_view_of_a_tensor_comes_back_as_an_alias_beside_plain_arrays_too():
+    t = torch.zeros(6, dtype=torch.float64)
+    for options in ({}, {"dtype": "float64"}):
+        tree.to_torch([np.ones(5), np.ones(5), t.numpy()[1:]], **options)[2].add_(1)
+    assert t._version == 2
+
+
+def test_read_only_arrays_are_shared_on_ones_word_and_copied_without_it(a):
+    a, other = a + 0, a + 1  # which own their memory
+    for x in (a, other):
+        x.setflags(write=False)
+    for word in (True, False):
+        result = tree.to_torch({"x": a, "y": other}, share_readonly=word)
+        assert [tb.shares_memory(result["x"], a), tb.shares_memory(result["y"], other)] == [word, word]
+
+
+WITHOUT_MEMORY = {
+    "sparse": lambda: torch.eye(2).to_sparse(),
+    "sparse rows": lambda: torch.eye(2).to_sparse_csr(),
+    "mkldnn": lambda: torch.ones(2).to_mkldnn(),
+    "meta": lambda: torch.ones(2, device="meta"),
+}
+
+
+@pytest.mark.filterwarnings("ignore:Sparse")
+@pytest.mark.parametrize("name", WITHOUT_MEMORY)
+@pytest.mark.parametrize("options", [{}, {"copy": True}, {"copy": False}, {"dtype": "float64"}], ids=str)
+def test_tensor_without_memory_of_its_own_is_refused_by_name(options, name):
+    with pytest.raises(tb.UnsupportedArrayError, match=r"^batch\[1\]: to_numpy.* cannot be converted: an? "):
+        tree.to_numpy([torch.ones(2), WITHOUT_MEMORY[name]()], **options)
+
+
+class Copying:
+    """An array that is copied whenever it is looked at: nobody knows its address."""
+
+    def __init__(self, *values: float) -> None:
+        self.values = values
+
+    def __array__(self, dtype: Any = None, copy: Any = None) -> Any:
+        if copy is False:
+            raise ValueError("it is stored otherwise")
+        return np.array(self.values)
+
+
+@pytest.mark.parametrize("options", [{}, {"copy": True}, {"dtype": "float32"}], ids=str)
+def test_arrays_without_an_address_are_not_the_same(options):
+    for convert in (tree.to_numpy, tree.to_torch):
+        x, y = convert([Copying(1, 2), Copying(3, 4)], **options)
+        assert (x.tolist(), y.tolist()) == ([1, 2], [3, 4])
+
+
+def test_arrays_without_an_address_do_not_fill_one_out():
+    out = np.zeros(2)
+    with pytest.raises(ValueError, match=r"out shares memory with out of batch\[0\]"):
+        tree.to_numpy([Copying(1, 2), Copying(3, 4)], out=[out, out])
+    assert not out.any()
+
+
 def test_staying_in_torch_gives_back_each_tensor_itself():
     t = torch.arange(6.0)
     view, parameter = t.view(6), torch.nn.Parameter(t)

@@ -194,3 +194,20 @@ def test_plan_of_a_fill_says_so(a):
     plan = tree.plan({"x": a}, "torch", out={"x": torch.zeros(2, 3)})
     assert [step.op for step in plan.leaves[0].plan.steps] == ["fill"]
     assert plan.bytes_moved == 24
+
+
+class Key:
+    def __repr__(self) -> str:
+        return "key"
+
+
+def test_out_whose_keys_are_written_alike_in_another_order_is_refused():
+    """Which of the two is meant for which cannot be told."""
+    first, second = Key(), Key()
+    outs = [np.zeros(2) for _ in range(3)]
+    with pytest.raises(ValueError, match="out is another tree: its order differs"):
+        tree.to_numpy(
+            {first: np.ones(2), second: np.full(2, 2.0), "x": np.zeros(2)},
+            out={"x": outs[0], first: outs[1], second: outs[2]},
+        )
+    assert not np.array(outs).any()

@@ -81,6 +81,13 @@ def test_inner_guard_wins_and_the_outer_one_comes_back(reversed_array):
     tb.to_torch(reversed_array)
 
 
+def test_a_guard_that_ends_takes_away_its_own_and_not_an_outer_one_like_it(reversed_array):
+    with tb.copy_guard("error"), tb.copy_guard("allow"):
+        with tb.copy_guard("error"), pytest.raises(tb.CopyRequiredError):
+            tb.to_torch(reversed_array)
+        tb.to_torch(reversed_array)
+
+
 def test_min_bytes_lets_smaller_moves_pass(reversed_array):
     with tb.copy_guard("error", min_bytes=49):
         tb.to_torch(reversed_array)
