@@ -183,13 +183,13 @@ def pieces(torch: Any, cupy: Any) -> str:
 
 def ring(torch: Any, cupy: Any) -> str:
     """GB/s of 256 MiB through rings of other shapes, by as many threads: down into fresh memory, and up."""
-    from tensorbridge import _staging
+    from tensorbridge import _copiers, _staging
 
     nbytes = 256 * MIB
     link, block = _staging.link_of("torch", 0), torch.zeros(nbytes, dtype=torch.uint8, device="cuda")
     source, told = np.ones(nbytes, np.uint8), []
     for count, size, threads in ((4, 8, 8), (4, 8, 4), (4, 8, 16), (8, 4, 8), (4, 16, 8), (8, 16, 16), (2, 32, 8)):
-        _staging.THREADS, _staging._threads = threads, None
+        _copiers.THREADS, _copiers._threads = threads, None
         shape = _staging.Ring(_staging.pinned_empty, count, size * MIB)
         times = []
         for _ in range(4):

@@ -41,10 +41,10 @@ class Transfer:
     not cancel the transfer.
     """
 
-    __slots__ = ("_future",)
+    __slots__ = ("_future", "_process")
 
     def __init__(self, future: Future[Any]) -> None:
-        self._future = future
+        self._future, self._process = future, os.getpid()
 
     def done(self) -> bool:
         """Whether `result` returns, or raises, at once."""
@@ -59,7 +59,10 @@ class Transfer:
             They are not there after `timeout` seconds; ask again.
         BridgeError
             What the conversion raised.
+        RuntimeError
+            It was under way when this process was forked: it ends in the parent only.
         """
+        self._refuse_fork()
         from concurrent import futures  # brings logging along, and only transfers need it
 
         try:
@@ -72,7 +75,14 @@ class Transfer:
     def __await__(self) -> Generator[Any, None, Any]:
         import asyncio
 
+        self._refuse_fork()
         return asyncio.shield(asyncio.wrap_future(self._future)).__await__()
+
+    def _refuse_fork(self) -> None:
+        if self._process != os.getpid() and not self._future.done():
+            raise RuntimeError(
+                "to_numpy_async: the transfer goes on in the parent process; take its result before a fork"
+            )
 
     def __repr__(self) -> str:
         return f"<tensorbridge.Transfer: {'done' if self.done() else 'under way'}>"
@@ -143,7 +153,11 @@ def to_numpy_async(x: Any, *, pinned: bool = False) -> Transfer:
         outcome.set_exception(error)  # like the errors of a transfer under way
         return Transfer(outcome)
     indices = sorted({index for _, index in places}, reverse=True)
-    return Transfer(_started(_into_pinned if pinned else job, x, indices))
+    try:
+        return Transfer(_started(_into_pinned if pinned else job, x, indices))
+    except RuntimeError as error:  # no thread can be started
+        outcome.set_exception(error)
+        return Transfer(outcome)
 
 
 def _places(leaves: Iterable[Any]) -> list[tuple[str, int]]:

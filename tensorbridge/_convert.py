@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from tensorbridge import _device_lanes, _lanes, _options, _streams, _watch
+from tensorbridge import _device_lanes, _lanes, _options, _stream_order, _streams, _watch
 from tensorbridge import _words as words
 from tensorbridge._adapters import Adapter, adapter_of, named, performer
 from tensorbridge._array import CPU, ArrayInfo, Traits
@@ -126,7 +126,23 @@ def _recipe(decision: Decision, functions: tuple[Callable[..., Any], ...] = ()) 
 def compiled(steps: tuple[Any, ...], traits: Traits, want: Want) -> tuple[Callable[..., Any], ...]:
     """One function a step: what it is given is what the step before it promised."""
     befores = [traits, *(step.after for step in steps)]
-    return tuple(performer(step, before, want) for step, before in zip(steps, befores, strict=False))
+    functions = [performer(step, before, want) for step, before in zip(steps, befores, strict=False)]
+    ordered = next((i for i, step in enumerate(steps) if step.op == Op.ORDER), len(steps))
+    read = next((i for i in range(ordered + 1, len(steps)) if steps[i].kind), None)
+    if read is not None:
+        functions[read] = _not_overtaken(functions[read], steps[ordered + 1].after.framework, befores[ordered])
+    return tuple(functions)
+
+
+def _not_overtaken(reads: Callable[..., Any], reader: str, lent: Traits) -> Callable[..., Any]:
+    """What makes a copy of lent memory is done before the giver's stream goes on: it may write there next."""
+
+    def run(*arrays: Any) -> Any:
+        result = reads(*arrays)
+        _stream_order.order(reader, lent.framework, lent.device.index)
+        return result
+
+    return run
 
 
 def open_lanes() -> None:

@@ -135,12 +135,14 @@ def _edit_copy(torch: Any, tensor: torch.Tensor) -> Iterator[NDArray[Any]]:
         copy = _open_copies.get(key) or _HostCopy(alias)
         _open_copies[key] = copy
         copy.blocks += 1
-    array, owner = _as_numpy(torch, copy.host)
     close, lock, copies = _close, _lock, _open_copies  # as above
     try:
-        yield array
+        array, owner = _as_numpy(torch, copy.host)
+        try:
+            yield array
+        finally:
+            close(array, owner)
     finally:
-        close(array, owner)
         with lock:
             copy.blocks -= 1
             if not copy.blocks:

@@ -14,7 +14,8 @@ kernels may still be queued on the borrower's stream, and the owner's allocator 
 
 The weak reference's callback runs on any thread, at any time, even while another one runs here: so there is no lock,
 and the only shared things are a dict and a deque, whose single operations are atomic. During a graph capture nothing is
-recorded or asked; what is released meanwhile waits. At exit, and in a forked child, owners are kept, not touched.
+recorded or asked; what is released meanwhile waits. At exit, and in a child forked from a process that has lent, owners
+are kept, not touched.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from tensorbridge import _stream_order, _streams
 
 _leases: dict[int, Lease] = {}  # by the identity of what the borrower holds
 _pending: deque[_Ending] = deque()
-_disowned = False  # a forked child: CUDA may not be touched
+_disowned = False  # a forked child that has leases of its parent's: CUDA may not be touched
 GLANCES = 8
 
 
@@ -77,7 +78,13 @@ def lend(hook: Any, key: int, owner: Any, number: int, index: int) -> None:
     """Keep `owner` while `hook` lives, and then until the work on stream `number` of device `index` has been done."""
     lease = Lease(hook, _released)
     lease.key, lease.owner, lease.uses = key, owner, {(number, index)}
-    _leases[key] = lease
+    held = _leases.setdefault(key, lease)
+    if held is lease:
+        return
+    if held() is hook:  # lent by another thread meanwhile: a lease that is replaced would not be told of the end
+        held.uses.add((number, index))
+    else:
+        _leases[key] = lease
 
 
 def lend_storage(tensor: Any, owner: Any, number: int, index: int) -> None:
@@ -116,9 +123,7 @@ def lend_tensor(tensor: Any, number: int, index: int, stream: object, *, capturi
 
 def keep(owner: Any, number: int, index: int) -> None:
     """Keep `owner` until the work that is on stream `number` now has been done."""
-    ending = _Ending(owner, {(number, index)})
-    if not ending.passed():
-        _pending.append(ending)
+    _look_at(_Ending(owner, {(number, index)}))
 
 
 def settle() -> int:
@@ -135,23 +140,36 @@ def settle() -> int:
             ending = _pending.popleft()
         except IndexError:  # another thread settles too
             break
-        if not ending.passed():
-            _pending.append(ending)
+        if not _look_at(ending):
             left -= 1
     return len(_pending)
+
+
+def _look_at(ending: _Ending) -> bool:
+    """Whether its work has been done; if not, or if that cannot be found out, it waits for the next look."""
+    done = False
+    try:
+        done = not _disowned and ending.passed()
+    finally:  # whatever is raised, an interrupt say, must not drop the owner
+        if not done:
+            _pending.append(ending)
+    return done
 
 
 def _released(lease: Lease) -> None:
     """The borrower's last view is gone. Runs in whatever thread dropped it; must not raise."""
     _leases.pop(lease.key, None)
     ending = _Ending(lease.owner, lease.uses)
-    if _disowned or sys.is_finalizing() or not ending.passed():
+    if sys.is_finalizing():
         _pending.append(ending)
+    else:
+        _look_at(ending)
 
 
 def _forked() -> None:
+    """A child whose parent has lent nothing may be able to use CUDA; one that is not makes no lease."""
     global _disowned
-    _disowned = True
+    _disowned = _disowned or bool(_leases or _pending)
     _streams.never_freed(_leases, _pending)
 
 

@@ -216,6 +216,7 @@ class Prefetch(Iterator[Any]):
         if self._worker.ident == threading.get_ident():
             text = "prefetch: its own source or transform asks for the next batch, which would wait for itself"
             raise RuntimeError(f"{text}; read ahead in the source")
+        self._road.may_be_asked()
         item = self._state.take()
         if item is None:
             self.close()
@@ -276,6 +277,8 @@ def _work(
     try:
         with _watch.inherited(), grad_mode(), road.entered():
             _read(state, source, transform, want, road, where)
+    except BaseException as error:  # of the road itself: the consumer must not take it for the end of the source
+        state.put(_Failure(error))
     finally:
         try:
             close = getattr(source, "close", None)

@@ -35,6 +35,9 @@ class Host:
         """Called by the worker; `read` are device arrays that it has read meanwhile."""
         return Batch(_leaves.converted(batch, want))
 
+    def may_be_asked(self) -> None:
+        """Called by the consumer before it takes a batch, so that none is lost where this raises."""
+
     def handed_over(self, batch: Batch) -> Any:
         """Called by the consumer."""
         return batch.value
@@ -47,8 +50,10 @@ class Cuda(Host):
         self.framework, self.index = framework, index
         self.stream = _streams.side_stream(index)
         self.number = _streams.identify(self.stream)[0]
-        # What the caller has queued may have made arrays that the source holds.
-        _stream_order.link(_streams.current(framework, index), self.number, index)
+        # What the caller has queued, in either framework, may have made arrays that the source holds.
+        other = "cupy" if framework == "torch" else "torch"
+        for name in (framework, other) if _streams.usable(other) else (framework,):
+            _stream_order.link(_streams.current(name, index), self.number, index)
 
     def entered(self) -> AbstractContextManager[Any]:
         return _streams.use_stream(self.stream)
@@ -73,19 +78,24 @@ class Cuda(Host):
             _lease.keep(array, self.number, self.index)
         return Batch(made, _stream_order.mark(self.number, self.index), self.on_device(made))
 
+    def may_be_asked(self) -> None:
+        if _streams.current(self.framework, self.index) != self.number and _streams.capturing():
+            raise DeviceError(
+                "prefetch: a CUDA graph is being captured, and the transfer of a batch is no part of it.\n"
+                "Take the batch before, and copy it into the static input."
+            )
+
     def handed_over(self, batch: Batch) -> Any:
         stream = _current_stream(self.framework, self.index)
         number = _streams.identify(stream)[0]
         if number != self.number:
-            if _streams.capturing():
-                raise DeviceError(
-                    "prefetch: a CUDA graph is being captured, and the transfer of a batch is no part of it.\n"
-                    "Take the batch before, and copy it into the static input."
-                )
             batch.mark.holds_back(number, self.index)
-            for array in batch.memory:
-                with suppress(ValueError):  # memory of another library that came as it was: used as without prefetch
-                    _lease.used_on(array, stream)
+            with _streams.on_device(self.index):  # CuPy's default stream is that of whatever device is current
+                for array in batch.memory:
+                    with suppress(
+                        ValueError
+                    ):  # memory of another library that came as it was: used as without prefetch
+                        _lease.used_on(array, stream)
         return batch.value
 
 

@@ -3,7 +3,7 @@
 Ordinary host memory crosses the bus at full speed only through page-locked memory, which costs half a second a GiB to
 make: so there is a ring of four slots of 8 MiB, made once, and reused. A slot is used again only after the event behind
 its last transfer has passed. What limits the host side is the first touch of fresh pages: threads copy parts of a slot
-side by side (`np.copyto` lets the GIL go; torch's kernels would bring a pool of threads each).
+side by side (`_copiers`).
 
 Everything runs on the framework's current stream, so a result needs no ordering. `download` returns when the bytes are
 there; it waits for events, not for the device. `upload` returns when the source has been read into slots, while the
@@ -23,23 +23,20 @@ import sys
 import threading
 from collections import deque
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from tensorbridge import _lease, _stream_order, _streams
+from tensorbridge import _copiers, _lease, _stream_order, _streams
 from tensorbridge._array import LARGE
+from tensorbridge._copiers import Bytes
 from tensorbridge._errors import DeviceError
 
 if TYPE_CHECKING:
-    from concurrent.futures import Future, ThreadPoolExecutor
-
-Bytes: TypeAlias = "np.ndarray[Any, np.dtype[np.uint8]]"
+    from concurrent.futures import Future
 
 SLOT = 8 * 1024 * 1024  # bytes: long enough for full speed on the bus
 SLOTS = 4
-PART = 4 * 1024 * 1024  # bytes that one thread copies at a time: whole huge pages, and far above the cost of a task
-THREADS = 8
 
 
 class Link(Protocol):
@@ -152,6 +149,7 @@ class Ring:
         self.nbytes = nbytes
         self._allocate, self._count, self._made = allocate, count, 0
         self._free: deque[Slot] = deque()  # the longest free first
+        self._lost: list[Slot] = []
         self._changed = threading.Condition()
 
     def take(self, *, wait: bool) -> Slot | None:
@@ -205,14 +203,14 @@ class Ring:
             self._changed.notify()
 
     def lose(self, slot: Slot) -> None:
-        """Not back into the ring: a transfer failed that may still write to it."""
+        """Not back into the ring: a transfer failed that may still use it. Kept, as CuPy's pool would reuse it."""
         with self._changed:
+            self._lost.append(slot)
             self._made -= 1
             self._changed.notify()
 
 
 _ring: Ring | None = None
-_threads: ThreadPoolExecutor | None = None
 _lock = threading.Lock()
 
 
@@ -225,59 +223,12 @@ def ring() -> Ring:
 
 
 def _forked() -> None:
-    global _ring, _threads, _lock
+    global _ring, _lock
     _streams.never_freed(_ring)
-    _ring, _threads, _lock = None, None, threading.Lock()
+    _ring, _lock = None, threading.Lock()
 
 
 os.register_at_fork(after_in_child=_forked)
-
-
-# -- Threads that copy
-
-
-def _copying(target: Bytes, source: Bytes) -> list[Future[None]]:
-    """Copy in parts, on threads of their own where there is more than one part."""
-    if target.size > PART and (pool := _copiers()) is not None:
-        starts = range(0, target.size, PART)
-        try:
-            return [pool.submit(np.copyto, target[i : i + PART], source[i : i + PART]) for i in starts]
-        except RuntimeError:  # the interpreter is shutting down, and starts no threads
-            pass
-    np.copyto(target, source)
-    return []
-
-
-def _copiers() -> ThreadPoolExecutor | None:
-    global _threads
-    from concurrent.futures import ThreadPoolExecutor  # brings logging along, and only transfers need it
-
-    with _lock:
-        if _threads is None and (count := min(THREADS, _cores())) > 1:
-            _threads = ThreadPoolExecutor(count, "tensorbridge-copy")
-        return _threads
-
-
-def _cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _when_done(copies: list[Future[None]], then: Callable[[], None]) -> None:
-    left, lock = len(copies), threading.Lock()
-
-    def one_less(_: object) -> None:
-        nonlocal left
-        with lock:
-            left -= 1
-            last = not left
-        if last:
-            then()
-
-    for copy in copies:
-        copy.add_done_callback(one_less)
-    if not copies:
-        then()
 
 
 # -- The two ways
@@ -297,11 +248,11 @@ def fill_host(link: Link, block: Any, out: Bytes, *, through: Ring | None = None
         slot, start, stop = flying[0]
         assert slot.mark is not None
         slot.mark.synchronize()
-        slot.mark = None
+        started = _copiers.copying(out[start:stop], slot.memory[: stop - start])
         flying.popleft()
-        started = _copying(out[start:stop], slot.memory[: stop - start])
+        slot.mark = None
         copies.extend(started)
-        _when_done(started, lambda: slots.give(slot))
+        _copiers.when_done(started, lambda: slots.give(slot))
 
     try:
         for start, stop in _pieces(out.size, slots.nbytes):
@@ -321,8 +272,9 @@ def fill_host(link: Link, block: Any, out: Bytes, *, through: Ring | None = None
     finally:
         for slot, _, _ in flying:
             slots.give(slot)
-        for copy in copies:
-            copy.result()
+        _copiers.wait(copies)
+    for copy in copies:
+        copy.result()
 
 
 def fill_device(link: Link, block: Any, source: Bytes, *, through: Ring | None = None) -> None:
@@ -331,10 +283,11 @@ def fill_device(link: Link, block: Any, source: Bytes, *, through: Ring | None =
     filling: deque[tuple[Slot, int, int, list[Future[None]]]] = deque()
 
     def lift() -> None:
-        slot, start, stop, copies = filling.popleft()
+        slot, start, stop, copies = filling[0]
+        for copy in copies:
+            copy.result()
+        filling.popleft()
         try:
-            for copy in copies:
-                copy.result()
             link.up(block, start, slot.memory[: stop - start])
             slot.mark = mark(link)
         except BaseException:
@@ -348,13 +301,17 @@ def fill_device(link: Link, block: Any, source: Bytes, *, through: Ring | None =
             while slot is None:
                 lift()
                 slot = slots.take(wait=not filling)
-            filling.append((slot, start, stop, _copying(slot.memory[: stop - start], source[start:stop])))
+            try:
+                copies = _copiers.copying(slot.memory[: stop - start], source[start:stop])
+            except BaseException:
+                slots.give(slot)
+                raise
+            filling.append((slot, start, stop, copies))
         while filling:
             lift()
     finally:
         for slot, _, _, copies in filling:
-            for copy in copies:
-                copy.exception()
+            _copiers.wait(copies)
             slots.give(slot)
 
 

@@ -14,7 +14,8 @@ from typing import Any
 
 from tensorbridge import _streams
 
-# (thread, whether CuPy's, index). Not thread-local: a forked child would destroy those of other threads.
+# Those not in use, by (thread, whether CuPy's, index). Not thread-local: a forked child would destroy those of other
+# threads.
 _events: dict[tuple[int, bool, int], Any] = {}
 
 
@@ -36,8 +37,10 @@ def link(first: int, then: int, index: int, then_index: int | None = None) -> No
     other = index if then_index is None else then_index
     if (first, index) == (then, other):
         return
-    event = _event(index)
     cupy = sys.modules["cupy"] if _streams.usable("cupy") else None
+    key = (threading.get_ident(), cupy is not None, index)
+    # Out of the dict: a signal handler or a finalizer that crosses before the wait would record it on another stream.
+    event = _events.pop(key, None) or _new_event(cupy, index)
     if cupy is not None:
         runtime = cupy.cuda.runtime
         _streams.call_on(cupy, index, runtime.eventRecord, event.ptr, first)
@@ -45,21 +48,14 @@ def link(first: int, then: int, index: int, then_index: int | None = None) -> No
     else:
         event.record(_streams.wrapped("torch", first, index))
         _streams.wrapped("torch", then, other).wait_event(event)
+    _events[key] = event
 
 
-def _event(index: int) -> Any:
-    """This thread's event for ordering on device `index`."""
-    cupy = sys.modules["cupy"] if _streams.usable("cupy") else None
-    key = (threading.get_ident(), cupy is not None, index)
-    found = _events.get(key)
-    if found is None:
-        if cupy is not None:
-            with cupy.cuda.Device(index):
-                found = cupy.cuda.Event(disable_timing=True)
-        else:
-            found = sys.modules["torch"].cuda.Event()
-        _events[key] = found
-    return found
+def _new_event(cupy: Any, index: int) -> Any:
+    if cupy is None:
+        return sys.modules["torch"].cuda.Event()
+    with cupy.cuda.Device(index):
+        return cupy.cuda.Event(disable_timing=True)
 
 
 # -- Events that are waited for

@@ -153,8 +153,14 @@ class copy_guard(ContextDecorator):
         _policies.set(tuple(policies))
 
 
-# Of a process only: a child that is spawned inherits no guard, so one that is forked does not either.
-os.register_at_fork(after_in_child=lambda: _policies.set(()))
+def _forked() -> None:
+    """Guards are of a process only: a child that is spawned inherits none, so one that is forked does not either."""
+    global _lock
+    _policies.set(())
+    _lock = threading.Lock()  # another thread may have held it
+
+
+os.register_at_fork(after_in_child=_forked)
 
 
 @contextmanager

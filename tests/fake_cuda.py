@@ -29,10 +29,10 @@ class Event:
     """A CUDA event: the last record counts, and a wait takes the state at the call."""
 
     def __init__(self, machine):
-        self.machine, self.recorded, self.reached = machine, 0, 0
+        self.machine, self.recorded, self.reached = machine, 0, {0}
 
     def passed(self):
-        return self.reached >= self.recorded
+        return self.recorded in self.reached
 
 
 class PerThread:
@@ -134,10 +134,10 @@ class Machine:
             arguments[0]()
         elif kind == "record":
             event, version = arguments
-            event.reached = max(event.reached, version)
+            event.reached.add(version)
         else:
             event, version = arguments
-            return event.reached >= version
+            return version in event.reached
         return True
 
     @contextmanager

@@ -12,7 +12,7 @@ import fake_frameworks
 import numpy as np
 import pytest
 
-from tensorbridge import DeviceError, _lease, _staging, _streams
+from tensorbridge import DeviceError, _copiers, _lease, _staging, _streams
 
 SLOT, SLOTS, PART = 1024, 4, 256
 SIZES = [1, 255, SLOT - 1, SLOT, SLOT + 1, 3 * SLOT, 4 * SLOT, 4 * SLOT + 1, 23 * SLOT + 17]
@@ -20,7 +20,7 @@ SIZES = [1, 255, SLOT - 1, SLOT, SLOT + 1, 3 * SLOT, 4 * SLOT, 4 * SLOT + 1, 23 
 
 @pytest.fixture
 def machine(monkeypatch):
-    monkeypatch.setattr(_staging, "PART", PART)
+    monkeypatch.setattr(_copiers, "PART", PART)
     yield from fake_frameworks.installed(monkeypatch, devices=2, without=["torch"])
 
 
@@ -218,7 +218,7 @@ def test_at_shutdown_the_copies_are_made_without_threads(machine, link, ring, mo
         def submit(self, *args):
             raise RuntimeError("cannot schedule new futures after interpreter shutdown")
 
-    monkeypatch.setattr(_staging, "_copiers", Closed)
+    monkeypatch.setattr(_copiers, "_pool", Closed)
     data = some_bytes(3 * SLOT)
     out = np.zeros(data.size, np.uint8)
     _staging.fill_host(link, block_with(machine, data), out, through=ring)
@@ -234,7 +234,7 @@ class Slot:
 s._ring = Slot()
 pid = os.fork()
 if not pid:
-    print(s._ring, s._threads)
+    print(s._ring, s._copiers._threads)
     raise SystemExit
 os.waitpid(pid, 0)
 s._ring = None

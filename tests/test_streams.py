@@ -377,7 +377,7 @@ def test_the_event_of_a_thread_outlives_it_and_serves_the_next_of_its_number(mac
 
     def work():
         _stream_order.link(0x50, 0x60, 0)
-        kept.append(weakref.ref(_stream_order._event(0)))
+        kept.extend(weakref.ref(event) for event in _stream_order._events.values())
 
     thread = threading.Thread(target=work)
     thread.start()

@@ -235,12 +235,15 @@ def downloaded(x: Any, index: int) -> Any:
 
 
 def _peer_copied(x: Any, source: int, target: int) -> Any:
-    """A dense array on another device, the current one. Between two devices CuPy orders nothing and keeps no source."""
+    """A dense array on another device, the current one. Between two devices CuPy orders nothing, before or
+    after the copy, and keeps no source.
+    """
     there, here = _streams.current("cupy", source), _streams.current("cupy", target)
     _stream_order.link(there, here, source, target)
     axes = _axes_by_stride(x)
     out = x.transpose(axes).copy()
     _lease.keep(x, here, target)
+    _stream_order.link(here, there, target, source)
     return out.transpose(np.argsort(axes)) if x.ndim else out
 
 
