@@ -309,7 +309,7 @@ def _converted(value: Any, asked: str) -> Tensor:
 
 def _stack(tensors: list[Tensor]) -> Tensor:
     torch: Any = sys.modules["torch"]
-    if not tensors[0].is_cpu or any(t.requires_grad for t in tensors):
+    if not tensors[0].is_cpu or _lanes._forward_ad._current_level >= 0 or any(t.requires_grad for t in tensors):
         return torch.stack(tensors)  # type: ignore[no-any-return]
     out = _empty((len(tensors), *tensors[0].shape), tensors[0].dtype)
     return torch.stack(tensors, out=out)  # type: ignore[no-any-return]

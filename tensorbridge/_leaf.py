@@ -115,7 +115,7 @@ def key_of(x: Any) -> Any:
         address = x.data_ptr()
         if not address or address % 16 or not x.is_contiguous() or x.nbytes >= SMALL:
             return None
-        if not (x.is_cpu or x.is_cuda) or x.is_neg() or x.is_conj() or not _copy_lanes.is_held(x):
+        if x.is_nested or not (x.is_cpu or x.is_cuda) or x.is_neg() or x.is_conj() or not _copy_lanes.is_held(x):
             return None
         if _readonly.is_marked(x):
             return None

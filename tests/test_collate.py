@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 from arrays import Dlpack, Interface, frozen, numbers
+from torch.autograd import forward_ad
 from torch.utils.data import DataLoader, Dataset
 
 import tensorbridge as tb
@@ -573,3 +574,12 @@ def test_a_list_of_dates_is_told_as_dates():
         tb.to_torch([np.datetime64("2020"), np.datetime64("2021")])
     cure = str(error.value).partition("\nConvert ")[2].partition(" and keep the unit")[0]
     assert eval(cure, {"np": np, "x": [np.datetime64("2020"), np.datetime64("2021")]}).tolist() == [50, 51]
+
+
+def test_tangents_of_forward_differentiation_are_stacked_with_their_values():
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(torch.ones(2), torch.full((2,), 3.0))
+        for samples in ([dual, dual], [torch.ones(2), dual]):
+            primal, tangent = forward_ad.unpack_dual(tb.collate(samples))
+            assert primal.tolist() == [[1, 1], [1, 1]]
+            assert tangent[-1].tolist() == [3, 3]

@@ -157,3 +157,10 @@ def test_a_negative_out_of_another_dtype_gets_the_values(source, wanted, framewo
     out = negative(getattr(torch, wanted))
     tb.to_torch(x if framework == "numpy" else tb.to_torch(x), out=out)
     assert out.resolve_neg().tolist() == [0, 1, 2, 3, 4]
+
+
+def test_a_negative_view_reaches_an_out_of_its_dtype_in_one_pass():
+    x = torch._neg_view(torch.arange(6.0))
+    plan = tb.plan(x, "torch", out=torch.empty(6))
+    assert [str(step.op) for step in plan.steps] == ["fill"]
+    assert plan.bytes_moved == 24

@@ -437,3 +437,8 @@ def test_a_method_of_a_containers_own_does_not_make_it_a_sparse_array():
     assert torch.is_tensor(made[0].obs)
     assert made[1] is simulator
     assert torch.is_tensor(made[2].obs)
+
+
+def test_an_object_that_has_its_array_protocol_as_an_attribute_of_its_own_is_an_array(a):
+    holder = types.SimpleNamespace(__array_interface__=a.__array_interface__, owner=a)
+    assert_tensor_of(a, tree.to_torch({"x": holder})["x"])

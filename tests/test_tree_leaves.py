@@ -351,3 +351,17 @@ def test_doubling_containers_are_walked_once(a):
     for _ in range(60):
         top = [top, top]
     assert isinstance(tree.to_torch(top), list)
+
+
+# -- Nested tensors, whose parts differ in length: they have no shape, and look dense
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@pytest.mark.parametrize("options", [{}, {"copy": False}, {"copy": True}, {"dtype": "float64"}], ids=str)
+def test_nested_tensor_beside_a_plain_one_is_refused_as_it_is_alone(options):
+    nested = torch.nested.nested_tensor([torch.ones(2), torch.ones(3)])
+    for convert in (tree.to_numpy, tree.to_torch, tb.to_torch, tb.to_numpy):
+        with pytest.raises(tb.UnsupportedArrayError, match="nested"):
+            convert([torch.ones(2), nested], **options)
+    with pytest.raises(tb.UnsupportedArrayError, match="nested"):
+        next(tb.prefetch([[torch.ones(2), nested]], device="cpu"))

@@ -113,9 +113,11 @@ def like(first: Tensor) -> Callable[[Sequence[Tensor]], bool] | None:
     plain, count, itemsize = [{first.dtype}, {first.shape}, {False}], first.numel(), first.element_size()
 
     def alike(ts: Sequence[Tensor]) -> bool:
-        if set(map(type, ts)) != {Tensor} or [set(map(fact, ts)) for fact in _FACTS] != plain:
+        if set(map(type, ts)) != {Tensor}:
             return False
         if {raw & _ASKED for raw in set(map(_Keys.raw_repr, map(_keys, ts)))} != {_HOST}:
+            return False
+        if [set(map(fact, ts)) for fact in _FACTS] != plain:  # a nested one has no shape
             return False
         ends = [(t.storage_offset() + count) * itemsize <= t.untyped_storage().nbytes() for t in ts]
         return all(ends) and all(map(Tensor.is_contiguous, ts))
