@@ -576,6 +576,7 @@ def test_a_list_of_dates_is_told_as_dates():
     assert eval(cure, {"np": np, "x": [np.datetime64("2020"), np.datetime64("2021")]}).tolist() == [50, 51]
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script.* is deprecated")  # which torch uses for that itself
 def test_tangents_of_forward_differentiation_are_stacked_with_their_values():
     with forward_ad.dual_level():
         dual = forward_ad.make_dual(torch.ones(2), torch.full((2,), 3.0))
