@@ -15,6 +15,7 @@ from tensorbridge._eager import is_inside
 from tensorbridge._errors import BridgeError, UnsupportedArrayError
 from tensorbridge._plan import decide
 from tensorbridge._refuse import Obstacle, holder
+from tensorbridge._roads import BOTH_WAYS
 from tensorbridge._step import HERE, Decision, Here, Op, Plan, Want, bind
 
 
@@ -127,16 +128,14 @@ def compiled(steps: tuple[Any, ...], traits: Traits, want: Want) -> tuple[Callab
     """One function a step: what it is given is what the step before it promised."""
     befores = [traits, *(step.after for step in steps)]
     functions = [performer(step, before, want) for step, before in zip(steps, befores, strict=False)]
-    ordered = next((i for i, step in enumerate(steps) if step.op == Op.ORDER), len(steps))
-    read = next((i for i in range(ordered + 1, len(steps)) if steps[i].kind), None)
-    if read is not None:
-        functions[read] = _not_overtaken(functions[read], steps[ordered + 1].after.framework, befores[ordered])
+    for i, step in enumerate(steps):
+        if step.by == BOTH_WAYS:
+            read = next(j for j in range(i, len(steps)) if steps[j].kind)
+            functions[read] = _ordered_back(functions[read], steps[i + 1].after.framework, befores[i])
     return tuple(functions)
 
 
-def _not_overtaken(reads: Callable[..., Any], reader: str, lent: Traits) -> Callable[..., Any]:
-    """What makes a copy of lent memory is done before the giver's stream goes on: it may write there next."""
-
+def _ordered_back(reads: Callable[..., Any], reader: str, lent: Traits) -> Callable[..., Any]:
     def run(*arrays: Any) -> Any:
         result = reads(*arrays)
         _stream_order.order(reader, lent.framework, lent.device.index)

@@ -20,6 +20,7 @@ def decide(traits: Traits, want: Want, here: Here = HERE) -> Decision:
     if refusal is not None:
         return Decision((), refusal)
     steps = _steps(traits, want, here)
+    _rules.order_back(steps)
     refusal = _refuse.after(steps, here)
     if refusal is None and want.copy is False:
         moving = [step for step in steps if step.kind]

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 PLAIN, RING, PINNED = "", "ring", "pinned"  # names of roads
 CAPTURED = "captured"  # a crossing inside a graph capture, where nothing is recorded
+BOTH_WAYS = "both ways"  # an order between streams: the giver's waits too, until what it has lent was read
 
 
 class Road(NamedTuple):

@@ -225,6 +225,14 @@ def order(steps: Steps, receiver: str, here: Here) -> None:
         steps.then(Op.ORDER, f"{receiver}'s stream waits for {giver}'s, by an event; the host does not")
 
 
+def order_back(steps: Steps) -> None:
+    """What is copied of lent memory is read before the giver's stream goes on: it may write there next."""
+    ordered = next((i for i, step in enumerate(steps) if step.op == Op.ORDER), len(steps))
+    if any(step.kind for step in steps[ordered:]):
+        why = f"{steps[ordered].why}; and back, when the copy has been made"
+        steps[ordered] = steps[ordered]._replace(by=_roads.BOTH_WAYS, why=why)
+
+
 def protect(steps: Steps, want: Want, guarded: bool) -> None:
     frozen = "" if steps.fresh else _why_frozen(steps, guarded)
     if not steps.now.writable:

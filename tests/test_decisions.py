@@ -12,6 +12,7 @@ from oracle import HAS, WIDTH, expect, holder_of, place
 
 from tensorbridge import CopyRequiredError, Device, GraphError, Traits
 from tensorbridge._plan import decide
+from tensorbridge._roads import BOTH_WAYS
 from tensorbridge._step import HERE, Decision, Here, Want
 
 # -- The specification, to be read
@@ -103,6 +104,26 @@ def test_streams_that_differ_are_ordered_before_sharing_and_streams_that_are_one
     assert ops(decide(cupy_on(CUDA0, spacing="reversed"), Want("torch"), apart)) == ["pack", "order", "share"]
     assert ops(decide(torch_on(CUDA0), Want("torch"), apart)) == ["share"]
     assert ops(decide(torch_on(CUDA0), Want("numpy"), apart)) == ["detach", "to_host", "share"]
+
+
+@pytest.mark.parametrize("same_stream", [True, False])
+@pytest.mark.parametrize(
+    ("traits", "want", "reads"),
+    [
+        (torch_on(CUDA0), Want("cupy"), False),
+        (torch_on(CUDA0), Want("cupy", copy=True), False),  # torch copies, on its own stream
+        (torch_on(CUDA0), Want("cupy", out=cupy_on(CUDA0)), True),
+        (torch_on(CUDA0), Want("cupy", CUDA1), True),
+        (cupy_on(CUDA0), Want("torch", out=torch_on(CUDA0)), True),
+        (cupy_on(CUDA0), Want("torch", CUDA1), True),
+    ],
+    ids=str,
+)
+def test_the_giver_waits_until_what_it_lends_was_copied_and_the_plan_says_so(traits, want, reads, same_stream):
+    steps = decide(traits, want, HERE._replace(same_stream=same_stream)).steps
+    back = [step for step in steps if step.by == BOTH_WAYS]
+    assert bool(back) == (reads and not same_stream)
+    assert all(step.op == "order" and step.why.endswith("and back, when the copy has been made") for step in back)
 
 
 def test_a_copy_that_the_producer_made_keeps_its_layout_has_bytes_and_may_not_be_where_none_may():

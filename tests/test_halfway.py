@@ -29,9 +29,11 @@ from tensorbridge import (
     _staging,
     _stream_order,
 )
+from tensorbridge._adapters import named
 from tensorbridge._array import Device, Traits
 from tensorbridge._step import Here, Step, Want
 
+named("torch")  # of the real torch: read before a fake stands in its place
 SLOT, SLOTS, PART = 1024, 4, 256
 CUDA0, CUDA1 = Device("cuda:0"), Device("cuda:1")
 WAYS = pytest.mark.parametrize("way", [_staging.fill_host, _staging.fill_device], ids=["down", "up"])

@@ -387,6 +387,30 @@ class Length(np.ndarray):
         return self.view(np.ndarray)
 
 
+class Unyt(np.ndarray):
+    """As the quantities of unyt are: the unit is the array's alone."""
+
+    value = Length.value
+
+
+def unyt(unit):
+    made = np.arange(3.0).view(Unyt)
+    made.units = unit
+    return made
+
+
+class Drawn(np.ndarray):
+    """Has methods that are called as what others hide."""
+
+    def mask(self, where):
+        return self
+
+    def unit(self):
+        return self
+
+    units = unit
+
+
 class Hidden(np.ndarray):
     """As the masked arrays of astropy are, which are none of NumPy's."""
 
@@ -410,6 +434,7 @@ def length(unit):
 
 MEANS_MORE = {
     "a unit": (lambda: length("km"), "numpy float64 (3,) in km", "x.value"),
+    "a unit of its own": (lambda: unyt("km"), "numpy float64 (3,) in km", "x.value"),
     "a unit of a quantity that is no array": (Pint, "Pint in metre", "x.magnitude"),
     "a mask of its own": (lambda: np.arange(3.0).view(Hidden), "masked numpy float64 (3,)", "x.unmasked and x.mask"),
 }
@@ -435,6 +460,14 @@ def test_a_unit_is_not_dropped_nor_a_mask_of_a_library_s_own(name, road):
 @pytest.mark.parametrize("unit", [None, "", "dimensionless"])
 def test_a_quantity_without_a_unit_is_its_numbers(unit):
     assert tb.to_torch(length(unit)).tolist() == [0, 1, 2]
+    assert tb.to_torch(unyt(unit)).tolist() == [0, 1, 2]
+
+
+def test_methods_that_are_called_mask_or_unit_hide_nothing():
+    assert tb.to_torch(np.arange(3.0).view(Drawn)).tolist() == [0, 1, 2]
+    records = np.rec.fromrecords([(1.0, 2)], names="units,mask")
+    with pytest.raises(tb.UnsupportedArrayError, match="a structured dtype has several fields"):
+        tb.to_torch(records)
 
 
 def test_an_out_with_a_unit_is_refused():

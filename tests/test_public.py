@@ -155,7 +155,7 @@ ignore_missing_imports = True
 
 
 def test_types_are_what_a_caller_expects(tmp_path):
-    pytest.importorskip("mypy")  # `make` installs it
+    pytest.importorskip("mypy", reason="no mypy, which `make` installs")
     (tmp_path / "snippet.py").write_text(SNIPPET)
     (tmp_path / "mypy.ini").write_text(CONFIG)
     command = [sys.executable, "-m", "mypy", "--config-file", "mypy.ini", "snippet.py"]

@@ -55,7 +55,7 @@ _KEPT = 1024
 
 
 def traits(a: Array) -> Traits:
-    if type(a) is not np.ndarray:
+    if type(a) is not np.ndarray and not a.dtype.names:  # a record's fields may be called anything
         refuse_meaning(a, f"numpy {a.dtype} {shape_text(a.shape)}")
     dtype, base, flags = a.dtype, a.base, a.flags.num
     lay = PLAIN if flags & _IN_C and a.size and 1 not in a.shape else layout_of(a)
@@ -146,13 +146,13 @@ def _chain(a: Any) -> list[Any]:
 
 def refuse_meaning(x: Any, what: str, number: str = "x.value, or x.to_value(unit)") -> None:
     """A class of arrays may mean more than their elements say: masks of NumPy and others, quantities with a unit."""
-    cls = type(x)
-    if hasattr(cls, "mask"):
+    if hasattr(type(x), "mask") and not callable(x.mask):
         masked = Obstacle("masked", f"masked {what}")
-        raise masked if hasattr(cls, "filled") else masked.cured("Convert x.unmasked and x.mask.")
-    unit = next((str(getattr(x, name)) for name in ("unit", "units") if hasattr(cls, name)), "None")
-    if unit not in ("None", "", "dimensionless"):
-        raise Obstacle("unit", f"{what} in {unit}").cured(f"Convert {number} in a unit of your choice.")
+        raise masked if hasattr(x, "filled") else masked.cured("Convert x.unmasked and x.mask.")
+    for name in ("unit", "units"):
+        unit = getattr(x, name, None)
+        if not callable(unit) and str(unit) not in ("None", "", "dimensionless"):
+            raise Obstacle("unit", f"{what} in {unit}").cured(f"Convert {number} in a unit of your choice.")
 
 
 def _obstacle(a: Array) -> Obstacle:

@@ -86,7 +86,7 @@ def _to_torch_rows(scope: Scope) -> list[Row]:
         import tensorbridge as tb
 
         a = make()
-        unlike = UNASKED if a.flags.c_contiguous else "it shares elements that overlap as well"
+        unlike = UNASKED if a.flags.forc else "it shares elements that overlap as well"
         if isinstance(a.base, torch.Tensor):
             unlike = "it loses the version counter of the tensor behind the array, which guards gradients"
         ways = (

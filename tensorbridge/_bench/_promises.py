@@ -116,7 +116,7 @@ QUESTIONS = (
         "promises",
         "Where does the time of a small shared call go?",
         "What a lane asks before it shares, and what each question keeps from happening. Every line is timed alone, in "
-        "a loop that takes its own share of each, so the parts add up to more than the whole.",
+        "a tight loop, where it is at its fastest: the parts need not add up to the whole.",
         _rows,
     ),
 )

@@ -13,8 +13,8 @@ import tensorbridge
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # before JAX is imported
 
 LIBRARIES = (
-    "attrs", "dask", "datasets", "h5py", "jax", "optree", "pandas", "polars", "pyarrow", "safetensors", "tifffile",
-    "transformers", "xarray", "zarr",
+    "astropy", "attrs", "dask", "datasets", "h5py", "jax", "optree", "pandas", "pint", "polars", "pyarrow",
+    "safetensors", "tifffile", "transformers", "unyt", "xarray", "zarr",
 )  # fmt: skip
 missing = [name for name in LIBRARIES if importlib.util.find_spec(name) is None]
 if missing:
