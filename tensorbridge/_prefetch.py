@@ -175,8 +175,8 @@ class _State:
         """The next batch or failure; None at the end."""
         if os.getpid() != self.process:
             raise RuntimeError("prefetch: the worker thread is in the parent process; make the iterator after the fork")
-        item = self.ready.get()
-        if item is None or self.closed:
+        item = None if self.closed else self.ready.get()
+        if item is None:  # what was taken before another consumer closed is given out still
             self.ready.put(None)  # for whoever asks again
             return None
         self.room.put(None)

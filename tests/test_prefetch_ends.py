@@ -285,6 +285,26 @@ def test_grad_mode_is_that_of_the_caller(enabled):
     assert made.requires_grad == enabled
 
 
+def test_a_batch_that_one_consumer_has_taken_is_not_lost_where_another_comes_to_the_end():
+    state = _prefetch._State(2)
+    shelf = state.ready
+
+    class Interrupted:
+        """Between the look at the shelf and what follows, another consumer finds the end, and closes."""
+
+        put, get_nowait = shelf.put, shelf.get_nowait
+
+        def get(self) -> Any:
+            item = shelf.get()
+            state.close()
+            return item
+
+    state.put(_prefetch.Batch("the last"))
+    state.ready = Interrupted()
+    assert state.take().value == "the last"
+    assert state.take() is None
+
+
 def test_many_consumers_share_the_batches():
     ready = on_host(Source(200), depth=3)
     found: list[int] = []
