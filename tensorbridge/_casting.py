@@ -6,6 +6,7 @@ NumPy warns at the line that casts, and Python shows a warning once a line: one 
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextvars import Context, ContextVar, copy_context
 from typing import Any, TypeVar
 
 import numpy as np
@@ -16,19 +17,46 @@ _T = TypeVar("_T")
 _KINDS = {"divide by zero": "divide", "overflow": "over", "underflow": "under", "invalid value": "invalid"}
 
 
+class _Listener:
+    """Hears what NumPy has to say while `state` is in `variable`, where NumPy keeps what `np.errstate` sets.
+
+    To set a context variable takes a tenth of the time of `np.errstate`. A NumPy that has none leaves `variable` None.
+    """
+
+    def __init__(self) -> None:
+        self.said: list[str] = []
+        self.variable: ContextVar[Any] | None = None
+        if len(found := Context().run(self._open)) == 1:
+            ((self.variable, self.state),) = found.items()
+
+    def _open(self) -> Context:
+        with np.errstate(all="call", call=self.hear):
+            return copy_context()
+
+    def hear(self, kind: str, flag: int) -> None:
+        self.said.append(kind)
+
+
+_idle: list[_Listener] = []  # each hears one cast at a time
+
+
 def told(cast: Callable[..., _T], source: str, wanted: str) -> Callable[..., _T]:
     """`cast`, from elements of one name to another, with its warnings at the caller's line.
 
-    What NumPy has to say is kept back for the moment of the cast, by its own `errstate`, which is this context's alone.
+    What NumPy has to say is kept back for the moment of the cast, as by its own `errstate`, in this context alone.
     Who has asked for something else than a warning (`raise`, `call` ...) gets it from NumPy: the cast is done again.
     """
     if not _may_fail(source.lstrip(">"), wanted.lstrip(">")):
         return cast
 
     def cast_and_tell(*arrays: Any) -> _T:
-        said: list[str] = []
-        with np.errstate(all="call", call=lambda kind, _: said.append(kind)):
-            made = cast(*arrays)
+        try:
+            listener = _idle.pop()
+        except IndexError:
+            listener = _Listener()
+        made = _heard(listener, cast, arrays)
+        said, listener.said = listener.said, []
+        _idle.append(listener)
         if said:
             modes: Any = np.geterr()
             asked = {kind: modes[_KINDS[kind]] for kind in said}
@@ -39,6 +67,17 @@ def told(cast: Callable[..., _T], source: str, wanted: str) -> Callable[..., _T]
         return made
 
     return cast_and_tell
+
+
+def _heard(listener: _Listener, cast: Callable[..., _T], arrays: tuple[Any, ...]) -> _T:
+    if (variable := listener.variable) is None:
+        with np.errstate(all="call", call=listener.hear):
+            return cast(*arrays)
+    before = variable.set(listener.state)
+    try:
+        return cast(*arrays)
+    finally:
+        variable.reset(before)
 
 
 def _may_fail(source: str, wanted: str) -> bool:

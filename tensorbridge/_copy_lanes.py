@@ -1,7 +1,7 @@
 """Fast lanes for copies: `copy=True` or `out=`, alone, of plain dense arrays of exact types.
 
 As in `_lanes`: a lane takes only what it can tell for sure in a few checks, and gives what the full road gives. None is
-no answer: the full road decides. NumPy copies, over a view of the tensor that it borrows for the moment.
+no answer: the full road decides. NumPy copies, over a view of the tensor's memory that it borrows for the moment.
 """
 
 from __future__ import annotations
@@ -19,35 +19,30 @@ _may_share_memory = np.may_share_memory
 
 _Tensor: Any = None
 _plain: frozenset[Any] = frozenset()
-_plain_numpy: frozenset[Any] = frozenset()
-_forward_ad: Any
 _from_numpy: Callable[[Any], Any]
-_borrowed: Callable[[Any], Any]
-_is_plain: Callable[[Any], bool]
+_dense: Callable[[Any], Any]
 _increment_version: Callable[[Any], None]
 
 
 def open(adapter: Adapter) -> None:
-    global _Tensor, _plain, _plain_numpy, _forward_ad, _from_numpy, _borrowed, _is_plain, _increment_version
+    global _Tensor, _plain, _from_numpy, _dense, _increment_version
     facts: Any = adapter
-    _plain, _plain_numpy = facts.PLAIN, facts.PLAIN_NUMPY
-    _forward_ad, _from_numpy, _borrowed = facts.forward_ad, facts.from_numpy, facts.borrowed
-    _is_plain, _increment_version = facts.is_plain, facts.increment_version
+    _plain, _dense = facts.PLAIN, facts.dense
+    _from_numpy, _increment_version = facts.from_numpy, facts.increment_version
     _Tensor = facts.Tensor
 
 
 def tensor_to_numpy(x: Any, options: dict[str, Any]) -> Any:
     """What `to_numpy` gives for a tensor of exactly that type."""
-    if len(options) != 1 or x.dtype not in _plain or not _is_dense(x):
+    if len(options) != 1 or x.dtype not in _plain:
         return None
     if options.get("copy") is True:
-        return _borrowed(x).copy()
+        return None if (view := _dense(x)) is None else view.copy()
     out: Any = options.get("out")
-    if type(out) is not _ndarray or not out.flags.carray or out.dtype not in _plain_numpy:
+    if type(out) is not _ndarray or not out.flags.carray or (view := _dense(x)) is None:
         return None
     if out.base is not None and (type(out.base) is not _ndarray or out.base.base is not None):
         return None
-    view = _borrowed(x)
     if view.dtype is not out.dtype or view.shape != out.shape or _may_share_memory(view, out):
         return None
     out[...] = view
@@ -61,21 +56,15 @@ def array_to_torch(x: Any, options: dict[str, Any]) -> Any:
     if options.get("copy") is True:
         return _from_numpy(x.copy("K"))
     out: Any = options.get("out")
-    if type(out) is not _Tensor or not x.flags.carray or out.requires_grad or not _is_dense(out):
+    if type(out) is not _Tensor or not x.flags.carray or out.requires_grad or out.dtype not in _plain:
         return None
-    if out.dtype not in _plain or out.is_inference() or _readonly.is_marked(out):
+    if out.is_inference() or _readonly.is_marked(out) or (view := _dense(out)) is None:
         return None
-    view = _borrowed(out)
     if view.dtype is not x.dtype or view.shape != x.shape or _may_share_memory(view, x):
         return None
     view[...] = x
     _increment_version(out)
     return out
-
-
-def _is_dense(t: Any) -> bool:
-    """Whether this is a plain tensor on the host, whose elements lie in C's order in its own memory."""
-    return _is_plain(t) and t.is_contiguous() and _forward_ad._current_level < 0 and is_held(t)
 
 
 def is_held(t: Any) -> bool:

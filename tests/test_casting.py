@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 import warnings
+from contextvars import Context, ContextVar
 from pathlib import Path
 
 import numpy as np
@@ -14,9 +15,10 @@ import torch
 from races import with_adapters
 
 import tensorbridge as tb
-from tensorbridge import _watch
+from tensorbridge import _casting, _watch
 
 HUGE = np.array([1e300, 1.0])
+OVERFLOW = "overflow encountered in cast"
 
 
 def out_of_torch():
@@ -206,6 +208,44 @@ def test_threads_keep_their_own_errstate():
     assert failures == []
 
 
+def test_a_cast_is_done_in_the_callers_own_context():
+    mine = ContextVar("mine", default="nobody's")
+    mine.set("the caller's")
+    seen = []
+
+    def cast(a):
+        seen.append(mine.get())
+        return a.astype("float32")
+
+    assert [text for text, *_ in warned(lambda: _casting.told(cast, "float64", "float32")(HUGE))] == [OVERFLOW]
+    assert seen == ["the caller's"]
+
+
+def test_a_numpy_that_keeps_its_errstate_elsewhere_is_told_by_its_errstate(monkeypatch):
+    monkeypatch.setattr(_casting, "copy_context", Context)  # nothing is found
+    monkeypatch.setattr(_casting, "_idle", [])
+    for _ in range(2):
+        assert [text for text, *_ in warned(CASTS["to_torch"])] == [OVERFLOW]
+    assert [listener.variable for listener in _casting._idle] == [None]
+
+
+def test_this_numpy_keeps_it_in_a_context_variable():
+    assert isinstance(_casting._Listener().variable, ContextVar)
+
+
+def test_a_cast_that_fails_says_nothing_in_the_next():
+    def cast(a):
+        made = a.astype("float32")
+        if a is HUGE:
+            raise MemoryError
+        return made
+
+    tell = _casting.told(cast, "float64", "float32")
+    with pytest.raises(MemoryError):
+        tell(HUGE)
+    assert warned(lambda: tell(np.ones(2))) == []
+
+
 def test_a_cast_on_its_way_to_a_device_warns_at_the_callers_line(monkeypatch):
     for _ in with_adapters(monkeypatch):
         seen = warned(lambda: tb.to_cupy(HUGE, dtype="float32"))
@@ -217,7 +257,7 @@ QUIET = [("uint8", "float32"), ("int64", "int8"), ("bool", "float16"), ("float32
 
 @pytest.mark.parametrize(("source", "wanted"), QUIET)
 def test_a_cast_that_cannot_fail_asks_nothing_of_numpy(source, wanted, monkeypatch):
-    monkeypatch.setattr(np, "errstate", None)
+    monkeypatch.setattr(_casting, "_idle", None)
     assert tb.to_numpy(np.ones(3, source), dtype=wanted, copy=True).tolist() == [1, 1, 1]
 
 

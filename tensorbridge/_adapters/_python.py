@@ -178,4 +178,5 @@ def describe(handle: Any, traits: Traits) -> ArrayInfo:
 
 def performer(step: Step, before: Traits, want: Want) -> Callable[[Any], Any]:
     dtype, wanted = _dtypes.DTYPES[before.dtype].numpy, _dtypes.DTYPES[step.after.dtype].numpy
-    return _casting.told(lambda x: np.array(x, dtype=dtype).astype(wanted, copy=False), before.dtype, step.after.dtype)
+    cast = _casting.told(lambda a: a.astype(wanted, copy=False), before.dtype, step.after.dtype)
+    return lambda x: cast(np.array(x, dtype=dtype))

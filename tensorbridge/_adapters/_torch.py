@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from tensorbridge import _dtypes, _readonly, _streams
-from tensorbridge._adapters import _torch_cuda, _torch_steps
+from tensorbridge._adapters import _numpy, _torch_cuda, _torch_steps
 from tensorbridge._adapters._torch_steps import DTYPES, NAMES
 from tensorbridge._array import CPU, ArrayInfo, Device, Layout, Traits, layout, order_text, shape_text, size_class
 from tensorbridge._refuse import Obstacle
@@ -43,6 +43,7 @@ def _crosses_bus(t: Tensor, want: Want) -> bool:
 # The keys by which torch dispatches tell at once what `refuse` asks for one by one (functorch's, functional, sparse,
 # nested, quantized, mkldnn, meta), and lazy bits. Beside the one of plain memory on the host, these mean nothing here.
 _keys, _Key, _Keys = torch._C._dispatch_keys, torch._C.DispatchKey, torch._C.DispatchKeySet
+_raw = _Keys.raw_repr
 _HOST: int = _Keys(_Key.CPU).raw_repr()
 _ASKED = ~sum(_Keys(key).raw_repr() & ~_HOST for key in (_Key.ADInplaceOrView, _Key.AutogradCPU, _Key.AutocastCPU))
 EXACT = frozenset({torch.Tensor, torch.nn.Parameter})
@@ -50,7 +51,7 @@ EXACT = frozenset({torch.Tensor, torch.nn.Parameter})
 
 def is_plain(t: Tensor) -> bool:
     """Whether this tensor certainly lies on the host, its values in its bytes, and only its dtype can be in the way."""
-    return _keys(t).raw_repr() & _ASKED == _HOST and type(t) in EXACT and not _modes()
+    return _raw(_keys(t)) & _ASKED == _HOST and type(t) in EXACT and not _modes()
 
 
 def is_intercepted() -> bool:
@@ -115,7 +116,7 @@ def like(first: Tensor) -> Callable[[Sequence[Tensor]], bool] | None:
     def alike(ts: Sequence[Tensor]) -> bool:
         if set(map(type, ts)) != {Tensor}:
             return False
-        if {raw & _ASKED for raw in set(map(_Keys.raw_repr, map(_keys, ts)))} != {_HOST}:
+        if {raw & _ASKED for raw in set(map(_raw, map(_keys, ts)))} != {_HOST}:
             return False
         if [set(map(fact, ts)) for fact in _FACTS] != plain:  # a nested one has no shape
             return False
@@ -248,3 +249,14 @@ PLAIN = frozenset(dtype for name, dtype in DTYPES.items() if _dtypes.crosses_pla
 # Not the complex ones, whose alignment has to be asked.
 PLAIN_NUMPY = frozenset(_dtypes.DTYPES[NAMES[dtype]].numpy for dtype in PLAIN if not dtype.is_complex)
 from_numpy, increment_version = torch.from_numpy, torch.autograd.graph.increment_version
+
+
+def dense(t: Tensor) -> Any:
+    """A NumPy view, for as long as `t` is held, of a tensor whose elements certainly lie, all of them and as they are,
+    in C's order in memory on the host. None where these few questions do not tell.
+    """
+    if _raw(_keys(t)) & _ASKED != _HOST or _modes() or forward_ad._current_level >= 0 or not t.is_contiguous():
+        return None
+    if t.storage_offset() * t.element_size() + t.nbytes > t.untyped_storage().nbytes():
+        return None
+    return _numpy.at(t.data_ptr(), t.shape, _torch_steps.IN_NUMPY[t.dtype])

@@ -22,7 +22,7 @@ DTYPES: dict[str, Any] = {
     name: getattr(torch, row.torch) for name, row in _dtypes.DTYPES.items() if row.torch and hasattr(torch, row.torch)
 }
 NAMES: dict[torch.dtype, str] = {dtype: name for name, dtype in DTYPES.items()}
-_IN_NUMPY: dict[torch.dtype, Any] = {
+IN_NUMPY: dict[torch.dtype, Any] = {
     dtype: _dtypes.DTYPES[name].numpy or np.dtype((np.void, dtype.itemsize)) for name, dtype in DTYPES.items()
 }
 _CARRIER: dict[str, Any] = {
@@ -203,4 +203,4 @@ def borrowed(t: Any) -> Any:
     if not isinstance(t, Tensor):
         return t
     strides = None if t.is_contiguous() else [s * t.element_size() for s in t.stride()]
-    return _numpy.at(t.data_ptr(), t.shape, _IN_NUMPY[t.dtype], strides)
+    return _numpy.at(t.data_ptr(), t.shape, IN_NUMPY[t.dtype], strides)

@@ -15,6 +15,8 @@ from typing import Any
 
 from tensorbridge._bench._rows import (
     NONE,
+    SEE,
+    UNASKED,
     Case,
     Goal,
     Question,
@@ -48,7 +50,6 @@ ARRAYS: dict[str, Callable[[], Any]] = {
     "float32 (16,), a view of a tensor": lambda: import_module("torch").rand(16).numpy(),
 }
 
-UNASKED, SEE = "it asks nothing first", ": see `promises`"  # what stands in the way of a shared crossing
 A1_GOAL = Goal("A1", ("by hand",), "cost", 0.85, 0.78)
 A2_GOALS = (Goal("A2", ("torch.as_tensor",), "cost", 0.55), Goal("A2", ("torch.from_numpy",), "cost", 1.4))
 
@@ -139,7 +140,7 @@ def _peer_rows(scope: Scope) -> list[Row]:
         if name == "eagerpy":
             names["like"] = peer.astensor(t)
         ours, theirs = ("tb.to_numpy(t)", to_numpy) if direction == "to NumPy" else ("tb.to_torch(a)", to_torch)
-        ways = (Way("tensorbridge", ours, "bridge"), Way("their function", theirs))
+        ways = (Way("tensorbridge", ours, "bridge"), Way("their function", theirs, unlike=UNASKED + SEE))
         goals = (Goal("A3", ("their function",), "speed", 2.0),) if named else ()
         return Case(ways, names, result_is(t if direction == "to NumPy" else a), goals=goals)
 

@@ -90,6 +90,9 @@ class Question(NamedTuple):
 FLOOR = 0.95
 
 
+UNASKED, SEE = "it asks nothing first", ": see `promises`"  # what stands in the way of a small call
+
+
 def threads(nbytes: int) -> str:
     """What torch's plain copy of so many bytes does that ours does not."""
     return "it starts threads, which wait for any core that is busy (docs/cost.md)" if nbytes > 32 * KIB else ""

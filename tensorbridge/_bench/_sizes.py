@@ -11,7 +11,9 @@ from tensorbridge._bench._rows import (
     KIB,
     MIB,
     REUSED,
+    SEE,
     SHARED,
+    UNASKED,
     WARM,
     Case,
     Question,
@@ -65,12 +67,12 @@ TO_TORCH = Direction(
         Way("copy into out", "tb.to_torch(x, out=w)", "bridge", WARM),
         Way("share by hand", "torch.from_numpy(x)", "baseline", SHARED),
         Way("copy by hand", "torch.tensor(x)", "baseline", FRESH),
-        Way("NumPy's copy", "torch.from_numpy(x.copy())", "baseline", FRESH),
-        Way("torch's copy", "torch.from_numpy(x).clone()", "baseline", FRESH),
-        Way("NumPy's copy, dropped", "torch.from_numpy(x.copy())", "baseline", REUSED),
-        Way("torch's copy, dropped", "torch.from_numpy(x).clone()", "baseline", REUSED),
-        Way("NumPy's copy into out", "np.copyto(wn, x)", "baseline", WARM, unlike=UNCOUNTED),
-        Way("torch's copy into out", "w.copy_(torch.from_numpy(x))", "baseline", WARM),
+        Way("NumPy's copy", "torch.from_numpy(x.copy())", "baseline", FRESH, unlike=UNASKED + SEE),
+        Way("torch's copy", "torch.from_numpy(x).clone()", "baseline", FRESH, unlike=UNASKED + SEE),
+        Way("NumPy's copy, dropped", "torch.from_numpy(x.copy())", "baseline", REUSED, unlike=UNASKED + SEE),
+        Way("torch's copy, dropped", "torch.from_numpy(x).clone()", "baseline", REUSED, unlike=UNASKED + SEE),
+        Way("NumPy's copy into out", "np.copyto(w.numpy(), x)", "baseline", WARM, unlike=UNCOUNTED),
+        Way("torch's copy into out", "w.copy_(torch.from_numpy(x))", "baseline", WARM, unlike=UNASKED + SEE),
     ),
 )
 TO_NUMPY = Direction(
@@ -84,11 +86,11 @@ TO_NUMPY = Direction(
         Way("share by hand", "x.detach().cpu().numpy()", "baseline", SHARED),
         Way("copy by hand", "x.detach().cpu().numpy().copy()", "baseline", FRESH),
         Way("NumPy's copy", "np.array(x.numpy())", "baseline", FRESH, unlike=LOCKS),
-        Way("torch's copy", "x.clone().numpy()", "baseline", FRESH),
+        Way("torch's copy", "x.clone().numpy()", "baseline", FRESH, unlike=UNASKED + SEE),
         Way("NumPy's copy, dropped", "np.array(x.numpy())", "baseline", REUSED, unlike=LOCKS),
-        Way("torch's copy, dropped", "x.clone().numpy()", "baseline", REUSED),
+        Way("torch's copy, dropped", "x.clone().numpy()", "baseline", REUSED, unlike=UNASKED + SEE),
         Way("NumPy's copy into out", "np.copyto(wn, x.numpy())", "baseline", WARM, unlike=LOCKS),
-        Way("torch's copy into out", "w.copy_(x)", "baseline", WARM),
+        Way("torch's copy into out", "torch.from_numpy(wn).copy_(x)", "baseline", WARM, unlike=UNASKED + SEE),
     ),
 )
 SWEEP_GOALS = (
@@ -104,7 +106,8 @@ def _sweep_rows(scope: Scope) -> list[Row]:
         ways = tuple(
             w for w in direction.ways if w.state != REUSED or nbytes <= LARGEST
         )  # larger ones are fresh anyway
-        ways = tuple(w._replace(unlike=threads(nbytes)) if w.name.startswith("torch's") else w for w in ways)
+        if started := threads(nbytes):
+            ways = tuple(w._replace(unlike=started) if w.name.startswith("torch's") else w for w in ways)
         told = {way.name for way in ways}
         return Case(ways, names, copied(names), nbytes, tuple(goal for goal in SWEEP_GOALS if goal.way in told))
 
