@@ -273,3 +273,86 @@ def test_the_keys_of_dispatch_find_nothing_strange_in_ordinary_tensors():
     for name, row in _dtypes.DTYPES.items():
         if row.torch and hasattr(torch, row.torch):
             assert is_plain(torch.zeros(2, dtype=getattr(torch, row.torch))), name
+
+
+def misaligned() -> torch.Tensor:
+    return torch.from_numpy(np.frombuffer(bytearray(17), "float32", 4, offset=1))
+
+
+def short() -> torch.Tensor:
+    t = torch.ones(4)
+    t.untyped_storage().resize_(8)
+    return t
+
+
+def short_of_its_offset() -> torch.Tensor:
+    t = torch.ones(12)[8:]
+    t.untyped_storage().resize_(40)
+    return t
+
+
+def gapped() -> torch.Tensor:
+    return torch.ones(8)[::2]
+
+
+# Of one dtype and shape, and for the most part of the same strides as a plain one.
+TWINS = {
+    "misaligned": misaligned,
+    "short": short,
+    "short of its offset": short_of_its_offset,
+    "gapped": gapped,
+    "in a graph": lambda: torch.ones(4, requires_grad=True) * 2,
+    "of another dtype": lambda: torch.ones(4, dtype=torch.int32),
+    "read-only": lambda: tb.to_torch(np.frombuffer(bytes(16), "float32"), share_readonly=True),
+    "on our word": lambda: tb.to_torch(np.frombuffer(bytes(16), "float32"), share_readonly=True)[:],
+}
+
+
+def outright(t: torch.Tensor) -> Any:
+    adapter: Any = _convert.adapter_of(torch.Tensor)
+    try:
+        return adapter._traits(t, True, ask_pinned=False)
+    except adapter.Obstacle:
+        return None
+
+
+@pytest.mark.parametrize("first", ["plain", "twin"])
+@pytest.mark.parametrize("name", TWINS)
+def test_a_tensor_that_looks_like_one_that_was_seen_is_still_looked_at(name, first):
+    adapter: Any = _convert.adapter_of(torch.Tensor)
+    adapter._seen.clear()
+    pair = [torch.ones(4), TWINS[name]()]
+    for t in pair if first == "plain" else pair[::-1]:
+        for _ in range(2):
+            assert adapter.kind(t) == outright(t)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script.* is deprecated")  # which torch uses for that itself
+@pytest.mark.parametrize("first", ["plain", "twin"])
+def test_a_tensor_that_looks_like_one_that_was_seen_may_carry_a_tangent(first):
+    adapter: Any = _convert.adapter_of(torch.Tensor)
+    adapter._seen.clear()
+    with torch.autograd.forward_ad.dual_level():
+        pair = [torch.ones(4), torch.autograd.forward_ad.make_dual(torch.ones(4), torch.ones(4))]
+        for t in pair if first == "plain" else pair[::-1]:
+            for _ in range(2):
+                assert adapter.kind(t) == outright(t)
+        assert adapter.kind(pair[1]).graph
+    assert not adapter.kind(torch.ones(4)).graph
+
+
+def test_an_empty_tensor_needs_no_storage():
+    adapter: Any = _convert.adapter_of(torch.Tensor)
+    adapter._seen.clear()
+    for _ in range(2):
+        assert adapter.kind(torch.ones(0, 3)).size == "empty"
+    assert len(adapter._seen) == 1
+
+
+def test_the_kinds_that_are_kept_are_not_many(monkeypatch):
+    adapter: Any = _convert.adapter_of(torch.Tensor)
+    adapter._seen.clear()
+    monkeypatch.setattr(adapter, "_KEPT", 3)
+    for n in range(10):
+        adapter.kind(torch.ones(n))
+    assert len(adapter._seen) <= 3

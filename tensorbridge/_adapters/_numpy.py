@@ -270,12 +270,7 @@ class _Bytes(ctypes.c_char * sys.maxsize):  # type: ignore[misc]
     """All bytes from an address on. The shape of an array over them says how many are meant."""
 
 
-_bytes_at = _Bytes.from_address
-
-
-def at(address: int, shape: Sequence[int], dtype: Any, strides: Sequence[int] | None = None) -> Array:
-    """A writable array at an address, which it keeps nothing alive at; cheaper to make than with `Memory`."""
-    return np.ndarray(shape, dtype, _bytes_at(address), 0, strides)
+bytes_at = _Bytes.from_address  # a buffer for `np.ndarray`, which keeps nothing alive; cheaper to make than `Memory`
 
 
 class Memory:

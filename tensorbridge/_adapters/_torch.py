@@ -11,6 +11,7 @@ from functools import lru_cache
 from operator import attrgetter
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
@@ -61,10 +62,30 @@ def is_intercepted() -> bool:
 
 def kind(t: Tensor) -> Traits | None:
     """The traits of a plain tensor on the host, where they are quickly told."""
+    if not is_plain(t):
+        return None
+    told = (t.dtype, t.shape, t.stride(), t.requires_grad)
+    seen = _seen.get(told)
+    if seen is not None and not _readonly.marked and forward_ad._current_level < 0:
+        found, itemsize, span = seen
+        held = t.storage_offset() * itemsize + span <= t.untyped_storage().nbytes()
+        if held and not t.data_ptr() % itemsize:
+            return found
     try:
-        return _traits(t, True, ask_pinned=False) if t.dtype in NAMES and is_plain(t) else None
+        made = _traits(t, True, ask_pinned=False) if t.dtype in NAMES else None
     except Obstacle:
         return None
+    if made is not None and made.aligned and made.writable and made.graph == t.requires_grad:
+        if len(_seen) >= _KEPT:
+            _seen.clear()
+        itemsize = t.element_size()
+        _seen[told] = made, itemsize, itemsize * (_span(t.shape, t.stride()) if t.numel() else 0)
+    return made
+
+
+# By all that the kind of a plain tensor rests on but where it lies: its itemsize, and its bytes from first to last.
+_seen: dict[tuple[Any, ...], tuple[Traits, int, int]] = {}
+_KEPT = 1024
 
 
 def _traits(t: Tensor, plain: bool, *, ask_pinned: bool) -> Traits:
@@ -129,8 +150,11 @@ def like(first: Tensor) -> Callable[[Sequence[Tensor]], bool] | None:
 @lru_cache(maxsize=1024)
 def _layout(shape: Sequence[int], strides: Sequence[int], itemsize: int) -> tuple[Layout, int]:
     """The layout, and how many elements lie between the first and the last, both included."""
-    span = 1 + sum([(n - 1) * s for n, s in zip(shape, strides, strict=True)])
-    return layout(tuple(shape), tuple([s * itemsize for s in strides]), itemsize), span
+    return layout(tuple(shape), tuple([s * itemsize for s in strides]), itemsize), _span(shape, strides)
+
+
+def _span(shape: Sequence[int], strides: Sequence[int]) -> int:
+    return 1 + sum([(n - 1) * s for n, s in zip(shape, strides, strict=True)])
 
 
 def _check_storage(t: Tensor, span: int, itemsize: int) -> None:
@@ -259,4 +283,4 @@ def dense(t: Tensor) -> Any:
         return None
     if t.storage_offset() * t.element_size() + t.nbytes > t.untyped_storage().nbytes():
         return None
-    return _numpy.at(t.data_ptr(), t.shape, _torch_steps.IN_NUMPY[t.dtype])
+    return np.ndarray(t.shape, _torch_steps.IN_NUMPY[t.dtype], _numpy.bytes_at(t.data_ptr()))

@@ -202,5 +202,7 @@ def borrowed(t: Any) -> Any:
     """A NumPy view for as long as `t` is held: `Tensor.numpy` would make the storage refuse to be resized for good."""
     if not isinstance(t, Tensor):
         return t
-    strides = None if t.is_contiguous() else [s * t.element_size() for s in t.stride()]
-    return _numpy.at(t.data_ptr(), t.shape, IN_NUMPY[t.dtype], strides)
+    if t.is_contiguous():
+        return np.ndarray(t.shape, IN_NUMPY[t.dtype], _numpy.bytes_at(t.data_ptr()))
+    strides = [s * t.element_size() for s in t.stride()]
+    return np.ndarray(t.shape, IN_NUMPY[t.dtype], _numpy.bytes_at(t.data_ptr()), 0, strides)

@@ -10,6 +10,7 @@ from tensorbridge._bench._rows import (
     KIB,
     MIB,
     REUSED,
+    UNDECIDED,
     WARM,
     Case,
     Goal,
@@ -136,15 +137,15 @@ def _plain(dtype: str, itemsize: int) -> Callable[[int], dict[str, Any]]:
 CHANGES = (
     Change(
         "float32 transposed, to torch", 5.0, _transposed,
-        "tb.to_torch(x, out=w)", "np.copyto(wn, x)", "w.copy_(torch.from_numpy(x))", WARM,
+        "tb.to_torch(x, out=w)", "np.copyto(w.numpy(), x)", "w.copy_(torch.from_numpy(x))", WARM,
     ),
     Change(
         "float32 transposed, to NumPy", 5.0, _as_tensor(_transposed),
-        "tb.to_numpy(x, out=wn)", "np.copyto(wn, x.numpy())", "w.copy_(x)", WARM,
+        "tb.to_numpy(x, out=wn)", "np.copyto(wn, x.numpy())", "torch.from_numpy(wn).copy_(x)", WARM,
     ),
     Change(
         "uint8 images, channels last to first", None, _images,
-        "tb.to_torch(x, out=w)", "np.copyto(wn, x)", "w.copy_(torch.from_numpy(x))", WARM,
+        "tb.to_torch(x, out=w)", "np.copyto(w.numpy(), x)", "w.copy_(torch.from_numpy(x))", WARM,
     ),
     Change(
         "float32 channels_last, kept", None, _channels_last,
@@ -197,9 +198,9 @@ def change_case(change: Change, nbytes: int) -> Case:
     state = REUSED if change.state == FRESH and nbytes <= SMALL else change.state
     ways = [
         Way("tensorbridge", change.ours, "bridge", state),
-        Way("NumPy", change.numpy, "baseline", state),
+        Way("NumPy", change.numpy, "baseline", state, unlike=UNDECIDED),
         # With a goal of its own, ours is torch's kernel too.
-        Way("torch", change.torch, "baseline", state, unlike="" if change.goal else threads(nbytes)),
+        Way("torch", change.torch, "baseline", state, unlike=(change.goal is None and threads(nbytes)) or UNDECIDED),
         Way("memcpy", "np.copyto(spare, block)", "limit", WARM),
     ]
     goals = [floor("NumPy", "torch")]

@@ -48,7 +48,7 @@ def _large_rows(scope: Scope) -> list[Row]:
         names |= {"memmove": ctypes.memmove, "to": names["w"].data_ptr(), "at": names["x"].ctypes.data, "n": nbytes}
         ways = (
             Way("tensorbridge", "tb.to_torch(x, out=w)", "bridge", WARM),
-            Way("NumPy's copy", "np.copyto(wn, x)", "baseline", WARM),
+            Way("NumPy's copy", "np.copyto(w.numpy(), x)", "baseline", WARM),
             Way("torch's copy", "w.copy_(torch.from_numpy(x))", "baseline", WARM, unlike=threads(nbytes)),
             Way("memcpy", "memmove(to, at, n)", "limit", WARM),
         )

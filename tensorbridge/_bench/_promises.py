@@ -32,7 +32,7 @@ class Lane(NamedTuple):
 
 
 _HELD = "t.storage_offset() * t.element_size() + t.nbytes > t.untyped_storage().nbytes()"
-_OVER = "_numpy.at(t.data_ptr(), t.shape, _torch_steps.IN_NUMPY[t.dtype])"
+_OVER = "np.ndarray(t.shape, _torch_steps.IN_NUMPY[t.dtype], _numpy.bytes_at(t.data_ptr()))"
 _CALL = Part("a Python function with options is called", "called(x)")
 _ALWAYS = (
     Part("no copy guard or trace is open", "not _watch.watching"),

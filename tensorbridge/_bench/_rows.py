@@ -90,7 +90,9 @@ class Question(NamedTuple):
 FLOOR = 0.95
 
 
-UNASKED, SEE = "it asks nothing first", ": see `promises`"  # what stands in the way of a small call
+# What stands in the way of a small call.
+UNASKED, SEE = "it asks nothing first", ": see `promises`"
+UNDECIDED = "it decides nothing: ours asks what the arrays are, and looks the decision up (docs/cost.md)"
 
 
 def threads(nbytes: int) -> str:
