@@ -46,6 +46,7 @@ LAYERS = [
     {"_fill"},
     {"_leaves"},
     {"_prefetch_roads"},
+    {"_prefetch_worker"},
     {"_tree", "_prefetch"},
     {"tree"},
     {"_async", "_matrix"},

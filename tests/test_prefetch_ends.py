@@ -21,7 +21,7 @@ import torch
 from sources import SOON, Source, eventually, on_host
 
 import tensorbridge as tb
-from tensorbridge import _prefetch
+from tensorbridge import _prefetch_worker
 
 pytestmark = pytest.mark.usefixtures("no_thread_is_left")
 
@@ -73,7 +73,7 @@ class Hanging(Source):
 
 
 def test_close_waits_for_a_source_that_hangs_only_so_long(monkeypatch):
-    monkeypatch.setattr(_prefetch, "PATIENCE", 0.05)
+    monkeypatch.setattr(_prefetch_worker, "PATIENCE", 0.05)
     source = Hanging()
     ready = on_host(source)
     next(ready)
@@ -286,7 +286,7 @@ def test_grad_mode_is_that_of_the_caller(enabled):
 
 
 def test_a_batch_that_one_consumer_has_taken_is_not_lost_where_another_comes_to_the_end():
-    state = _prefetch._State(2)
+    state = _prefetch_worker.State(2)
     shelf = state.ready
 
     class Interrupted:
@@ -299,7 +299,7 @@ def test_a_batch_that_one_consumer_has_taken_is_not_lost_where_another_comes_to_
             state.close()
             return item
 
-    state.put(_prefetch.Batch("the last"))
+    state.put(_prefetch_worker.Batch("the last"))
     state.ready = Interrupted()
     assert state.take().value == "the last"
     assert state.take() is None

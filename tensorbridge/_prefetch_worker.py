@@ -1,0 +1,222 @@
+"""The thread of `prefetch`: it reads and converts batches ahead, and puts them on a shelf.
+
+At most `depth` batches are ahead of the consumer, the one that is being read included. The thread runs in a copy of the
+caller's context (copy guards hold in it) and in the caller's grad mode. It holds no reference to the iterator, so that
+dropping the iterator ends it; the source is closed by the thread, which alone knows that it is not in the middle of it.
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+import sys
+import threading
+import time
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext, suppress
+from contextvars import copy_context
+from queue import Empty, SimpleQueue
+from typing import Any, NamedTuple
+
+from tensorbridge import _watch
+from tensorbridge._containers import flatten
+from tensorbridge._prefetch_roads import Batch, Host
+from tensorbridge._step import Want
+
+PATIENCE = 1.0  # seconds that close() waits for a worker whose source does not answer
+
+
+class Failure(NamedTuple):
+    error: BaseException
+
+
+class State:
+    """A bounded shelf between the worker and the consumer.
+
+    Its queues may be used wherever the garbage collector strikes, and cost a batch half of what a condition does.
+    """
+
+    def __init__(self, depth: int) -> None:
+        self.ready: SimpleQueue[Batch | Failure | None] = SimpleQueue()  # None: no more
+        self.room: SimpleQueue[None] = SimpleQueue()  # an entry for each batch that may be read
+        for _ in range(depth):
+            self.room.put(None)
+        self.closed = False  # the consumer wants no more
+        self.outran = False  # a later prefetch has taken the source
+        self.consumer = threading.get_ident()
+        self.failure: BaseException | None = None  # of closing the source
+        self.process = os.getpid()
+
+    def wait_for_room(self) -> bool:
+        """Whether another batch is wanted; waits until one may be read."""
+        self.room.get()
+        return not self.closed
+
+    def put(self, item: Batch | Failure) -> None:
+        self.ready.put(item)
+        if self.closed:
+            self.close()  # it may have looked before this came
+
+    def take(self) -> Batch | Failure | None:
+        """The next batch or failure; None at the end."""
+        if os.getpid() != self.process:
+            raise RuntimeError("prefetch: the worker thread is in the parent process; make the iterator after the fork")
+        self.consumer = threading.get_ident()
+        item = None if self.closed else self.ready.get()
+        if item is None:  # what was taken before another consumer closed is given out still
+            self.ready.put(None)  # for whoever asks again
+            if self.outran:
+                text = "prefetch: a later prefetch reads this loader, whose persistent workers serve one loop at a time"
+                raise RuntimeError(f"{text}; give each loop a loader of its own")
+            return None
+        self.room.put(None)
+        return item
+
+    def close(self) -> None:
+        self.closed = True
+        with suppress(Empty):
+            while True:
+                self.ready.get_nowait()
+        self.ready.put(None)
+        self.room.put(None)
+
+    def outrun(self) -> None:
+        """Close, and say so to whoever still asks."""
+        self.outran = not self.closed
+        self.close()
+
+    def end(self, failure: BaseException | None) -> None:
+        self.failure = failure
+        self.ready.put(None)
+
+
+class Worker(threading.Thread):
+    """A daemon: a source that hangs must not keep the interpreter from ending."""
+
+    def __init__(
+        self, batches: Any, source: Iterator[Any], depth: int, transform: Any, want: Want, road: Host, where: str
+    ) -> None:
+        self.state = State(depth)
+        self.loader = batches if _hands_out_one(batches) else None
+        arguments = (_work, self.state, source, transform, want, road, _grad_mode(), where)
+        super().__init__(target=copy_context().run, args=arguments, name=f"prefetch {where}", daemon=True)
+        _workers.add(self)
+
+    def stop(self) -> None:
+        """Want no more; wait for a batch that is being read. The next loop may need what it is read from."""
+        self.state.close()
+        if self is not threading.current_thread():
+            self.join(PATIENCE if self.loader is None else None)
+
+
+def dropped(worker: Worker) -> None:
+    """The iterator is gone. The garbage collector may notice in a thread that the source waits for."""
+    if worker.loader is not None and worker.state.consumer == threading.get_ident():
+        worker.stop()
+    worker.state.close()
+
+
+def _hands_out_one(batches: Any) -> bool:
+    """Whether this is a DataLoader that gives every loop the same iterator, reset: one thread may read it at a time."""
+    return bool(getattr(batches, "persistent_workers", False))
+
+
+def end_readers_of(batches: Any) -> None:
+    """Wait for earlier threads that are in the middle of such a loader, however long its batch takes."""
+    if _hands_out_one(batches):
+        for worker in [worker for worker in _workers if worker.loader is batches]:
+            if worker.is_alive() and worker is not threading.current_thread():
+                worker.state.outrun()
+                worker.join()
+
+
+def _work(
+    state: State,
+    source: Iterator[Any],
+    transform: Any,
+    want: Want,
+    road: Host,
+    grad_mode: Callable[[], Any],
+    where: str,
+) -> None:
+    failure: BaseException | None = None
+    try:
+        with _watch.inherited(), grad_mode(), road.entered():
+            _read(state, source, transform, want, road, where)
+    except BaseException as error:  # of the road itself: the consumer must not take it for the end of the source
+        state.put(Failure(error))
+    finally:
+        try:
+            close = getattr(source, "close", None)
+            if close is not None:
+                close()
+        except BaseException as error:  # for close() to raise: nobody hears it here
+            failure = error
+        del source
+        state.end(failure)
+
+
+def _read(state: State, source: Iterator[Any], transform: Any, want: Want, road: Host, where: str) -> None:
+    number = 0
+    while state.wait_for_room():
+        try:
+            batch = next(source)
+            if state.closed:
+                return
+            read = road.on_device(batch)
+            if transform is not None:
+                batch = _transformed(transform, batch, number)
+            said = _watch.called_from.set(where)  # only here: the source and the transform have lines of their own
+            try:
+                item: Any = road.converted(batch, want, read)
+            finally:
+                _watch.called_from.reset(said)
+            del batch, read
+        except StopIteration:
+            return
+        except BaseException as error:
+            state.put(Failure(error))
+            del error
+            return
+        state.put(item)
+        del item
+        number += 1
+
+
+def _transformed(transform: Any, batch: Any, number: int) -> Any:
+    try:
+        made = transform(batch)
+    except StopIteration as error:  # would end the iteration as if the source were at its end
+        raise RuntimeError(f"prefetch: transform raised StopIteration for batch {number}") from error
+    if made is None or not flatten(made).leaves:
+        what = "None" if made is None else f"{type(made).__name__} without an array in it"
+        raise TypeError(f"prefetch: transform returned {what} for batch {number}; return the batch to convert")
+    return made
+
+
+def _grad_mode() -> Callable[[], AbstractContextManager[Any]]:
+    """torch's grad mode is each thread's own: the worker gets the caller's."""
+    torch = sys.modules.get("torch")
+    if torch is None:
+        return nullcontext
+    enabled = torch.is_grad_enabled()
+    return lambda: torch.set_grad_enabled(enabled)
+
+
+_workers: weakref.WeakSet[Worker] = weakref.WeakSet()
+
+
+@atexit.register
+def _close_all() -> None:
+    """No thread may be in the middle of a framework when the interpreter ends; one whose source hangs is given up.
+
+    Threads are joined: one that has given its last batch may still be closing a DataLoader, whose last reference it
+    holds, and the interpreter would end it there, which aborts the process.
+    """
+    workers = [worker for worker in _workers if worker.state.process == os.getpid()]
+    for worker in workers:
+        worker.state.close()
+    until = time.monotonic() + PATIENCE
+    for worker in workers:
+        worker.join(max(0.0, until - time.monotonic()))

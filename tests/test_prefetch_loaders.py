@@ -1,0 +1,173 @@
+"""prefetch over loaders that have a state of their own: persistent workers, Accelerate's."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from sources import on_host
+from torch.utils.data import DataLoader, Dataset
+
+import tensorbridge as tb
+from tensorbridge import _prefetch_worker
+
+pytestmark = pytest.mark.usefixtures("no_thread_is_left")
+
+
+class OneIterator:
+    """As a DataLoader with persistent workers: each loop gets the same iterator, reset, for one reader at a time."""
+
+    persistent_workers = True
+
+    def __init__(self, slow: float = 0.02) -> None:
+        self.slow = slow
+        self.lock = threading.Lock()
+        self.reading, self.mixed = threading.Event(), False
+
+    def __iter__(self) -> Iterator[Any]:
+        self.mixed |= self.lock.locked()
+        self.number = 0
+        return self._reader()
+
+    def _reader(self) -> Iterator[Any]:
+        return iter(self.read, None)
+
+    def read(self) -> Any:
+        if not self.lock.acquire(blocking=False):
+            self.mixed = True
+            return None
+        try:
+            self.reading.set()
+            time.sleep(self.slow)
+            self.number += 1
+            return None if self.number > 8 else {"x": np.full(2, self.number)}
+        finally:
+            self.lock.release()
+
+
+def numbers(batches: Any) -> list[int]:
+    return [int(batch["x"][0]) for batch in batches]
+
+
+def first(batches: Any) -> None:
+    for _ in batches:
+        break
+
+
+def fails(batches: Any) -> None:
+    try:
+        for _ in batches:
+            raise ZeroDivisionError
+    except ZeroDivisionError:
+        pass
+
+
+def closed(batches: Any) -> None:
+    with batches as ready:
+        next(ready)
+
+
+@pytest.mark.parametrize("leave", [first, fails, closed])
+@pytest.mark.parametrize("then", ["prefetch", "plain"])
+def test_a_loop_that_was_left_is_out_of_the_loader_before_the_next_begins(leave, then, monkeypatch):
+    monkeypatch.setattr(_prefetch_worker, "PATIENCE", 0.001)
+    loader = OneIterator()
+    for _ in range(3):
+        leave(on_host(loader))
+        assert numbers(on_host(loader) if then == "prefetch" else loader) == [*range(1, 9)]
+    assert not loader.mixed
+
+
+def test_a_loop_that_is_kept_from_ending_is_ended_by_the_next():
+    loader = OneIterator()
+    kept = on_host(loader)  # as a traceback does, in a notebook
+    next(kept)
+    assert numbers(on_host(loader)) == [*range(1, 9)]
+    assert not loader.mixed
+    with pytest.raises(RuntimeError, match=r"^prefetch: a later prefetch reads this loader, whose persistent workers"):
+        list(kept)
+    kept.close()
+
+
+def test_batches_that_were_read_to_the_end_are_still_given_out():
+    loader = OneIterator(0)
+    kept = on_host(loader, depth=20)
+    kept._worker.join()
+    assert numbers(on_host(loader)) == [*range(1, 9)]
+    assert numbers(kept) == [*range(1, 9)]
+
+
+def test_a_collector_in_another_thread_does_not_wait_for_the_reader():
+    loader = OneIterator(0.3)
+    holder = [on_host(loader)]
+    worker = holder[0]._worker
+    assert loader.reading.wait(5)
+    collector = threading.Thread(target=holder.clear)
+    collector.start()
+    collector.join()
+    assert worker.is_alive()
+    assert numbers(on_host(loader)) == [*range(1, 9)]
+    assert not loader.mixed
+
+
+def test_loops_over_other_loaders_do_not_wait():
+    slow, other = OneIterator(0.3), OneIterator(0)
+    kept = on_host(slow)
+    assert numbers(on_host(other)) == [*range(1, 9)]
+    assert kept._worker.is_alive()
+    kept.close()
+
+
+def test_a_transform_may_begin_the_loader_again():
+    loader = OneIterator(0)
+    seen = []
+
+    def again(batch: Any) -> Any:
+        if not seen:
+            seen.append(True)
+            on_host(loader).close()
+        return batch
+
+    assert numbers(on_host(loader, transform=again))[0] == 1
+
+
+class Rows(Dataset[Any]):
+    def __len__(self) -> int:
+        return 32
+
+    def __getitem__(self, i: int) -> Any:
+        time.sleep(0.002)
+        return {"x": np.zeros(3, "float32"), "y": i}
+
+
+def test_persistent_workers_serve_the_next_epoch_after_a_break():
+    loader = DataLoader(Rows(), 4, num_workers=1, persistent_workers=True, collate_fn=tb.collate)
+    for epoch in range(4):
+        for i, _ in enumerate(on_host(loader)):
+            if i == epoch:
+                break
+        batches = on_host(loader) if epoch % 2 else loader
+        assert [y for batch in batches for y in batch["y"].tolist()] == [*range(32)]
+
+
+class Prepared(list[Any]):
+    """As what `Accelerator.prepare` makes of a DataLoader."""
+
+    gradient_state: Any = object()
+    end_of_dataloader = False
+
+
+def test_a_loader_that_tells_accelerate_of_its_last_batch_is_refused():
+    batches = Prepared([{"x": torch.ones(2)}])
+    text = (
+        r"^prefetch: batches is Prepared, a loader that Accelerate has prepared\. It tells accumulate\(\) and "
+        r"gather_for_metrics\(\) when the last batch is read, which here is too early: gradients would be lost\. "
+        r"Iterate it as it is; it moves its batches itself\.$"
+    )
+    with pytest.raises(ValueError, match=text):
+        tb.prefetch(batches, device="cpu")
