@@ -21,11 +21,12 @@ import numpy as np
 
 from tensorbridge import _api, _dtypes, _staging, _stream_order, _streams, _watch, tree
 from tensorbridge._array import CPU, ArrayInfo
-from tensorbridge._containers import ARRAY, OTHER, flatten, kind_of
+from tensorbridge._containers import ARRAY, OTHER, kind_of
 from tensorbridge._eager import told
 from tensorbridge._errors import DeviceError
 from tensorbridge._leaf import identity
 from tensorbridge._pack import ALIGN
+from tensorbridge._walk import flatten
 
 if TYPE_CHECKING:
     from concurrent.futures import Future, ThreadPoolExecutor

@@ -19,7 +19,7 @@ import numpy as np
 from tensorbridge import _api, _convert, _copy_lanes, _dtypes, _lanes, _options, _tables, _watch
 from tensorbridge._adapters import is_scalar
 from tensorbridge._array import shape_text
-from tensorbridge._containers import ARRAY, DICT, Kind, at, is_by_class, kind_of, rebuilt, sequence_open
+from tensorbridge._containers import ARRAY, DICT, Kind, at, check_known, is_by_class, kind_of, rebuilt, sequence_open
 from tensorbridge._eager import eager, mark
 from tensorbridge._errors import BridgeError, GraphError, UnsupportedArrayError
 
@@ -71,6 +71,7 @@ def collate(samples: Sequence[Any]) -> Any:
         raise TypeError(f"{text}; a DataLoader with batch_size=None gives one sample at a time, and needs no collate")
     if not len(samples):
         raise ValueError("collate: there are no samples")
+    check_known(samples[0], "collate")
     _convert.open_lanes()
     return _batched([*samples], None)
 

@@ -1,8 +1,7 @@
 """Containers: which values are trees of arrays, how one is opened into its children, how its like is built again.
 
-A tree is walked with a stack of its own, so that depth costs nothing. Exact built-in types are known at once; then
-come those registered with torch's pytrees or optree, tables, subclasses of built-in containers, dataclasses, classes of
-attrs, and the like. Sets are not containers here: arrays cannot be hashed.
+Exact built-in types are known at once; then come those registered with torch's pytrees or optree, tables, subclasses of
+built-in containers, dataclasses, classes of attrs, and the like. Sets are not containers here: arrays cannot be hashed.
 """
 
 from __future__ import annotations
@@ -10,9 +9,8 @@ from __future__ import annotations
 import dataclasses
 import sys
 from collections import ChainMap, OrderedDict, UserList, defaultdict, deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from enum import Enum
-from functools import partial
 from mmap import mmap
 from numbers import Number
 from os import PathLike
@@ -82,7 +80,7 @@ ROOT = Kind(
 
 # What a value is: a Kind of container, an array, or anything else, which is kept as it is.
 ARRAY, OTHER = "array", "other"
-_exact: dict[type, Any] = {
+EXACT: dict[type, Any] = {
     dict: DICT,
     list: LIST,
     tuple: TUPLE,
@@ -100,15 +98,15 @@ _PROTOCOLS = ("__dlpack__", "__cuda_array_interface__", "__array_interface__", "
 def kind_of(x: Any) -> Any:
     """The Kind of a container, ARRAY or OTHER."""
     cls = type(x)
-    found = _exact.get(cls)
+    found = EXACT.get(cls)
     if found is None and cls is getattr(sys.modules.get("torch"), "Size", None):
-        found = _exact[cls] = OTHER  # a shape, though some torch modules register it as a pytree
+        found = EXACT[cls] = OTHER  # a shape, though some torch modules register it as a pytree
     return found or _registered(cls) or _by_class(x, cls)
 
 
 def is_by_class(cls: type) -> bool:
     """Whether the class alone says what a value is."""
-    return cls in _exact or issubclass(cls, (*_KEPT, tuple, list))
+    return cls in EXACT or issubclass(cls, (*_KEPT, tuple, list))
 
 
 def is_array(x: Any) -> bool:
@@ -119,11 +117,27 @@ def may_hold_arrays(x: Any) -> bool:
     """Whether what is kept as it is may have arrays in its attributes, or give them one by one: a module, a generator.
     Numbers, text and shapes cannot.
     """
-    if _exact.get(type(x)) is OTHER or isinstance(x, (*_KEPT, Number, PathLike, FunctionType)):
+    if EXACT.get(type(x)) is OTHER or isinstance(x, (*_KEPT, Number, PathLike, FunctionType)):
         return False
     if isinstance(x, (set, frozenset)):
         return any(is_array(element) or may_hold_arrays(element) for element in x)
     return any(hasattr(x, name) for name in ("__dict__", "__slots__", "__iter__"))
+
+
+def check_known(tree: Any, call: str) -> None:
+    """Refuse what is left as it is at the root, though it may hold arrays: nothing at all would be converted."""
+    if isinstance(kind_of(tree), Kind) or is_array(tree) or not may_hold_arrays(tree):
+        return
+    cls = type(tree)
+    module = sys.modules.get("torch.nn.modules.module")
+    if module is not None and isinstance(tree, module.Module):
+        cure = "Give x.state_dict(), or dict(x.named_parameters())."
+    elif hasattr(cls, "__iter__"):
+        cure = "Give list(x)."
+    else:
+        cure = "Give vars(x), or register its class with torch.utils._pytree.register_pytree_node or with optree."
+    text = f"{call}: {cls.__name__} is no container that is known here: what it holds would stay as it is"
+    raise UnsupportedArrayError(f"{text}.\n{cure}")
 
 
 def _registered(cls: type) -> Kind | None:
@@ -167,7 +181,7 @@ def _pytree_name(node: Any, x: Any, i: int) -> str:
 
 def _by_class(x: Any, cls: type) -> Any:
     if _is_framework_array(cls):
-        _exact[cls] = ARRAY
+        EXACT[cls] = ARRAY
         return ARRAY
     if issubclass(cls, _KEPT):
         return OTHER
@@ -247,153 +261,3 @@ def _is_held(x: Any, child: Any) -> bool:
         return kind is inner is OTHER
     children, keys = inner.open(child)
     return _holds(kind, x, keys, children)
-
-
-# -- The walk
-
-
-class Frame:
-    """One container of a tree while it is walked: its children, which of them are leaves, which are containers.
-
-    Frames know one another by number: references would be cycles, and keep arrays alive until they are collected.
-    """
-
-    __slots__ = ("above", "built", "first", "inner", "keys", "kind", "node", "open", "parts", "place", "size", "where")
-
-    def __init__(self, node: Any, kind: Kind, above: int, place: int) -> None:
-        self.node, self.kind, self.above, self.place = node, kind, above, place
-        self.parts, self.keys = kind.open(node)
-        self.first = self.size = 0  # its own leaves are leaves[first : first + size] of the tree
-        self.where: list[int] | None = None  # among its children; None: all of them
-        self.inner: list[tuple[int, int]] = []  # place among the children, number of the frame
-        self.open = True  # not yet walked to its end
-        self.built: Any = None
-
-
-class Flat(NamedTuple):
-    """A tree taken apart: its leaves, its containers, and in which order to build them: inner ones first."""
-
-    leaves: list[Any]
-    frames: list[Frame]
-    order: list[int]
-
-    def path(self, leaf: int) -> str:
-        """How a person writes the way to a leaf: ``batch['obs'][1].mask``."""
-        number = next(n for n, f in enumerate(self.frames) if f.first <= leaf < f.first + f.size)
-        return self._to(number) + _leaf_name(self.frames[number], leaf - self.frames[number].first)
-
-    def paths(self) -> list[str]:
-        """The ways to all leaves."""
-        found = [""] * len(self.leaves)
-        for number, frame in enumerate(self.frames):
-            before = self._to(number) if frame.size else ""
-            for i in range(frame.size):
-                found[frame.first + i] = before + _leaf_name(frame, i)
-        return found
-
-    def _to(self, number: int) -> str:
-        names: list[str] = []
-        while number > 0:
-            frame = self.frames[number]
-            parent = self.frames[frame.above]
-            names.append(parent.kind.name(parent.node, parent.keys, frame.place))
-            number = frame.above
-        return "".join(reversed(names))
-
-    def built(self, results: list[Any]) -> Any:
-        """The tree with `results` for leaves. Only once: the children are handed over."""
-        frames = self.frames
-        full: set[int] = set()  # frames with an array in them, or below
-        for number in self.order:
-            frame = frames[number]
-            children, kind = frame.parts, frame.kind
-            if frame.size:
-                mine = results[frame.first : frame.first + frame.size]
-                if frame.where is None:
-                    children = mine
-                else:
-                    for place, result in zip(frame.where, mine, strict=True):
-                        children[place] = result
-            filled = frame.size > 0
-            for place, inner in frame.inner:
-                children[place] = frames[inner].built
-                filled = filled or inner in full
-            if filled:
-                full.add(number)
-            elif kind.exotic:
-                frame.built = frame.node
-                continue
-            where = partial(self._to, number)
-            frame.built = rebuilt(kind, frame.node, frame.keys, children, where, frames[frame.above].node)
-        return frames[0].built
-
-
-def _leaf_name(frame: Frame, i: int) -> str:
-    return frame.kind.name(frame.node, frame.keys, i if frame.where is None else frame.where[i])
-
-
-_NONE: Iterator[Any] = iter(())
-
-
-def flatten(tree: Any, *, everything: bool = False) -> Flat:
-    """Take a tree apart into its arrays; with `everything`, into all values that are no containers."""
-    root = Frame(tree, ROOT, -1, 0)
-    flat = Flat([], [root], [])
-    kind = _exact.get(type(tree)) or kind_of(tree)
-    if not isinstance(kind, Kind):
-        _inner(root, flat.leaves, everything)
-        flat.order.append(0)
-        return flat
-    whole = Frame(tree, kind, 0, 0)
-    flat.frames.append(whole)
-    root.inner.append((0, 1))
-    stack = [(0, _NONE), (1, _inner(whole, flat.leaves, everything))]
-    seen = {id(tree): 1}
-    while stack:
-        number, inner = stack[-1]
-        frame = flat.frames[number]
-        for place, kind in inner:
-            child = frame.parts[place]
-            known = seen.get(id(child))
-            if known is None:
-                known = seen[id(child)] = len(flat.frames)
-                frame.inner.append((place, known))
-                flat.frames.append(Frame(child, kind, number, place))
-                stack.append((known, _inner(flat.frames[known], flat.leaves, everything)))
-                break
-            if flat.frames[known].open:
-                here = flat._to(number) + frame.kind.name(frame.node, frame.keys, place)
-                text = f"{here} is {flat._to(known)} again: a tree that contains itself has no end"
-                raise UnsupportedArrayError(f"{text}.\nTake the cycle out first.")
-            frame.inner.append((place, known))
-        else:
-            stack.pop()
-            frame.open = False
-            flat.order.append(number)
-    return flat
-
-
-def _inner(frame: Frame, leaves: list[Any], everything: bool) -> Iterator[tuple[int, Kind]]:
-    """Take the leaves of a container, all at once; then its inner containers."""
-    children = frame.parts
-    frame.first = len(leaves)
-    classes = set(map(type, children))
-    if len(classes) == 1:
-        only = _exact.get(classes.pop())
-        if only is ARRAY or (everything and only is OTHER):
-            leaves.extend(children)
-            frame.size = len(children)
-            return _NONE
-        if only is OTHER:
-            return _NONE
-    where: list[int] = []
-    inner: list[tuple[int, Kind]] = []
-    for place, child in enumerate(children):
-        kind = _exact.get(type(child)) or kind_of(child)
-        if kind is ARRAY or (everything and kind is OTHER):
-            where.append(place)
-            leaves.append(child)
-        elif kind is not OTHER:
-            inner.append((place, kind))
-    frame.where, frame.size = where, len(where)
-    return iter(inner)

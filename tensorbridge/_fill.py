@@ -7,10 +7,10 @@ from typing import Any
 from tensorbridge import _options
 from tensorbridge._adapters import adapter_of
 from tensorbridge._array import ArrayInfo
-from tensorbridge._containers import Flat
 from tensorbridge._leaf import NAMED, Leaf, identity, name, opened
 from tensorbridge._memory import first_meeting
 from tensorbridge._step import Want
+from tensorbridge._walk import Flat
 
 
 def checked(flat: Flat, outs: list[Any], want: Want, *, planning: bool = False) -> tuple[list[Leaf], dict[int, int]]:

@@ -13,10 +13,10 @@ import numpy as np
 
 from tensorbridge import _copy_lanes, _lanes, _readonly
 from tensorbridge._array import SMALL, ArrayInfo, c_strides
-from tensorbridge._containers import Flat
 from tensorbridge._convert import Case, judged
 from tensorbridge._errors import BridgeError
 from tensorbridge._step import Want
+from tensorbridge._walk import Flat
 
 NAMED = (BridgeError, ValueError, TypeError)
 

@@ -18,7 +18,7 @@ import numpy as np
 from tensorbridge import _api, _convert, _lanes, _pack, _watch
 from tensorbridge import _words as words
 from tensorbridge._array import CPU
-from tensorbridge._containers import Flat, flatten
+from tensorbridge._containers import check_known
 from tensorbridge._convert import Case, judged
 from tensorbridge._eager import is_inside
 from tensorbridge._fill import aligned, checked
@@ -26,12 +26,15 @@ from tensorbridge._leaf import FACTS, NAMED, Leaf, decided, key_of, name, opened
 from tensorbridge._pack import Block
 from tensorbridge._step import Op, Plan, Want
 from tensorbridge._tree_lanes import through_lanes
+from tensorbridge._walk import Flat, flatten
 
 
 def converted(tree: Any, want: Want, *, out: Any = None, pack: bool = True) -> Any:
     if pack is not True:
         check_pack(pack, f"tree.to_{want.framework}")
     flat = flatten(tree)
+    if not flat.leaves:
+        check_known(tree, f"tree.to_{want.framework}")
     if out is not None:
         return _filled(flat, want, out)
     results: list[Any] = [None] * len(flat.leaves)

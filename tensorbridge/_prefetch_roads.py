@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 
 from tensorbridge import _lease, _leaves, _stream_order, _streams
 from tensorbridge._array import CPU
-from tensorbridge._containers import flatten
 from tensorbridge._errors import DeviceError, UnsupportedArrayError
 from tensorbridge._step import Want
+from tensorbridge._walk import flatten
 
 
 class Batch(NamedTuple):

@@ -20,9 +20,9 @@ from queue import Empty, SimpleQueue
 from typing import Any, NamedTuple
 
 from tensorbridge import _watch
-from tensorbridge._containers import flatten
 from tensorbridge._prefetch_roads import Batch, Host
 from tensorbridge._step import Want
+from tensorbridge._walk import flatten
 
 PATIENCE = 1.0  # seconds that close() waits for a worker whose source does not answer
 
@@ -189,7 +189,7 @@ def _transformed(transform: Any, batch: Any, number: int) -> Any:
         made = transform(batch)
     except StopIteration as error:  # would end the iteration as if the source were at its end
         raise RuntimeError(f"prefetch: transform raised StopIteration for batch {number}") from error
-    if made is None or not flatten(made).leaves:
+    if made is None or (not flatten(made).leaves and flatten(batch).leaves):
         what = "None" if made is None else f"{type(made).__name__} without an array in it"
         raise TypeError(f"prefetch: transform returned {what} for batch {number}; return the batch to convert")
     return made

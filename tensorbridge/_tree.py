@@ -8,12 +8,13 @@ from typing import Any, Literal, NamedTuple
 
 from tensorbridge import _eager, _options
 from tensorbridge._array import ArrayInfo, Traits
-from tensorbridge._containers import flatten, is_array, may_hold_arrays
+from tensorbridge._containers import check_known, is_array, may_hold_arrays
 from tensorbridge._fill import aligned, checked
 from tensorbridge._leaf import decided
 from tensorbridge._leaves import blocks_of, check_pack, converted, outside, plan_of
 from tensorbridge._pack import Block
 from tensorbridge._step import Plan, bytes_text, step_lines
+from tensorbridge._walk import flatten
 
 
 @_eager.told
@@ -54,8 +55,9 @@ def to_numpy(
     Raises
     ------
     BridgeError
-        What `tensorbridge.to_numpy` raises; the message begins with the leaf: ``batch['obs'][1].mask: ...``. A tree
-        that contains itself is an `UnsupportedArrayError`.
+        What `tensorbridge.to_numpy` raises; the message begins with the leaf: ``batch['obs'][1].mask: ...``. An
+        `UnsupportedArrayError` where a tree contains itself, or where `tree` itself is an object that may hold arrays
+        and is no container, such as a module or a generator: within a tree it is left as it is.
 
     Cost
     ----
@@ -295,6 +297,8 @@ def plan(tree: Any, to: Literal["numpy", "torch", "cupy"], *, pack: bool = True,
     check_pack(options.pop("pack"), f"tree.to_{to}")
     want = _options.WANTS[to](**options, out=None, call=f"tree.to_{to}")
     flat = flatten(tree)
+    if not flat.leaves:
+        check_known(tree, f"tree.to_{to}")
     paths = flat.paths()
     blocks: list[Block] = []
     if out is None:

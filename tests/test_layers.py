@@ -42,6 +42,7 @@ LAYERS = [
     {"_api"},
     {"_tables", "_pack", "_tree_lanes"},
     {"_containers"},
+    {"_walk"},
     {"_leaf", "_collate"},
     {"_fill"},
     {"_leaves"},

@@ -165,6 +165,13 @@ FAILURES: dict[str, Any] = {
 }
 
 
+def test_a_transform_of_batches_without_arrays_may_give_none():
+    ready = tb.prefetch([["a", "b"], ["c"]], device="cpu", transform=lambda names: [name.upper() for name in names])
+    assert list(ready) == [["A", "B"], ["C"]]
+    with pytest.raises(TypeError, match="^prefetch: transform returned None for batch 0"):
+        next(tb.prefetch([["a"]], device="cpu", transform=lambda names: None))
+
+
 @pytest.mark.parametrize("name", FAILURES)
 def test_error_arrives_at_its_place_with_its_traceback(name):
     make, transform, error, text = FAILURES[name]

@@ -258,7 +258,7 @@ def test_plan_names_objects_that_may_hold_arrays_and_are_left_as_they_are(a):
         "6 x left as it is: batch['space'] (Space), batch['lazy'] (generator), batch['values'] (dict_values) and 3 more"
     )
     assert tree.to_torch(source)["space"] is source["space"]
-    assert str(tree.plan(torch.nn.Linear(1, 1), "numpy")).endswith("1 x left as it is: batch (Linear)")
+    assert str(tree.plan([torch.nn.Linear(1, 1)], "numpy")).endswith("1 x left as it is: batch[0] (Linear)")
 
 
 ORDINARY = [name for name in KEPT if name not in ("object", "module")]

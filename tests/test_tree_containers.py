@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from arrays import numbers
-from containers import CONTAINERS, KEPT, Converting, Derived, Items, Registered, Wrapped, derived
+from containers import CONTAINERS, KEPT, Converting, Derived, Items, Opaque, Registered, Wrapped, derived
 
 import tensorbridge as tb
 from tensorbridge import tree
@@ -394,7 +394,50 @@ def test_what_is_not_an_array_is_the_same_object(name, to, a):
     result = to({"x": value, "a": a, "l": [value]})
     assert result["x"] is value
     assert result["l"][0] is value
-    assert to(value) is value
+    if name not in ("object", "module"):
+        assert to(value) is value
+
+
+UNKNOWN: dict[str, tuple[Any, str]] = {
+    "a generator": (lambda a: (x for x in [a]), "list(x)"),
+    "a view of values": (lambda a: {"x": a}.values(), "list(x)"),
+    "a set of tensors": (lambda a: {torch.zeros(1)}, "list(x)"),
+    "parameters": (lambda a: torch.nn.Linear(1, 1).parameters(), "list(x)"),
+    "a module": (lambda a: torch.nn.Linear(1, 1), "x.state_dict()"),
+    "an object": (lambda a: Opaque(a), "vars(x)"),
+}
+WAYS = {
+    "to_numpy": tree.to_numpy,
+    "to_torch": tree.to_torch,
+    "out": lambda x: tree.to_numpy(x, out=x),
+    "plan": lambda x: tree.plan(x, "numpy"),
+    "prefetch": lambda x: next(tb.prefetch([x], device="cpu")),
+    "collate": lambda x: tb.collate([x]),
+    "async": lambda x: tb.to_numpy_async(x).result(),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("name", UNKNOWN)
+def test_what_may_hold_arrays_and_is_no_container_is_no_tree(name, way, a):
+    make, cure = UNKNOWN[name]
+    x = make(a)
+    with pytest.raises(tb.UnsupportedArrayError) as told:
+        WAYS[way](x)
+    assert type(x).__name__ in str(told.value)
+    if way == "async":
+        return
+    assert (
+        f"{type(x).__name__} is no container that is known here: what it holds would stay as it is.\nGive {cure}"
+        in str(told.value)
+    )
+    assert tree.to_numpy(eval(cure, {"x": x}))
+
+
+@pytest.mark.parametrize("value", [None, "text", 3, 2.5, b"raw", range(3), (), [], {}, set(), frozenset({1}), ["a"]])
+@pytest.mark.parametrize("way", ["to_numpy", "to_torch", "plan", "prefetch", "collate"])
+def test_a_tree_without_arrays_is_one(way, value):
+    WAYS[way](value)
 
 
 def test_containers_without_arrays_are_new_ones_where_that_costs_nothing(a):

@@ -1,0 +1,160 @@
+"""The walk: a tree of containers is taken apart into its arrays, and built again of others.
+
+It has a stack of its own, so that depth costs nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+from typing import Any, NamedTuple
+
+from tensorbridge._containers import ARRAY, EXACT, OTHER, ROOT, Kind, kind_of, rebuilt
+from tensorbridge._errors import UnsupportedArrayError
+
+
+class Frame:
+    """One container of a tree while it is walked: its children, which of them are leaves, which are containers.
+
+    Frames know one another by number: references would be cycles, and keep arrays alive until they are collected.
+    """
+
+    __slots__ = ("above", "built", "first", "inner", "keys", "kind", "node", "open", "parts", "place", "size", "where")
+
+    def __init__(self, node: Any, kind: Kind, above: int, place: int) -> None:
+        self.node, self.kind, self.above, self.place = node, kind, above, place
+        self.parts, self.keys = kind.open(node)
+        self.first = self.size = 0  # its own leaves are leaves[first : first + size] of the tree
+        self.where: list[int] | None = None  # among its children; None: all of them
+        self.inner: list[tuple[int, int]] = []  # place among the children, number of the frame
+        self.open = True  # not yet walked to its end
+        self.built: Any = None
+
+
+class Flat(NamedTuple):
+    """A tree taken apart: its leaves, its containers, and in which order to build them: inner ones first."""
+
+    leaves: list[Any]
+    frames: list[Frame]
+    order: list[int]
+
+    def path(self, leaf: int) -> str:
+        """How a person writes the way to a leaf: ``batch['obs'][1].mask``."""
+        number = next(n for n, f in enumerate(self.frames) if f.first <= leaf < f.first + f.size)
+        return self._to(number) + _leaf_name(self.frames[number], leaf - self.frames[number].first)
+
+    def paths(self) -> list[str]:
+        """The ways to all leaves."""
+        found = [""] * len(self.leaves)
+        for number, frame in enumerate(self.frames):
+            before = self._to(number) if frame.size else ""
+            for i in range(frame.size):
+                found[frame.first + i] = before + _leaf_name(frame, i)
+        return found
+
+    def _to(self, number: int) -> str:
+        names: list[str] = []
+        while number > 0:
+            frame = self.frames[number]
+            parent = self.frames[frame.above]
+            names.append(parent.kind.name(parent.node, parent.keys, frame.place))
+            number = frame.above
+        return "".join(reversed(names))
+
+    def built(self, results: list[Any]) -> Any:
+        """The tree with `results` for leaves. Only once: the children are handed over."""
+        frames = self.frames
+        full: set[int] = set()  # frames with an array in them, or below
+        for number in self.order:
+            frame = frames[number]
+            children, kind = frame.parts, frame.kind
+            if frame.size:
+                mine = results[frame.first : frame.first + frame.size]
+                if frame.where is None:
+                    children = mine
+                else:
+                    for place, result in zip(frame.where, mine, strict=True):
+                        children[place] = result
+            filled = frame.size > 0
+            for place, inner in frame.inner:
+                children[place] = frames[inner].built
+                filled = filled or inner in full
+            if filled:
+                full.add(number)
+            elif kind.exotic:
+                frame.built = frame.node
+                continue
+            where = partial(self._to, number)
+            frame.built = rebuilt(kind, frame.node, frame.keys, children, where, frames[frame.above].node)
+        return frames[0].built
+
+
+def _leaf_name(frame: Frame, i: int) -> str:
+    return frame.kind.name(frame.node, frame.keys, i if frame.where is None else frame.where[i])
+
+
+_NONE: Iterator[Any] = iter(())
+
+
+def flatten(tree: Any, *, everything: bool = False) -> Flat:
+    """Take a tree apart into its arrays; with `everything`, into all values that are no containers."""
+    root = Frame(tree, ROOT, -1, 0)
+    flat = Flat([], [root], [])
+    kind = EXACT.get(type(tree)) or kind_of(tree)
+    if not isinstance(kind, Kind):
+        _inner(root, flat.leaves, everything)
+        flat.order.append(0)
+        return flat
+    whole = Frame(tree, kind, 0, 0)
+    flat.frames.append(whole)
+    root.inner.append((0, 1))
+    stack = [(0, _NONE), (1, _inner(whole, flat.leaves, everything))]
+    seen = {id(tree): 1}
+    while stack:
+        number, inner = stack[-1]
+        frame = flat.frames[number]
+        for place, kind in inner:
+            child = frame.parts[place]
+            known = seen.get(id(child))
+            if known is None:
+                known = seen[id(child)] = len(flat.frames)
+                frame.inner.append((place, known))
+                flat.frames.append(Frame(child, kind, number, place))
+                stack.append((known, _inner(flat.frames[known], flat.leaves, everything)))
+                break
+            if flat.frames[known].open:
+                here = flat._to(number) + frame.kind.name(frame.node, frame.keys, place)
+                text = f"{here} is {flat._to(known)} again: a tree that contains itself has no end"
+                raise UnsupportedArrayError(f"{text}.\nTake the cycle out first.")
+            frame.inner.append((place, known))
+        else:
+            stack.pop()
+            frame.open = False
+            flat.order.append(number)
+    return flat
+
+
+def _inner(frame: Frame, leaves: list[Any], everything: bool) -> Iterator[tuple[int, Kind]]:
+    """Take the leaves of a container, all at once; then its inner containers."""
+    children = frame.parts
+    frame.first = len(leaves)
+    classes = set(map(type, children))
+    if len(classes) == 1:
+        only = EXACT.get(classes.pop())
+        if only is ARRAY or (everything and only is OTHER):
+            leaves.extend(children)
+            frame.size = len(children)
+            return _NONE
+        if only is OTHER:
+            return _NONE
+    where: list[int] = []
+    inner: list[tuple[int, Kind]] = []
+    for place, child in enumerate(children):
+        kind = EXACT.get(type(child)) or kind_of(child)
+        if kind is ARRAY or (everything and kind is OTHER):
+            where.append(place)
+            leaves.append(child)
+        elif kind is not OTHER:
+            inner.append((place, kind))
+    frame.where, frame.size = where, len(where)
+    return iter(inner)
