@@ -25,11 +25,14 @@ _CLASSES: dict[str, dict[str, tuple[str, ...]]] = {
         "polars": ("Series",),
     },
     "group": {"h5py": ("Group",), "zarr": ("Group",)},
+    "stored": {"h5py": ("Dataset", "Empty")},
+    "rows": {"datasets": ("Column",)},
+    "dataset": {"datasets": ("Dataset",)},
 }
 
 
 def library(x: Any, kind: str) -> str:
-    """Which of the libraries `x` comes from, if it is a "table", "column" or "group" of one; none is imported."""
+    """Which of the libraries `x` comes from, if it is a "table" or another kind in `_CLASSES`; none is imported."""
     cls: Any = type(x)
     return _library_of(cls, kind)
 
