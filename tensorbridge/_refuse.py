@@ -142,6 +142,15 @@ OBSTACLES: dict[str, Refusal] = {
     ),
     "lazy": _unsupported("a LazyFrame is a query that has not run yet", "Convert x.collect()."),
     "scipy": _unsupported("a sparse array has no strided memory to share", "Convert x.toarray()."),
+    "null dataset": _unsupported(
+        "a null dataset of HDF5 holds no elements",
+        "Leave it out, or let an array without elements stand for it: numpy.empty(0, x.dtype).",
+    ),
+    "rows": _unsupported("the rows of a column of a dataset are read when they are asked for", "Convert x[:]."),
+    "dataset": _unsupported(
+        "a dataset is a table that is read when it is asked for",
+        'Convert its columns: tensorbridge.tree.to_{framework}(x.with_format("arrow")[:]).',
+    ),
     "range": _unsupported("a range is no list of numbers yet", "Convert list(x)."),
     "set": _unsupported("the elements of a set have no order", "Convert list(x), or each element."),
     "empty list": _unsupported("an empty list has no dtype", 'Say which: numpy.empty(0, dtype="float32").'),

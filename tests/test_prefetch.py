@@ -168,7 +168,7 @@ FAILURES: dict[str, Any] = {
 def test_a_transform_of_batches_without_arrays_may_give_none():
     ready = tb.prefetch([["a", "b"], ["c"]], device="cpu", transform=lambda names: [name.upper() for name in names])
     assert list(ready) == [["A", "B"], ["C"]]
-    with pytest.raises(TypeError, match="^prefetch: transform returned None for batch 0"):
+    with pytest.raises(TypeError, match=r"^prefetch: transform returned None for batch 0"):
         next(tb.prefetch([["a"]], device="cpu", transform=lambda names: None))
 
 

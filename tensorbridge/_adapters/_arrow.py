@@ -49,18 +49,24 @@ class Whole(NamedTuple):
     library: str
     said: object
     nested: bool = False  # it is about what is inside its rows
+    lengths: tuple[int, ...] = ()  # of the lists that this is inside of
 
     def obstacle(self, kind: str, detail: str = "") -> Exception:
         return _missing.obstacle(self.x, self.library, kind, self.said, detail, nested=self.nested)
 
-    def inside(self) -> Whole:
-        return self._replace(nested=True)
+    def inside(self, *lengths: int) -> Whole:
+        return self._replace(nested=True, lengths=self.lengths + lengths)
 
-    def refuse_nulls(self, count: int, kind: str, inside: str = "") -> None:
-        """`kind` is what the column holds, as far as it says how to fill it; `inside` the cure for what is in rows."""
+    def refuse_nulls(self, count: int, kind: str) -> None:
+        """`kind` is what the column holds, as far as it says how to fill it."""
         if count:
-            cure = inside or _missing.cure_of_nulls(self.x, self.library, kind, self.said)
-            _missing.refuse_count(self.x, count, cure, inside=bool(inside))
+            _missing.refuse_count(self.x, count, _missing.cure_of_nulls(self.x, self.library, kind, self.said))
+
+    def refuse_inside(self, count: int, filled: str) -> None:
+        """`filled` is the call that fills what is missing inside rows; without one, these rows can be left out."""
+        if count:
+            cure = f"Fill them first: {filled}." if filled else _missing.cure_of_rows(self.library, len(self.lengths))
+            _missing.refuse_count(self.x, count, cure, inside=True)
 
 
 def column(x: Any, whole: Whole) -> Any:
@@ -72,7 +78,7 @@ def column(x: Any, whole: Whole) -> Any:
         return _part(arrow, x, whole)
     if arrow.types.is_boolean(x.type):  # joined as bits, then unpacked once
         return _bits(x, x.combine_chunks)
-    chunks = [chunk for chunk in x.chunks if len(chunk)] or [arrow.array([], x.type)]
+    chunks = [chunk for chunk in x.chunks if len(chunk)] or [arrow.nulls(0, x.type)]
     return joined([_part(arrow, chunk, whole) for chunk in chunks], whole)
 
 
@@ -115,18 +121,22 @@ def _part(arrow: Any, chunk: Any, whole: Whole) -> Any:
     if types.is_boolean(kind):
         return _bits(chunk, lambda: chunk)
     if types.is_dictionary(kind) and (is_plain(kind.value_type) or types.is_boolean(kind.value_type)):
-        whole.refuse_nulls(
-            chunk.dictionary.null_count, "codes", "Fill them first: x.cast(x.type.value_type).fill_null(0)."
-        )
+        if chunk.dictionary.null_count:
+            fill = _fill(arrow, whole, kind) if whole.nested else _missing.filled(whole.library, _held(arrow, kind))
+            whole.refuse_inside(chunk.dictionary.null_count, fill)
         values, codes = _part(arrow, chunk.dictionary, whole), chunk.indices.to_numpy(zero_copy_only=True)
         return Joined((len(chunk),), values.dtype, lambda: made(values)[codes], DECODED)
-    if types.is_fixed_size_list(kind) or types.is_list(kind) or types.is_large_list(kind):
+    if _is_list(types, kind):
         return _lists(arrow, chunk, whole)
     raise whole.obstacle(_kind(types, kind))
 
 
 def _bits(x: Any, bits: Callable[[], Any]) -> Joined:
     return Joined((len(x),), np.dtype(bool), lambda: bits().to_numpy(zero_copy_only=False), UNPACKED)
+
+
+def _is_list(types: Any, kind: Any) -> bool:
+    return bool(types.is_fixed_size_list(kind) or types.is_list(kind) or types.is_large_list(kind))
 
 
 def _lists(arrow: Any, lists: Any, whole: Whole) -> Any:
@@ -137,22 +147,35 @@ def _lists(arrow: Any, lists: Any, whole: Whole) -> Any:
         if len(lengths) and (lengths != lengths[0]).any():
             raise ragged(whole, lengths)
         length = int(lengths[0]) if len(lengths) else 0
-    values = lists.flatten()
-    held = _held(arrow, values.type) if values.null_count else ""
-    if held in HELD:  # what else there is, is refused for itself
-        whole.refuse_nulls(values.null_count, held, _fill(whole, "False" if "truth" in held else "0"))
-    part = _part(arrow, values, whole.inside())
+    values, inside = lists.flatten(), whole.inside(length)
+    if values.null_count and _held(arrow, values.type) in HELD:  # what else there is, is refused for itself
+        inside.refuse_inside(values.null_count, _fill(arrow, inside, values.type))
+    part = _part(arrow, values, inside)
     return shaped(part, len(lists), length, *part.shape[1:])
 
 
-def _fill(whole: Whole, zero: str) -> str:
-    """How to fill what is missing inside lists: their elements in a row are filled, and put back into rows."""
-    if whole.library == "pandas":
-        filled = f"x.list.flatten().fillna({zero})"
-    else:
-        lists = "x.cast(x.type.storage_type)" if hasattr(whole.said, "storage_type") else "x"
-        filled = f"pyarrow.compute.fill_null(pyarrow.compute.list_flatten({lists}, recursive=True), {zero})"
-    return f"Fill them first: tensorbridge.to_numpy({filled}).reshape(len(x), -1)."
+def _fill(arrow: Any, whole: Whole, leaf: Any) -> str:
+    """The call that fills what is missing inside lists: their elements in a row are filled, and put back into rows.
+
+    Nothing for rows, and for what an extension type inside lists hides from the call that flattens them.
+    """
+    types, pandas = arrow.types, whole.library == "pandas"
+    outer: Any = getattr(whole.said, "pyarrow_dtype", whole.said)
+    stored = flat = getattr(outer, "storage_type", outer)
+    while _is_list(types, flat):
+        flat = flat.value_type
+    if flat != leaf or isinstance(leaf, arrow.BaseExtensionType):
+        return ""
+    lists = "pyarrow.array(x)" if pandas else "x"
+    if stored is not outer:
+        lists += f".cast(x.{'dtype.pyarrow_dtype' if pandas else 'type'}.storage_type)"
+    value = leaf.value_type if types.is_dictionary(leaf) else leaf
+    decoded = f'.cast("{value}")' * (value is not leaf)
+    zero = "0" if is_plain(value) else "False"
+    filled = f"pyarrow.compute.list_flatten({lists}, recursive=True){decoded}.fill_null({zero})"
+    shape = ", ".join(map(str, getattr(outer, "shape", whole.lengths)))
+    moved = f".transpose{_axes(outer)}" if getattr(outer, "permutation", None) else ""
+    return f"tensorbridge.to_numpy({filled}).reshape(-1, {shape}){moved}"
 
 
 def _extension(arrow: Any, chunk: Any, whole: Whole) -> Any:
@@ -166,11 +189,15 @@ def _extension(arrow: Any, chunk: Any, whole: Whole) -> Any:
     part = shaped(part, len(chunk), *kind.shape)
     if kind.permutation is None:
         return part
-    axes = (0, *(axis + 1 for axis in kind.permutation))
+    axes = _axes(kind)
     if isinstance(part, Joined):
         shape = tuple(part.shape[axis] for axis in axes)
         return Joined(shape, part.dtype, lambda: part.join().transpose(axes), part.why)
     return part.transpose(axes)
+
+
+def _axes(kind: Any) -> tuple[int, ...]:
+    return 0, *(axis + 1 for axis in kind.permutation)
 
 
 HELD = ("number", "truth", "codes", "truths", "rows")  # of which an array can be made, once nothing is missing
@@ -190,8 +217,8 @@ def _held(arrow: Any, kind: Any) -> str:
     if types.is_dictionary(kind) and types.is_boolean(kind.value_type):
         return "truths"
     if isinstance(kind, arrow.BaseExtensionType):
-        return _held(arrow, kind.storage_type)
-    if types.is_fixed_size_list(kind) or types.is_list(kind) or types.is_large_list(kind):
+        return "rows" if _held(arrow, kind.storage_type) in HELD else "unknown dtype"  # which no call fills
+    if _is_list(types, kind):
         return "rows" if _held(arrow, kind.value_type) in HELD else "unknown dtype"
     return _kind(types, kind)
 

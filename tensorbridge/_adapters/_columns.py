@@ -69,7 +69,7 @@ def _table(x: Any) -> Any:
     if len(kinds) > 1:
         said = sorted({f"{name!r} is {dtype}{list(shape) or ''}" for (dtype, shape), name in kinds.items()})
         detail = f"its columns have different dtypes: {', '.join(said[:4])}{', ...' * (len(said) > 4)}"
-        cure = "Convert every column by itself, with tensorbridge.tree, or cast them to one dtype first."
+        cure = "Convert every column by itself, tensorbridge.tree.to_{framework}(x), or cast them to one dtype first."
         raise Obstacle("container", type(x).__name__, detail).cured(cure)
     shape = (parts[0].shape[0], len(parts), *parts[0].shape[1:])
     if not any(isinstance(part, Joined) for part in parts):
@@ -166,19 +166,27 @@ def _polars_part(x: Any, whole: Whole) -> Any:
 
 def _polars_lists(x: Any, whole: Whole) -> Any:
     if hasattr(x.dtype, "shape"):
-        length, fill = x.dtype.shape[0], "x.arr.to_list().list"
+        length = x.dtype.shape[0]
     else:
-        lengths, fill = x.list.len(), "x.list"
+        lengths = x.list.len()
         length = lengths.max() or 0
         if len(x) and lengths.min() != length:
             raise _arrow.ragged(whole, (lengths.min(), length))
     values = x.explode() if length else x[:0].explode()  # which makes nulls of empty lists
-    if _polars_held(values.dtype) in _arrow.HELD:  # what else there is, is refused for itself
-        zero = "False" if str(values.dtype) == "Boolean" else "0"
-        cure = f"Fill them first: {fill}.eval(polars.element().fill_null({zero}))."
-        whole.refuse_nulls(values.null_count(), "number", cure)
-    part = _polars_part(values, whole.inside())
+    held, inside = _polars_held(values.dtype), whole.inside(length)
+    if held in _arrow.HELD:  # what else there is, is refused for itself
+        filled = "" if held == "rows" else _polars_filled("x", whole.said, held == "truth")
+        inside.refuse_inside(values.null_count(), filled)
+    part = _polars_part(values, inside)
     return _arrow.shaped(part, len(x), length, *part.shape[1:])
+
+
+def _polars_filled(x: str, dtype: Any, truth: bool) -> str:
+    """The call that fills what is missing in `x`, or inside its lists, however deep."""
+    if not hasattr(dtype, "inner"):
+        return f"{x}.fill_null({False if truth else 0})"
+    lists = f"{x}.arr.to_list().list" if hasattr(dtype, "shape") else f"{x}.list"
+    return f"{lists}.eval({_polars_filled('polars.element()', dtype.inner, truth)})"
 
 
 def _polars_held(dtype: Any) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from functools import lru_cache
 from typing import Any
 
@@ -25,11 +25,14 @@ _CLASSES: dict[str, dict[str, tuple[str, ...]]] = {
         "polars": ("Series",),
     },
     "group": {"h5py": ("Group",), "zarr": ("Group",)},
+    "stored": {"h5py": ("Dataset", "Empty")},
+    "rows": {"datasets": ("Column",)},
+    "dataset": {"datasets": ("Dataset",)},
 }
 
 
 def library(x: Any, kind: str) -> str:
-    """Which of the libraries `x` comes from, if it is a "table", "column" or "group" of one; none is imported."""
+    """Which of the libraries `x` comes from, if it is a "table" or another kind in `_CLASSES`; none is imported."""
     cls: Any = type(x)
     return _library_of(cls, kind)
 
@@ -79,12 +82,14 @@ _FILL = {
         "number": "x.fill_null(0)",
         "truth": "x.fill_null(False)",
         "codes": "x.cast(x.type.value_type).fill_null(0)",
+        "truths": "x.cast(x.type.value_type).fill_null(False)",
         "nothing": 'x.cast("int64").fill_null(0)',
     },
     "pandas": {
         "number": "x.fillna(0)",
         "truth": "x.fillna(False)",
-        "codes": 'x.astype("float64").fillna(0)',
+        "codes": 'x.astype("Float64").fillna(0)',
+        "truths": 'x.astype("bool[pyarrow]").fillna(False)',
         "nothing": 'x.astype("int64[pyarrow]").fillna(0)',
     },
     "polars": {
@@ -98,7 +103,7 @@ _CODES = {
         "string": "{whole}.dictionary_encode().indices.fill_null(-1)",
         "categories": '{whole}.indices.cast("int64").fill_null(-1)',
     },
-    "pandas": dict.fromkeys(("string", "categories", "object"), "pandas.factorize(x)[0]"),
+    "pandas": dict.fromkeys(("string", "categories"), "pandas.factorize(x)[0]"),
     "polars": {
         "string": "x.cast(polars.Categorical).to_physical().cast(polars.Int64).fill_null(-1)",
         "categories": "x.to_physical().cast(polars.Int64).fill_null(-1)",
@@ -115,13 +120,34 @@ def cure_of_nulls(x: Any, where: str, kind: str, said: object) -> str:
         return f"Convert codes, {_ONCE}, -1 for what is missing: {codes}{rest}"
     cure = _cure(x, where, kind, said)
     if cure:
-        return _OF_X.sub(drop, cure) + rest
+        return (cure if kind == "object" else _OF_X.sub(drop, cure)) + rest
     if kind == "nothing":
         return f"Fill them first: {_FILL[where][kind]}."
     if kind == "unknown dtype":
         return f"Leave the column out: {_SELECT[where]}."
     fill = _FILL[where].get(kind)
     return f"Fill or drop them first: {fill}, {drop}." if fill else f"Drop them first: {drop}."
+
+
+# By library; {} says whether a row is kept.
+_ROWS = {
+    "pyarrow": "x.filter([{} for row in x.to_pylist()])",
+    "pandas": "x[[{} for row in x]]",
+    "polars": "x.filter([{} for row in x.to_list()])",
+}
+
+
+def cure_of_rows(where: str, depth: int) -> str:
+    """What leaves out the rows of which a part is missing, `depth` lists down."""
+    kept = "None not in row"
+    for _ in range(1, depth):
+        kept = f"all({kept} for row in row)"
+    return f"Drop the rows that have them: {_ROWS[where].format(kept)}."
+
+
+def filled(where: str, kind: str) -> str:
+    """The call that fills what is missing in a column that holds this."""
+    return _FILL[where][kind]
 
 
 _OF_X = re.compile(r"\bx\b")
@@ -184,8 +210,7 @@ _CURES = {
         "datetime": 'Convert x.astype("int64{arrow}") and keep the unit beside it',
         "datetime32": 'Convert x.astype("int32{arrow}") and keep the unit beside it',
         "decimal": 'Convert x.astype("float64")',
-        "structured": "Convert each field, x.struct.field(name)",
-        "object": 'Convert x.astype("float64") if it holds numbers, codes by pandas.factorize(x)[0] if it does not',
+        "structured": "Convert each field, {whole}.struct.field(name)",
         "ragged": "Pad its lists to one length",
     },
     "polars": {
@@ -193,7 +218,7 @@ _CURES = {
         "categories": "Convert its codes, x.to_physical()",
         "datetime": "Convert x.to_physical() and keep the unit beside it",
         "decimal": "Convert x.cast(polars.Float64)",
-        "structured": "Convert its fields, the table x.struct.unnest(), with tensorbridge.tree",
+        "structured": "Convert its fields: tensorbridge.tree.to_{{framework}}(x.struct.unnest())",
         "ragged": "Pad its lists to one length",
         "wide": "Convert x.cast(polars.Int64) if that is wide enough",
     },
@@ -204,6 +229,11 @@ _SELECT = {
     "polars": "df.select(polars.selectors.integer() | polars.selectors.float() | polars.selectors.boolean())",
 }
 _ONCE = "once for the whole data set"
+# The dtype for Python objects that are numbers, by what pandas says that they are.
+_OBJECTS = {
+    **dict.fromkeys(("integer", "floating", "mixed-integer-float", "decimal", "boolean", "empty"), "float64"),
+    "complex": "complex128",
+}
 _KNOWN_AS = {"datetime32": "datetime"}
 _WHY = {
     "categories": "its categories are not numbers",
@@ -229,12 +259,27 @@ def obstacle(x: Any, where: str, kind: str, said: object, detail: str = "", *, n
 
 
 def _cure(x: Any, where: str, kind: str, said: object) -> str:
-    if where == "pandas" and kind == "object" and len(x) and not is_index(x):
-        rows = cure_rows(np.asarray(x[:1])[0], "np.stack(x)")
-        if rows:
-            return rows.removesuffix(".")
+    if where == "pandas" and kind == "object":
+        return _cure_of_objects(x)
     arrow = "[pyarrow]" * hasattr(said, "pyarrow_dtype")
     return _CURES[where].get(kind, "").format(whole=_whole(x), arrow=arrow, once=_ONCE)
+
+
+def _cure_of_objects(x: Any) -> str:
+    """What makes numbers of the objects of pandas, and what of those that are missing."""
+    pandas, there = sys.modules["pandas"], x.dropna()
+    lacks = len(there) < len(x)
+    values = np.asarray(there)
+    first = values[0] if len(values) else None
+    hashed = isinstance(first, Hashable)
+    rows = cure_rows(first, f"np.stack({'x.dropna()' if lacks else 'x'})")
+    if rows and not (hashed and is_index(x)):
+        return rows.removesuffix(".")
+    dtype = _OBJECTS.get(pandas.api.types.infer_dtype(values))
+    if dtype:
+        return f'Convert {"x.dropna()" if any(value is pandas.NA for value in x) else "x"}.astype("{dtype}")'
+    said = ", -1 for what is missing" * lacks
+    return f"Convert codes, {_ONCE}{said}: pandas.factorize(x)[0]" if hashed else ""
 
 
 def is_index(x: Any) -> bool:
@@ -245,7 +290,10 @@ def is_index(x: Any) -> bool:
 
 
 def _whole(x: Any) -> str:
-    return "x.combine_chunks()" if hasattr(x, "combine_chunks") else "x"
+    """`x` as what has the calls that are said of it: as one array, or one that lies in a table."""
+    if hasattr(x, "combine_chunks"):
+        return "x.combine_chunks()"
+    return "pandas.Series(x)" if library(x, "column") == "pandas" and not hasattr(x, "struct") else "x"
 
 
 def shorten(said: object) -> str:

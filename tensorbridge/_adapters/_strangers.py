@@ -27,14 +27,19 @@ def told(x: Any) -> str:
         return "text" if isinstance(x, shared.SynchronizedString) else "synchronized"
     if hasattr(cls, "toarray"):
         return "scipy"
+    for kind in ("rows", "dataset"):
+        if _missing.library(x, kind):
+            return kind
     lazy = getattr(sys.modules.get("polars"), "LazyFrame", None)
     return "lazy" if lazy is not None and isinstance(x, lazy) else "not an array"
 
 
 def refuse_unseen(x: Any) -> None:
     """What the array of an object lacks: the unit of pint's quantities; of dask's collections, which promote columns to
-    one dtype, the mask.
+    one dtype, the mask; of null datasets of HDF5, any shape.
     """
+    if _missing.library(x, "stored") and x.shape is None:
+        raise Obstacle("null dataset", type(x).__name__)
     if hasattr(type(x), "magnitude"):
         _numpy.refuse_meaning(x, type(x).__name__, "x.magnitude, or x.m_as(unit)")
     if not hasattr(type(x), "__dask_graph__"):

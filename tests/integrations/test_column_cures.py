@@ -68,14 +68,13 @@ CURES: dict[str, tuple[Any, str, Any]] = {
     "arrow null dropped": (lambda: pa.chunked_array([[[1]], [None]]), "x.drop_null()", [[1]]),
     "arrow null in a list": (
         lambda: pa.array([[1, None], [3, 4]]),
-        "tensorbridge.to_numpy(pyarrow.compute.fill_null("
-        "pyarrow.compute.list_flatten(x, recursive=True), 0)).reshape(len(x), -1)",
+        "tensorbridge.to_numpy(pyarrow.compute.list_flatten(x, recursive=True).fill_null(0)).reshape(-1, 2)",
         [[1, 0], [3, 4]],
     ),
     "arrow null in a tensor": (
         lambda: pa.chunked_array([tensors([[1.0, 2.0], [None, 3.0]])]),
-        "tensorbridge.to_numpy(pyarrow.compute.fill_null("
-        "pyarrow.compute.list_flatten(x.cast(x.type.storage_type), recursive=True), 0)).reshape(len(x), -1)",
+        "tensorbridge.to_numpy(pyarrow.compute.list_flatten("
+        "x.cast(x.type.storage_type), recursive=True).fill_null(0)).reshape(-1, 2)",
         [[1, 2], [0, 3]],
     ),
     "arrow null in a dictionary": (
@@ -91,6 +90,11 @@ CURES: dict[str, tuple[Any, str, Any]] = {
     ),
     "arrow nothing": (lambda: pa.nulls(2), 'x.cast("int64").fill_null(0)', [0, 0]),
     "arrow truth and null": (lambda: pa.array([True, None]), "x.fill_null(False)", [True, False]),
+    "arrow truth codes and null": (
+        lambda: pa.array([True, None]).dictionary_encode(),
+        "x.cast(x.type.value_type).fill_null(False)",
+        [True, False],
+    ),
     "arrow text and null": (
         lambda: pa.array(["b", None, "a"]),
         "x.dictionary_encode().indices.fill_null(-1)",
@@ -124,8 +128,7 @@ CURES: dict[str, tuple[Any, str, Any]] = {
     ),
     "arrow null among truths in a list": (
         lambda: pa.array([[True, None]]),
-        "tensorbridge.to_numpy(pyarrow.compute.fill_null("
-        "pyarrow.compute.list_flatten(x, recursive=True), False)).reshape(len(x), -1)",
+        "tensorbridge.to_numpy(pyarrow.compute.list_flatten(x, recursive=True).fill_null(False)).reshape(-1, 2)",
         [[True, False]],
     ),
     "pandas rows of lists": (lambda: pd.Series([[1, 2], [3, 4]]), "np.stack(x)", [[1, 2], [3, 4]]),
@@ -138,13 +141,13 @@ CURES: dict[str, tuple[Any, str, Any]] = {
     "pandas truth and null": (lambda: pd.Series([True, None], dtype="boolean"), "x.fillna(False)", [True, False]),
     "pandas categories and null": (
         lambda: pd.Series([3, None, 3], dtype="category"),
-        'x.astype("float64").fillna(0)',
+        'x.astype("Float64").fillna(0)',
         [3, 0, 3],
     ),
     "pandas categories without null": (lambda: pd.Series([3, None, 3], dtype="category"), "x.dropna()", [3, 3]),
     "pandas labels that are categories": (
         lambda: pd.CategoricalIndex([3, None]),
-        'x.astype("float64").fillna(0)',
+        'x.astype("Float64").fillna(0)',
         [3, 0],
     ),
     "pandas text and null": (lambda: pd.Series(["b", None, "a"]), "pandas.factorize(x)[0]", [0, -1, 1]),
@@ -154,6 +157,37 @@ CURES: dict[str, tuple[Any, str, Any]] = {
         [0, -1, 1],
     ),
     "pandas arrow text and null": (lambda: arrow_pandas(["b", None], pa.string()), "pandas.factorize(x)[0]", [0, -1]),
+    "pandas array of categories and null": (
+        lambda: pd.Categorical([3, None]),
+        'x.astype("Float64").fillna(0)',
+        [3, 0],
+    ),
+    "pandas arrow truth codes and null": (
+        lambda: arrow_pandas(pa.array([True, None]).dictionary_encode(), pa.dictionary(pa.int32(), pa.bool_())),
+        'x.astype("bool[pyarrow]").fillna(False)',
+        [True, False],
+    ),
+    "pandas records in an array": (
+        lambda: arrow_pandas([{"name": 1}], pa.struct({"name": pa.int64()})).array,
+        "pandas.Series(x).struct.field(name)",
+        [1],
+    ),
+    "pandas records and null in labels": (
+        lambda: pd.Index(arrow_pandas([{"name": 1}, None], pa.struct({"name": pa.int64()}))),
+        "pandas.Series(x.dropna()).struct.field(name)",
+        [1],
+    ),
+    "pandas rows and None": (lambda: pd.Series([None, [1, 2], [3, 4]]), "np.stack(x.dropna())", [[1, 2], [3, 4]]),
+    "pandas labels that are lists": (lambda: pd.Index([[1, 2], [3, 4]]), "np.stack(x)", [[1, 2], [3, 4]]),
+    "pandas objects and None": (lambda: pd.Series([1, True, None], dtype=object), "pandas.factorize(x)[0]", None),
+    "pandas objects and NA": (lambda: pd.Series([1, pd.NA], dtype=object), 'x.dropna().astype("float64")', [1]),
+    "pandas complex objects": (lambda: pd.Series([1j, 2j], dtype=object), 'x.astype("complex128")', [1j, 2j]),
+    "pandas array of intervals and null": (
+        lambda: pd.arrays.IntervalArray.from_tuples([(0, 1), None]),
+        "-1 for what is missing: pandas.factorize(x)[0]",
+        [0, -1],
+    ),
+    "pandas array of rows and None": (lambda: pd.Series([[1, 2], None]).array, "np.stack(x.dropna())", [[1, 2]]),
     "pandas arrow nothing": (
         lambda: arrow_pandas([None, None], pa.null()),
         'x.astype("int64[pyarrow]").fillna(0)',
@@ -161,7 +195,7 @@ CURES: dict[str, tuple[Any, str, Any]] = {
     ),
     "pandas arrow codes of numbers and null": (
         lambda: arrow_pandas(pa.array([5, None]).dictionary_encode(), pa.dictionary(pa.int32(), pa.int64())),
-        'x.astype("float64").fillna(0)',
+        'x.astype("Float64").fillna(0)',
         [5, 0],
     ),
     "pandas arrow null row": (
@@ -256,7 +290,8 @@ CURES: dict[str, tuple[Any, str, Any]] = {
     ),
     "pandas null in a list": (
         lambda: arrow_pandas([[1, None], [3, 4]], pa.list_(pa.int64())),
-        "tensorbridge.to_numpy(x.list.flatten().fillna(0)).reshape(len(x), -1)",
+        "tensorbridge.to_numpy(pyarrow.compute.list_flatten(pyarrow.array(x), recursive=True).fill_null(0))"
+        ".reshape(-1, 2)",
         [[1, 0], [3, 4]],
     ),
     "polars text": (lambda: pl.Series(["b", "a", "b"]), "x.cast(polars.Categorical).to_physical()", None),
@@ -291,12 +326,39 @@ def test_the_cure_that_is_said_works(name):
             convert(x)
         assert len(str(caught.value).splitlines()) == 2
     names = {"x": x, "np": np, "name": "name", "tensorbridge": tb, "pyarrow": pa, "pandas": pd, "polars": pl}
-    cured = eval(cure, names)
+    cured = eval(cure.removeprefix("-1 for what is missing: "), names)
     for a in (tb.to_numpy(cured), tree.to_numpy({"c": cured})["c"]):
-        assert a.dtype.kind in "iufb"
+        assert a.dtype.kind in "iufbc"
         assert len(a) == len(cured)
         if expected is not None:
             assert a.tolist() == expected
+
+
+ONLY_CODES = {
+    "text": lambda: pd.Series(["b", "a"], dtype=object),
+    "mixed": lambda: pd.Series([1, "a", None], dtype=object),
+    "dates": lambda: pd.Series([MOMENT.date()] * 2),
+    "intervals": lambda: pd.Series(pd.interval_range(0, 2)),
+    "labels that are intervals": lambda: pd.interval_range(0, 2),
+    "intervals and null": lambda: pd.Series(pd.arrays.IntervalArray.from_tuples([(0, 1), None])),
+    "pairs": lambda: pd.MultiIndex.from_tuples([(1, 2), (1, None)]),
+    "pairs of text": lambda: pd.MultiIndex.from_tuples([(1, "a"), (1, "b")]),
+}
+
+
+@pytest.mark.parametrize("name", ONLY_CODES)
+def test_what_no_cast_makes_numbers_of_is_not_told_to_be_cast(name):
+    x = ONLY_CODES[name]()
+    with pytest.raises(tb.UnsupportedArrayError, match=r"\nConvert codes.*: pandas\.factorize\(x\)\[0\]") as caught:
+        tb.to_torch(x)
+    assert "astype" not in str(caught.value)
+    assert tb.to_torch(pd.factorize(x)[0]).shape == (len(x),)
+
+
+@pytest.mark.parametrize("rows", [[{"a": 1}], [{1, 2}]])
+def test_objects_of_which_nothing_makes_numbers_are_left_out(rows):
+    with pytest.raises(tb.UnsupportedArrayError, match=r"Python objects, not numbers\.\nLeave the column out"):
+        tb.to_torch(pd.Series(rows))
 
 
 def test_the_way_to_leave_a_wide_polars_column_out_works():
@@ -321,9 +383,10 @@ def test_nulls_beside_what_has_no_cure_are_left_out_with_their_column(make):
 
 def test_the_cure_for_polars_records_works():
     x = pl.Series("c", [{"id": BIG, "w": 0.5}])
-    with pytest.raises(tb.UnsupportedArrayError, match=r"x\.struct\.unnest\(\), with tensorbridge\.tree"):
+    with pytest.raises(tb.UnsupportedArrayError, match="Convert its fields: ") as caught:
         tree.to_numpy({"c": x})
-    made = tree.to_numpy(x.struct.unnest())
+    cure = str(caught.value).partition("Convert its fields: ")[2].partition(";")[0]
+    made = eval(cure, {"x": x, "tensorbridge": tb})
     assert made["id"].tolist() == [BIG]
     assert made["w"].tolist() == [0.5]
 

@@ -119,6 +119,22 @@ def test_ragged_rows_are_refused_by_column():
         tree.to_torch(ragged.with_format("arrow")[:])
 
 
+@pytest.mark.parametrize("format", [None, "numpy", "torch"])
+def test_a_column_says_how_it_is_read_at_once(dataset, format):
+    x = dataset.with_format(format)["label"]
+    for convert in (tb.to_numpy, tb.to_torch, lambda x: tb.to_torch([x])):
+        with pytest.raises(tb.UnsupportedArrayError, match=r"Column cannot be converted: .*\nConvert x\[:\]\.$"):
+            convert(x)
+    assert tb.to_torch(x[:]).tolist() == list(range(6))
+
+
+def test_a_dataset_says_how_its_columns_are_converted(dataset):
+    with pytest.raises(tb.UnsupportedArrayError, match="Dataset cannot be converted") as caught:
+        tb.to_torch(dataset)
+    cure = str(caught.value).partition("\nConvert its columns: ")[2].removesuffix(".")
+    assert_rows(eval(cure, {"tensorbridge": tb, "x": dataset}), list(range(6)))
+
+
 def test_lazy_rows_of_map_stay_what_they_are(dataset):
     kinds: list[Any] = []
 

@@ -279,3 +279,20 @@ def test_containers_of_xarray_are_given_as_dicts(tmp_path):
         with pytest.raises(tb.UnsupportedArrayError, match=r"dict\(x\)"):
             tree.to_torch({"set": x})
         assert {name: t.tolist() for name, t in tree.to_torch(dict(x)).items()} in ({"x": A.tolist()}, {"i": [1, 2, 3]})
+
+
+def test_a_null_dataset_of_hdf5_is_told_as_such_and_named(tmp_path):
+    with h5py.File(tmp_path / "x.h5", "w") as file:
+        file["full"], file["inner/none"], file["one"] = A, h5py.Empty("f4"), 2.5
+        for x in (file["inner/none"], file["inner/none"][()]):
+            for convert in (tb.to_numpy, tb.to_torch, lambda x: tb.plan([x], "torch")):
+                with pytest.raises(tb.UnsupportedArrayError, match="null dataset of HDF5 holds no elements") as caught:
+                    convert(x)
+            cure = str(caught.value).partition("stand for it: ")[2].removesuffix(".")
+            a = eval(cure, {"numpy": np, "x": x})
+            assert (tb.to_torch(a).shape, tb.to_torch(a).dtype) == ((0,), torch.float32)
+        for walk in (tree.to_torch, lambda x: tree.plan(x, "torch")):
+            with pytest.raises(tb.UnsupportedArrayError, match=r"^batch\['inner'\]\['none'\]: .*null dataset"):
+                walk(file)
+        del file["inner/none"]
+        assert tree.to_torch(file)["one"] == 2.5
