@@ -71,7 +71,7 @@ def collate(samples: Sequence[Any]) -> Any:
         raise TypeError(f"{text}; a DataLoader with batch_size=None gives one sample at a time, and needs no collate")
     if not len(samples):
         raise ValueError("collate: there are no samples")
-    check_known(samples[0], "collate")
+    check_known(samples[0], "torch", "collate")
     _convert.open_lanes()
     return _batched([*samples], None)
 

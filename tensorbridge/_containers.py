@@ -20,8 +20,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from tensorbridge import _rebuild, _tables
+from tensorbridge._adapters import _strangers
 from tensorbridge._errors import UnsupportedArrayError
-from tensorbridge._refuse import plain_dict
+from tensorbridge._refuse import OBSTACLES, plain_dict
 
 
 class Kind(NamedTuple):
@@ -124,20 +125,22 @@ def may_hold_arrays(x: Any) -> bool:
     return any(hasattr(x, name) for name in ("__dict__", "__slots__", "__iter__"))
 
 
-def check_known(tree: Any, call: str) -> None:
+def check_known(tree: Any, framework: str, call: str = "") -> None:
     """Refuse what is left as it is at the root, though it may hold arrays: nothing at all would be converted."""
     if isinstance(kind_of(tree), Kind) or is_array(tree) or not may_hold_arrays(tree):
         return
-    cls = type(tree)
+    cls, told = type(tree), _strangers.told(tree)
     module = sys.modules.get("torch.nn.modules.module")
-    if module is not None and isinstance(tree, module.Module):
+    if told in ("rows", "dataset", "lazy"):
+        cure = OBSTACLES[told].cure.replace("{framework}", framework)
+    elif module is not None and isinstance(tree, module.Module):
         cure = "Give x.state_dict(), or dict(x.named_parameters())."
     elif hasattr(cls, "__iter__"):
         cure = "Give list(x)."
     else:
         cure = "Give vars(x), or register its class with torch.utils._pytree.register_pytree_node or with optree."
-    text = f"{call}: {cls.__name__} is no container that is known here: what it holds would stay as it is"
-    raise UnsupportedArrayError(f"{text}.\n{cure}")
+    text = f"{cls.__name__} is no container that is known here: what it holds would stay as it is"
+    raise UnsupportedArrayError(f"{call or 'tree.to_' + framework}: {text}.\n{cure}")
 
 
 def _registered(cls: type) -> Kind | None:

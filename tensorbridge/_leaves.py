@@ -34,7 +34,7 @@ def converted(tree: Any, want: Want, *, out: Any = None, pack: bool = True) -> A
         check_pack(pack, f"tree.to_{want.framework}")
     flat = flatten(tree)
     if not flat.leaves:
-        check_known(tree, f"tree.to_{want.framework}")
+        check_known(tree, want.framework)
     if out is not None:
         return _filled(flat, want, out)
     results: list[Any] = [None] * len(flat.leaves)

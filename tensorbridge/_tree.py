@@ -298,7 +298,7 @@ def plan(tree: Any, to: Literal["numpy", "torch", "cupy"], *, pack: bool = True,
     want = _options.WANTS[to](**options, out=None, call=f"tree.to_{to}")
     flat = flatten(tree)
     if not flat.leaves:
-        check_known(tree, f"tree.to_{to}")
+        check_known(tree, to)
     paths = flat.paths()
     blocks: list[Block] = []
     if out is None:
