@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from numbers import Number
 from typing import Any
+
+import numpy as np
 
 from tensorbridge import _options
 from tensorbridge._adapters import adapter_of
 from tensorbridge._array import ArrayInfo
+from tensorbridge._containers import DICT, LIST, ROOT, TUPLE
 from tensorbridge._leaf import NAMED, Leaf, identity, name, opened
 from tensorbridge._memory import first_meeting
 from tensorbridge._step import Want
-from tensorbridge._walk import Flat
+from tensorbridge._walk import Flat, Frame, flatten
 
 
 def checked(flat: Flat, outs: list[Any], want: Want, *, planning: bool = False) -> tuple[list[Leaf], dict[int, int]]:
@@ -52,11 +56,32 @@ def _refuse_meeting(flat: Flat, want: Want, written: dict[int, ArrayInfo], read:
 
 def aligned(flat: Flat, into: Flat, framework: str) -> list[Any]:
     """The arrays of `into`, each for the one of `flat` that has its name: dicts may have their keys in any order."""
+    if len(flat.frames) == len(into.frames) and all(map(_alike, flat.frames, into.frames)):
+        return into.leaves
     paths, others = flat.paths(), into.paths()
     if paths == others:
         return into.leaves
     known, named = set(paths), dict(zip(others, into.leaves, strict=True))
-    strange = [f"it has {p}" for p in others if p not in known] + [f"it lacks {p}" for p in paths if p not in named]
-    if strange or not len(paths) == len(others) == len(named):
-        raise ValueError(f"tree.to_{framework}(out=...): out is another tree: {(strange or ['its order differs'])[0]}")
+    if strange := [p for p in others if p not in known]:
+        raise ValueError(f"tree.to_{framework}(out=...): out is another tree: {_strange(flat, strange[0])}")
+    if lacks := [p for p in paths if p not in named]:
+        raise ValueError(f"tree.to_{framework}(out=...): out is another tree: it lacks {lacks[0]}")
+    if not len(paths) == len(others) == len(named):
+        raise ValueError(f"tree.to_{framework}(out=...): out is another tree: its order differs")
     return [named[path] for path in paths]
+
+
+def _strange(flat: Flat, path: str) -> str:
+    """Why an array of `out` has no source: often it has one, which is no array."""
+    everything = flatten(flat.frames[0].node, everything=True)
+    value = next((x for x, name in zip(everything.leaves, everything.paths()) if name == path), None)
+    if not isinstance(value, (Number, np.bool_)):
+        return f"it has {path}"
+    kind = type(value).__name__
+    return f"it has {path}, which is {kind} in the source: numbers are left as they are, give numpy.asarray(x) there"
+
+
+def _alike(a: Frame, b: Frame) -> bool:
+    """Whether two containers certainly hold the same, by the same names."""
+    plain = a.kind is b.kind and any(a.kind is kind for kind in (ROOT, DICT, LIST, TUPLE))
+    return plain and (a.size, a.where, a.inner, a.keys) == (b.size, b.where, b.inner, b.keys)

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from tensorbridge import _api, _convert, _lanes, _pack, _watch
+from tensorbridge import _api, _convert, _lanes, _options, _pack, _remember, _watch
 from tensorbridge import _words as words
 from tensorbridge._array import CPU
 from tensorbridge._containers import check_known
@@ -75,10 +75,22 @@ def _through_decisions(
 
 def _filled(flat: Flat, want: Want, out: Any) -> Any:
     outs = aligned(flat, flatten(out), want.framework)
+    plain = not _watch.watching and not is_inside() and want == _options.WANTS[want.framework]()
+    recipes = _remember.fills(want.framework, flat.leaves, outs) if plain else None
+    if recipes is not None:
+        for i, recipe in enumerate(recipes):
+            try:
+                _convert.perform(recipe, flat.leaves[i], outs[i])
+            except NAMED as error:
+                name(error, flat, i)
+                raise
+        return out
     leaves, _ = checked(flat, outs, want)
     with _allowed(flat, ((leaf, None) for leaf in leaves)):
         for leaf in leaves:
             _alone(flat, leaf, outs[leaf.place])
+    if plain:
+        _remember.remember_fills(want.framework, flat.leaves, outs)
     return out
 
 

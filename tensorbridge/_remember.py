@@ -7,7 +7,7 @@ an array is its `Traits`, told by its adapter in a few questions; options are ta
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import wraps
 from typing import Any, TypeVar
 
@@ -25,6 +25,7 @@ _kinds: dict[type, Callable[[Any], Traits | None]] = {}  # of the types that hav
 _asked: dict[tuple[Any, ...], _Recipes | None] = {}  # by the options in the caller's words; None: leads off the host
 _NOTHING: _Recipes = {}
 _borrowed: Callable[[Any], Any] = lambda x: x  # a tensor's memory as an array
+_address: Callable[[Any], int]
 _WORDS: set[type] = {bool, type(None), str, type, *map(type, _dtypes.OF_NUMPY)}  # types of options that may be a key
 _KEPT = 1024
 
@@ -71,6 +72,51 @@ def remembering(full: _F) -> _F:
     return eager(convert_again)  # type: ignore[return-value]
 
 
+def fills(framework: str, sources: Sequence[Any], outs: Sequence[Any]) -> list[_convert.Recipe] | None:
+    """How each of `outs` is filled, if all that was decided before, and none of them has a byte in common with another
+    array. None: that takes a closer look.
+    """
+    found: list[_convert.Recipe] = []
+    spans: list[tuple[int, int, bool]] = []
+    for x, out in zip(sources, outs, strict=True):
+        kind = _kinds.get(type(x))
+        filled = None if kind is None else _kind_of_out(out, x)
+        recipes = None if filled is None else _asked.get((framework, filled))
+        traits = kind(x) if recipes and kind is not None else None
+        if traits is None or traits.spacing != "dense" or _may_start_threads(traits):
+            return None
+        recipe = recipes.get(traits) if recipes else None
+        if recipe is None:
+            return None
+        found.append(recipe)
+        for array, nbytes, written in ((x, x.nbytes, False), (out, out.nbytes, True)):
+            start = _address(array)
+            spans.append((start, start + nbytes, written))
+    return found if _no_write_meets(spans) else None
+
+
+def _no_write_meets(spans: list[tuple[int, int, bool]]) -> bool:
+    """Of memory from an address to another, and whether it is written."""
+    ends = {True: 0, False: 0}  # of what was written, of what was read, so far
+    for start, end, written in sorted(spans):
+        if start < ends[True] or (written and start < ends[False]):
+            return False
+        ends[written] = max(ends[written], end)
+    return True
+
+
+def remember_fills(framework: str, sources: Sequence[Any], outs: Sequence[Any]) -> None:
+    """Keep how these were filled, where `fills` did not know it."""
+    if not _kinds and _lanes._Tensor is not None:
+        _open()
+    for x, out in zip(sources, outs, strict=True):
+        kind = _kinds.get(type(x))
+        filled = None if kind is None else _kind_of_out(out, x)
+        traits = None if filled is None or kind is None else kind(x)
+        if traits is not None and not traits.graph and traits not in (_asked.get((framework, filled)) or ()):
+            _remember((framework, filled), {"out": out}, traits)
+
+
 def _kind_of_out(out: Any, x: Any) -> Traits | None:
     """The kind of a dense `out` of the shape of `x`, where it is quickly told."""
     kind = _kinds.get(type(out))
@@ -108,10 +154,11 @@ def _remember(words: tuple[Any, ...], options: dict[str, Any], traits: Traits) -
 
 def _open() -> None:
     """torch is there."""
-    global _borrowed
+    global _borrowed, _address
     numpy: Any = adapter_of(np.ndarray)
     torch: Any = adapter_of(_lanes._Tensor)
     _borrowed = torch.borrowed
+    _address = lambda x: numpy.address(x) if type(x) is np.ndarray else x.data_ptr()
     _WORDS.update(map(type, {torch.COMMON, *torch.HOST}))
     _kinds[np.ndarray] = numpy.kind
     _kinds.update(dict.fromkeys(torch.EXACT, torch.kind))

@@ -61,7 +61,8 @@ def to_numpy(
 
     Cost
     ----
-    That of each array, and a few microseconds a container. Many small device arrays: one transfer.
+    That of each array, and a few microseconds a container. Many small device arrays: one transfer. With `out`, more
+    than twice that of each array: all are checked before the first is written.
 
     Examples
     --------
@@ -115,7 +116,8 @@ def to_torch(
 
     Cost
     ----
-    That of each array, and a few microseconds a container. Many small arrays to a device: one transfer.
+    That of each array, and a few microseconds a container. Many small arrays to a device: one transfer. With `out`,
+    see `tree.to_numpy`.
 
     Examples
     --------

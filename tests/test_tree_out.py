@@ -2,20 +2,36 @@
 
 from __future__ import annotations
 
+from collections import namedtuple
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import pytest
 import torch
 from arrays import frozen, numbers
 
 import tensorbridge as tb
-from tensorbridge import tree
+from tensorbridge import _convert, _leaves, _remember, tree
 
 
 @pytest.fixture
 def a() -> Any:
     return np.arange(6.0).reshape(2, 3)
+
+
+@pytest.fixture(autouse=True, params=["decided anew", "known"])
+def known(request) -> bool:
+    """Every test, with fills of these kinds known from before, and not."""
+    _remember._asked.clear()
+    if request.param == "known":
+        for dtype in ("float32", "float64"):
+            for out in (np.zeros((2, 3), dtype), torch.zeros(2, 3, dtype=getattr(torch, dtype))):
+                fill = tree.to_numpy if isinstance(out, np.ndarray) else tree.to_torch
+                for x in (np.ones((2, 3), "f4"), np.ones((2, 3)), torch.ones(2, 3), torch.ones(2, 3).double()):
+                    fill([x], out=[out])
+        assert len(_remember._asked) == 4
+    return request.param == "known"
 
 
 @pytest.mark.parametrize("to", ["torch", "numpy"])
@@ -38,6 +54,100 @@ def test_keys_of_out_may_have_another_order(a):
     assert np.array_equal(out["more"]["z"], a + 2)
     with pytest.raises(ValueError, match=r"^batch\['more'\]\['y'\]: .*out has shape \(3,\)"):
         tree.to_numpy(source, out={"more": {"z": np.zeros((2, 3)), "y": np.zeros(3)}, "x": np.zeros((2, 3))})
+
+
+SOURCES: dict[str, Any] = {
+    "an array": lambda: np.arange(6.0).reshape(2, 3),
+    "another dtype": lambda: np.arange(6, dtype="u1").reshape(2, 3),
+    "half precision": lambda: np.arange(6.0).reshape(2, 3).astype(ml_dtypes.bfloat16),
+    "in Fortran's order": lambda: np.asfortranarray(np.arange(6.0).reshape(2, 3)),
+    "with gaps": lambda: np.arange(12.0).reshape(2, 6)[:, ::2],
+    "reversed": lambda: np.arange(6.0).reshape(2, 3)[::-1],
+    "big-endian": lambda: np.arange(6.0).reshape(2, 3).astype(">f8"),
+    "read-only": lambda: frozen(np.arange(6.0).reshape(2, 3)),
+    "empty": lambda: np.zeros((0, 3)),
+    "a tensor": lambda: torch.arange(6.0).reshape(2, 3),
+    "a transposed tensor": lambda: torch.arange(6.0).reshape(3, 2).T,
+    "a view of a tensor": lambda: torch.arange(6.0).reshape(2, 3).numpy(),
+    "a conjugate": lambda: torch.arange(6.0).reshape(2, 3).to(torch.complex64).conj().real,
+}
+OUTS: dict[str, Any] = {
+    "float64": lambda shape: np.zeros(shape),
+    "float32": lambda shape: np.zeros(shape, "f4"),
+    "in Fortran's order": lambda shape: np.zeros(shape, order="F"),
+    "with gaps": lambda shape: np.zeros((*shape[:-1], shape[-1] * 2))[..., ::2],
+    "on a tensor": lambda shape: torch.zeros(shape, dtype=torch.float64).numpy(),
+}
+
+
+def version(x: Any) -> int | None:
+    """How many writes autograd has been told of."""
+    tensor = x if isinstance(x, torch.Tensor) else x.base
+    return tensor._version if isinstance(tensor, torch.Tensor) else None
+
+
+@pytest.mark.parametrize("how", OUTS)
+@pytest.mark.parametrize("name", SOURCES)
+@pytest.mark.parametrize("to", ["torch", "numpy"])
+def test_what_is_filled_again_is_filled_as_before(to, name, how):
+    written = []
+    for _ in range(3):
+        source = {"x": SOURCES[name](), "y": [np.float64(3), SOURCES["an array"]()]}
+        outs = [OUTS[how](tuple(source["x"].shape)), OUTS[how]((2, 3))]
+        first, second = outs if to == "numpy" else tree.to_torch(outs)
+        before = version(first), version(second)
+        out = {"x": first, "y": [np.float64(3), second]}
+        assert getattr(tree, f"to_{to}")(source, out=out) is out
+        assert np.array_equal(numbers(first), numbers(source["x"]))
+        assert np.array_equal(numbers(second), numbers(source["y"][1]))
+        written.append([None if was is None else version(x) - was for x, was in zip((first, second), before)])
+    assert written[0] == written[1] == written[2]
+
+
+def test_a_fill_that_is_known_takes_no_closer_look(known, monkeypatch, a):
+    looks = []
+    checked = _leaves.checked
+    monkeypatch.setattr(_leaves, "checked", lambda *args: looks.append(args) or checked(*args))
+    out = {"x": torch.zeros(2, 3), "y": [torch.zeros(2, 3)]}
+    for value in (1.0, 2.0):
+        tree.to_torch({"x": a, "y": [np.full((2, 3), value)]}, out=out)
+        assert out["y"][0].tolist() == [[value] * 3] * 2
+    assert len(looks) == (not known)
+    with tb.trace() as seen:
+        tree.to_torch({"x": a, "y": [a]}, out=out)
+    assert len(seen.events) == 2
+    assert len(looks) == 1 + (not known)
+    tree.to_torch({"x": a, "y": [a]}, dtype="float32", out=out)
+    assert len(looks) == 2 + (not known)
+
+
+def test_a_graph_that_was_joined_once_is_not_joined_unseen():
+    for _ in range(3):
+        out = [torch.zeros(2, 3)]
+        tree.to_torch([torch.ones(2, 3, requires_grad=True) * 2], out=out)
+        assert out[0].requires_grad
+    with pytest.raises(ValueError, match=r"^batch\[0\]: .*requires grad"):
+        tree.to_torch([torch.ones(2, 3)], out=out)
+
+
+def test_compiled_code_and_forked_processes_are_looked_at_anew(known, monkeypatch, a):
+    looks = []
+    checked = _leaves.checked
+    out = [torch.zeros(2, 3)]
+    tree.to_torch([a], out=out)
+    monkeypatch.setattr(_leaves, "checked", lambda *args: looks.append(args) or checked(*args))
+    with monkeypatch.context() as patch:
+        patch.setattr(_leaves, "is_inside", lambda: True)
+        tree.to_torch([a], out=out)
+    assert len(looks) == 1
+    large = np.ones((256, 1024))
+    outs = [torch.zeros(256, 1024)]
+    for _ in range(2):
+        tree.to_torch([large], out=outs)
+    assert len(looks) == 2
+    monkeypatch.setattr(_convert, "imported_in", -1)  # torch would wait for threads that a fork does not have
+    tree.to_torch([large], out=outs)
+    assert len(looks) == 3
 
 
 # -- What is refused is refused before anything is written
@@ -122,12 +232,36 @@ def test_guard_refuses_a_fill_before_anything_is_written(a):
     [
         ({"y": torch.zeros(2, 3)}, r"another tree: it has batch\['y'\]"),
         ({}, r"another tree: it lacks batch\['x'\]"),
+        ({"x": 3, "n": torch.zeros(2, 3)}, r"another tree: it has batch\['n'\]"),
+        ({"n": torch.zeros(2, 3), "x": 3}, r"another tree: it has batch\['n'\]"),
+        ({"x": [torch.zeros(2, 3)]}, r"another tree: it has batch\['x'\]\[0\]"),
     ],
 )
 def test_out_of_another_structure_is_refused(out, text, a):
     for fill in (tree.to_torch, lambda x, out: tree.plan(x, "torch", out=out)):
         with pytest.raises(ValueError, match=text):
-            fill({"x": a}, out=out)
+            fill({"x": a, "n": 3} if "n" in out else {"x": a}, out=out)
+
+
+@pytest.mark.parametrize("value", [np.float64(1.5), 2, True, np.int8(3), np.True_])
+def test_a_number_where_out_has_an_array_is_said_to_be_one(value, a):
+    out = {"x": torch.zeros(2, 3), "reward": torch.zeros(())}
+    with pytest.raises(ValueError) as told:
+        tree.to_torch({"x": a, "reward": value}, out=out)
+    assert str(told.value) == (
+        f"tree.to_torch(out=...): out is another tree: it has batch['reward'], which is {type(value).__name__} in the "
+        "source: numbers are left as they are, give numpy.asarray(x) there"
+    )
+    assert not out["x"].any()
+    tree.to_torch({"x": a, "reward": np.asarray(value)}, out=out)
+    assert out["reward"] == value
+
+
+def test_names_of_fields_say_what_belongs_together(a):
+    Here, There = namedtuple("Here", "x y"), namedtuple("There", "y x")
+    out = There(np.zeros((2, 3)), np.zeros((2, 3)))
+    tree.to_numpy(Here(a, a + 1), out=out)
+    assert (out.x.tolist(), out.y.tolist()) == (a.tolist(), (a + 1).tolist())
 
 
 # -- Memory that is given twice
@@ -142,6 +276,15 @@ def test_one_memory_cannot_hold_two_leaves(overlap, a):
     ):
         tree.to_numpy({"x": np.ones(6), "y": np.ones(6) * 2}, out=out)
     assert not block.any()
+
+
+def test_gaps_of_a_source_in_which_another_is_written_are_seen():
+    for _ in range(2):  # both are filled, and known
+        tree.to_numpy([np.ones(12)[::2], np.ones(6)], out=[np.zeros(6), np.zeros(6)])
+    block = np.ones(12)
+    with pytest.raises(ValueError, match=r"^batch\[1\]: .*out shares memory with batch\[0\], which is read"):
+        tree.to_numpy([block[::2], np.zeros(5)], out=[np.zeros(6), block[6:11]])
+    assert block.all()
 
 
 def test_out_that_is_the_source_of_another_leaf_is_refused():
