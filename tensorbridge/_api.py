@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     import cupy
     import torch
     from numpy.typing import NDArray
+    from typing_extensions import Unpack
+
+    from tensorbridge._options import PlanOptions
 
 _Out = TypeVar("_Out", bound="NDArray[Any]")
 _Scalar = TypeVar("_Scalar", bound=np.generic)
@@ -316,7 +319,7 @@ def describe(x: Any) -> ArrayInfo:
 
 
 @told
-def plan(x: Any, to: Literal["numpy", "torch", "cupy"], **options: Any) -> Plan:
+def plan(x: Any, to: Literal["numpy", "torch", "cupy"], **options: Unpack[PlanOptions]) -> Plan:
     """Return the very steps that ``to_numpy``, ``to_torch`` or ``to_cupy`` would perform, and perform none.
 
     Parameters
@@ -349,8 +352,8 @@ def plan(x: Any, to: Literal["numpy", "torch", "cupy"], **options: Any) -> Plan:
       pack   24 B   torch has no negative strides
       share   0 B   torch.from_numpy: the same memory
     """
-    options = _options.of_plan("plan", _FUNCTIONS, to, options)
-    return planned(x, _options.WANTS[to](**options), options["out"])
+    every = _options.of_plan("plan", _FUNCTIONS, to, options)
+    return planned(x, _options.WANTS[to](**every), every["out"])
 
 
 @eager

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Mapping
 from importlib import import_module
 from inspect import signature
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tensorbridge import _dtypes, _streams
 from tensorbridge import _words as words
@@ -17,6 +17,22 @@ from tensorbridge._errors import INSTALL, DeviceError, MissingFrameworkError, ne
 from tensorbridge._memory import infos_share
 from tensorbridge._refuse import FORKED, Obstacle
 from tensorbridge._step import Want
+
+if TYPE_CHECKING:
+    from typing_extensions import TypedDict
+
+    class PlanOptions(TypedDict, total=False):
+        """Those of all conversions. Which of them one has, is asked when it is planned."""
+
+        device: Any
+        dtype: Any
+        copy: bool | None
+        writable: bool | None
+        share_readonly: bool
+        detach: bool
+        pin_memory: bool
+        non_blocking: bool
+        out: Any
 
 
 def want_numpy(
@@ -94,7 +110,9 @@ def want_cupy(
 WANTS: dict[str, Callable[..., Want]] = {"numpy": want_numpy, "torch": want_torch, "cupy": want_cupy}
 
 
-def of_plan(call: str, functions: Mapping[str, Callable[..., Any]], to: Any, options: dict[str, Any]) -> dict[str, Any]:
+def of_plan(
+    call: str, functions: Mapping[str, Callable[..., Any]], to: Any, options: Mapping[str, Any]
+) -> dict[str, Any]:
     """The options of a plan, and the defaults of the others: those of the function that would be called."""
     if not isinstance(to, str) or to not in functions:
         name = getattr(to, "__name__", to)  # a module or a function where its name is wanted: the likeliest mistake
@@ -103,7 +121,7 @@ def of_plan(call: str, functions: Mapping[str, Callable[..., Any]], to: Any, opt
     known = {p.name: p.default for p in signature(functions[to]).parameters.values() if p.kind is p.KEYWORD_ONLY}
     unknown = next((name for name in options if name not in known), None)
     if unknown is None:
-        return known | options
+        return {**known, **options}
     function = call.replace("plan", f"to_{to}")
     text = f"{call}(to={to!r}): {function} has no option {unknown!r}; it has {', '.join(known)}"
     raise TypeError(text + nearest(unknown, known))

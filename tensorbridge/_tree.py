@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from tensorbridge import _eager, _options
 from tensorbridge._array import ArrayInfo, Traits
@@ -15,6 +15,11 @@ from tensorbridge._leaves import blocks_of, check_pack, converted, outside, plan
 from tensorbridge._pack import Block
 from tensorbridge._step import Plan, bytes_text, step_lines
 from tensorbridge._walk import flatten
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from tensorbridge._options import PlanOptions
 
 
 @_eager.told
@@ -252,7 +257,9 @@ def _some(names: list[str]) -> str:
 
 
 @_eager.told
-def plan(tree: Any, to: Literal["numpy", "torch", "cupy"], *, pack: bool = True, **options: Any) -> TreePlan:
+def plan(
+    tree: Any, to: Literal["numpy", "torch", "cupy"], *, pack: bool = True, **options: Unpack[PlanOptions]
+) -> TreePlan:
     """Return the very steps that ``tree.to_numpy``, ``to_torch`` or ``to_cupy`` would perform, and perform none.
 
     Parameters
@@ -294,10 +301,10 @@ def plan(tree: Any, to: Literal["numpy", "torch", "cupy"], *, pack: bool = True,
       share   0 B   torch.from_numpy: the same memory
     1 x the same memory as another: batch['y'][1] is batch['x']
     """
-    options = _options.of_plan("tree.plan", _FUNCTIONS, to, options | {"pack": pack})
-    out = options.pop("out")
-    check_pack(options.pop("pack"), f"tree.to_{to}")
-    want = _options.WANTS[to](**options, out=None, call=f"tree.to_{to}")
+    every = _options.of_plan("tree.plan", _FUNCTIONS, to, {**options, "pack": pack})
+    out = every.pop("out")
+    check_pack(every.pop("pack"), f"tree.to_{to}")
+    want = _options.WANTS[to](**every, out=None, call=f"tree.to_{to}")
     flat = flatten(tree)
     if not flat.leaves:
         check_known(tree, to)

@@ -137,6 +137,12 @@ assert_type(tb.plan(x, "torch").steps[0].nbytes, int)
 assert_type(tb.describe(x).device, tb.Device)
 assert_type(tb.shares_memory(x, x), bool)
 tb.plan(x, "jax")  # type: ignore[arg-type]
+tb.plan(x, "torch", cpy=False)  # type: ignore[call-arg]
+tb.plan(x, "torch", copy="no")  # type: ignore[arg-type]
+tb.tree.plan(x, "numpy", writeable=True)  # type: ignore[call-arg]
+options: dict[str, Any] = {"copy": False}
+tb.plan(x, "torch", **options)
+tb.tree.plan(x, "torch", device="cpu", pack=False, dtype=np.float32, out=[x])
 tb.to_numpy(x, np.float32)  # type: ignore[call-overload]
 tb.to_numpy(x, copy="yes")  # type: ignore[call-overload]
 tb.to_torch(x, writable=True)  # type: ignore[call-arg]
