@@ -278,15 +278,15 @@ def _plain_tensors(values: list[Any]) -> Tensor | None:
         return None
     if len(set(map(attrgetter("dtype"), values))) > 1:
         return None
+    torch: Any = sys.modules["torch"]
     try:
         if not all(map(tensor.is_contiguous, values)):
             return None
         if any(map(tensor.storage_offset, values)):
             if not all(map(_copy_lanes.is_held, values)):
                 return None
-        elif min(t.untyped_storage().nbytes() for t in values) < values[0].nbytes:
+        elif min(map(torch.UntypedStorage.nbytes, map(tensor.untyped_storage, values))) < values[0].nbytes:
             return None
-        torch: Any = sys.modules["torch"]
         made: Any = _stack(values) if _in_worker() else torch.stack(values)
         return made if made.is_cpu and (made.data_ptr() or not made.numel()) else None
     except RuntimeError:  # not of one shape; sparse; inside torch.func: the full road says what
