@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 SMALL = 64 * 1024  # bytes: below, a copy costs its call, not its bytes
 LARGE = 4 * 1024 * 1024  # bytes: from here on, NumPy asks the kernel for huge pages
+HUGE = 64 * 1024 * 1024  # bytes: from here on, a copy takes longer than a thread may have to wait for a busy core
 ON_A_TENSOR = frozenset({"tensor", "narrowed"})  # origins: a write is one to the tensor, whose version it counts
 MOST, MOST_AXES = 2**63 - 1, 64  # bytes and axes: a tensor may claim more (a huge expand), a NumPy array may not
 
@@ -60,7 +61,7 @@ class Traits(NamedTuple):
     graph: bool = False  # requires grad: an autograd graph hangs on it, or may
     lazy: str = ""  # "conj", "neg", "conj neg", "zero": values that are not what the bytes say
     pinned: bool | None = None  # page-locked host memory; None: not asked
-    size: str = "small"  # "empty", "small" (< 64 KiB), "medium", "large" (>= 4 MiB), "beyond" what NumPy can hold
+    size: str = "small"  # "empty", "small" (< 64 KiB), "medium", "large" (>= 4 MiB), "huge" (>= 64), "beyond" NumPy
     # Who stands behind a view: "tensor" (a NumPy view of one), "narrowed" (such a view that was made read-only, or to
     # overlap, by others: the array that lies on the tensor is not), "memmap", "unknown" (`__array__`). Nobody: "copied"
     # (the producer made a copy for us and says so), "made" (it is seen to have). Of a column: how it becomes an array.
@@ -103,11 +104,16 @@ def shape_text(shape: tuple[int, ...] | None) -> str:
     return "(" + ", ".join(map(str, shape)) + ("," if len(shape) == 1 else "") + ")"
 
 
+FROM_LARGE = frozenset({"large", "huge"})  # size classes
+
+
 def size_class(nbytes: int, axes: int = 0) -> str:
     if axes > MOST_AXES:
         return "beyond"
+    if nbytes >= HUGE:
+        return "huge" if nbytes <= MOST else "beyond"
     if nbytes >= LARGE:
-        return "large" if nbytes <= MOST else "beyond"
+        return "large"
     if nbytes >= SMALL:
         return "medium"
     return "small" if nbytes else "empty"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import threading
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -45,6 +46,7 @@ class Case(NamedTuple):
 _recipes: dict[tuple[Traits, Want, Here], Recipe] = {}
 _RECIPES_KEPT = 4096
 WITH_TORCH = HERE._replace(torch=True)
+WITH_THREADS = WITH_TORCH._replace(threads=True)
 imported_in = os.getpid()
 
 
@@ -152,13 +154,18 @@ def open_lanes() -> None:
         _device_lanes.open(adapter_of(tensor), named("cupy"))
 
 
-THREADED = frozenset({"medium", "large"})
+THREADED = frozenset({"medium", "large", "huge"})
 
 
 def _starts_threads() -> bool:
-    """Whether torch would use threads in this forked process: OpenMP's do not survive a fork, and may hang."""
+    """Whether torch would use threads. In a forked process, OpenMP's have not survived the fork, and it may hang."""
     torch = sys.modules.get("torch")
     return torch is not None and bool(torch.get_num_threads() > 1)
+
+
+def has_threads() -> bool:
+    """Whether torch's threads may share a huge copy: not where it is done beside other work, by another thread."""
+    return _starts_threads() and threading.current_thread() is threading.main_thread()
 
 
 def moment(traits: Traits, want: Want) -> Here:
@@ -166,6 +173,8 @@ def moment(traits: Traits, want: Want) -> Here:
     on_host = WITH_TORCH if want.framework == "torch" or "torch" in sys.modules else HERE
     if traits.size in THREADED and os.getpid() != imported_in:
         on_host = on_host._replace(worker=_starts_threads())
+    elif traits.size == "huge" and on_host is WITH_TORCH and has_threads():
+        on_host = WITH_THREADS
     if is_inside():
         on_host = on_host._replace(compiled=True)
     if traits.device == CPU and (want.device is None or want.device == CPU):

@@ -13,6 +13,7 @@ import numpy as np
 
 from tensorbridge import _readonly
 from tensorbridge._adapters import Adapter
+from tensorbridge._array import HUGE
 
 _ndarray = np.ndarray
 _may_share_memory = np.may_share_memory
@@ -37,13 +38,13 @@ def tensor_to_numpy(x: Any, options: dict[str, Any]) -> Any:
     if len(options) != 1 or x.dtype not in _plain:
         return None
     if options.get("copy") is True:
-        return None if (view := _dense(x)) is None else view.copy()
+        return None if (view := _dense(x)) is None or view.nbytes >= HUGE else view.copy()
     out: Any = options.get("out")
     if type(out) is not _ndarray or not out.flags.carray or (view := _dense(x)) is None:
         return None
     if out.base is not None and (type(out.base) is not _ndarray or out.base.base is not None):
         return None
-    if view.dtype is not out.dtype or view.shape != out.shape or _may_share_memory(view, out):
+    if view.dtype is not out.dtype or view.shape != out.shape or out.nbytes >= HUGE or _may_share_memory(view, out):
         return None
     out[...] = view
     return out
@@ -51,7 +52,7 @@ def tensor_to_numpy(x: Any, options: dict[str, Any]) -> Any:
 
 def array_to_torch(x: Any, options: dict[str, Any]) -> Any:
     """What `to_torch` gives for an array of exactly that type, of a plain dtype."""
-    if len(options) != 1 or not x.flags.forc:
+    if len(options) != 1 or not x.flags.forc or x.nbytes >= HUGE:
         return None
     if options.get("copy") is True:
         return _from_numpy(x.copy("K"))

@@ -1,8 +1,9 @@
 """The copy engine's choice: whose kernel writes the bytes of a copy on the host. Pure, like _plan, which asks it.
 
-torch is chosen where its kernel is better (half-precision casts, transposes), not where it merely has more threads:
-those double the speed of a plain copy on idle cores, and cost a hundredfold when another process holds one
-(docs/cost.md has the measurements). NumPy allocates, because from 4 MiB on it asks the kernel for huge pages.
+torch is chosen where its kernel is better (half-precision casts, transposes), and for its threads from 64 MiB on. They
+double the speed of a plain copy on idle cores; when another process holds one, they wait for it for some milliseconds,
+which is a hundred times what a smaller copy takes (docs/cost.md has the measurements). NumPy allocates, because from
+4 MiB on it asks the kernel for huge pages.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, NamedTuple
 
 from tensorbridge import _dtypes
-from tensorbridge._array import CPU
+from tensorbridge._array import CPU, FROM_LARGE
 
 if TYPE_CHECKING:
     from tensorbridge._array import Traits
@@ -43,6 +44,8 @@ def kernel(now: Traits, dtype: str, order: str, here: Here) -> Kernel:
         return NUMPY
     if (now.dtype in _HALF and dtype in _WIDE) or (now.dtype == "float32" and dtype in _ROUNDED_ALIKE):
         return Kernel("torch", "its half-precision casts are vectorised")
+    if now.size == "huge" and now.dtype == dtype and here.threads:
+        return Kernel("torch", "its threads share a copy of this size")
     if now.order != order and now.size != "small":
         return Kernel("torch", "it transposes in blocks")
     return NUMPY
@@ -68,11 +71,11 @@ def in_numpy_pages(now: Traits, dtype: str, by: str) -> bool:
     """Whether the copy of a tensor goes into memory that NumPy allocates: where NumPy makes it, or torch would take
     small pages.
     """
-    return numpy_may_copy(now, dtype) and (by == "numpy" or now.size == "large")
+    return numpy_may_copy(now, dtype) and (by == "numpy" or now.size in FROM_LARGE)
 
 
 def numpy_may_copy(now: Traits, dtype: str) -> bool:
     """Whether NumPy may copy a tensor: from the size on where torch would use threads. One in a graph is autograd's."""
     both = _dtypes.exists_in(now.dtype, "numpy") and _dtypes.exists_in(dtype, "numpy")
     plain = now.device == CPU and not now.graph and not now.lazy
-    return now.size in ("medium", "large") and plain and both
+    return (now.size == "medium" or now.size in FROM_LARGE) and plain and both

@@ -19,7 +19,7 @@ from tensorbridge._array import CPU, Traits
 from tensorbridge._eager import eager
 
 _F = TypeVar("_F", bound=Callable[..., Any])
-_Recipes = dict[Traits, _convert.Recipe]
+_Recipes = dict[Any, _convert.Recipe]  # by what `_key` says
 
 _kinds: dict[type, Callable[[Any], Traits | None]] = {}  # of the types that have plain arrays
 _asked: dict[tuple[Any, ...], _Recipes | None] = {}  # by the options in the caller's words; None: leads off the host
@@ -57,7 +57,7 @@ def remembering(full: _F) -> _F:
         if recipes is None:
             return full(x, **options)
         traits = kind(x)
-        recipe = recipes.get(traits)  # type: ignore[arg-type]
+        recipe = recipes.get(_key(traits))
         watched = _watch.watching and (recipe is None or recipe.moves or _watch.is_traced())
         if recipe is None or watched or _may_start_threads(traits) or not (out is None or _are_apart(x, out)):
             result = full(x, **options)
@@ -85,7 +85,7 @@ def fills(framework: str, sources: Sequence[Any], outs: Sequence[Any]) -> list[_
         traits = kind(x) if recipes and kind is not None else None
         if traits is None or traits.spacing != "dense" or _may_start_threads(traits):
             return None
-        recipe = recipes.get(traits) if recipes else None
+        recipe = recipes.get(_key(traits)) if recipes else None
         if recipe is None:
             return None
         found.append(recipe)
@@ -113,7 +113,7 @@ def remember_fills(framework: str, sources: Sequence[Any], outs: Sequence[Any]) 
         kind = _kinds.get(type(x))
         filled = None if kind is None else _kind_of_out(out, x)
         traits = None if filled is None or kind is None else kind(x)
-        if traits is not None and not traits.graph and traits not in (_asked.get((framework, filled)) or ()):
+        if traits is not None and not traits.graph and _key(traits) not in (_asked.get((framework, filled)) or ()):
             _remember((framework, filled), {"out": out}, traits)
 
 
@@ -139,6 +139,11 @@ def _may_start_threads(traits: Any) -> bool:
     return traits.size in _convert.THREADED and os.getpid() != _convert.imported_in
 
 
+def _key(traits: Any) -> Any:
+    """What a decision is kept by."""
+    return (traits, _convert.has_threads()) if traits is not None and traits.size == "huge" else traits
+
+
 def _remember(words: tuple[Any, ...], options: dict[str, Any], traits: Traits) -> None:
     """Keep the recipe of a conversion that has just been done."""
     if len(_asked) >= _KEPT:
@@ -148,8 +153,9 @@ def _remember(words: tuple[Any, ...], options: dict[str, Any], traits: Traits) -
         _asked[words] = None
         return
     recipes = _asked.setdefault(words, {})
-    if recipes is not None and _convert.moment(traits, want) is _convert.WITH_TORCH:
-        recipes[traits] = _convert.recipe_for(traits, want, _convert.WITH_TORCH)
+    here = _convert.moment(traits, want)
+    if recipes is not None and (here is _convert.WITH_TORCH or here is _convert.WITH_THREADS):
+        recipes[_key(traits)] = _convert.recipe_for(traits, want, here)
 
 
 def _open() -> None:

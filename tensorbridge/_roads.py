@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple
 
+from tensorbridge._array import FROM_LARGE
+
 if TYPE_CHECKING:
     from tensorbridge._array import Traits
 
@@ -31,7 +33,7 @@ def down(now: Traits, *, pinned: bool) -> Road:
         return Road(PLAIN)
     if pinned and now.framework == "torch":
         return Road(PINNED, ", straight into pinned memory")
-    return _RING if now.size == "large" else Road(PLAIN)
+    return _RING if now.size in FROM_LARGE else Road(PLAIN)
 
 
 def up(now: Traits, *, pinned: bool) -> Road:
@@ -40,14 +42,14 @@ def up(now: Traits, *, pinned: bool) -> Road:
         return Road(PLAIN)
     if pinned:
         return Road(PINNED, ", straight from pinned memory")
-    return _RING if now.size == "large" else Road(PLAIN)
+    return _RING if now.size in FROM_LARGE else Road(PLAIN)
 
 
 def into(now: Traits, out: Traits) -> str:
     """What the plan adds where `out` is filled over the bus; whether that is pinned, the driver is asked then."""
     crosses = (now.device.type == "cpu") != (out.device.type == "cpu")
     block = _plain_bytes(now) and out.spacing == "dense" and now.dtype == out.dtype
-    return f"{_RING.why}, or directly where it is pinned" if crosses and block and now.size == "large" else ""
+    return f"{_RING.why}, or directly where it is pinned" if crosses and block and now.size in FROM_LARGE else ""
 
 
 def _plain_bytes(now: Traits) -> bool:

@@ -70,6 +70,7 @@ class Here(NamedTuple):
     capturing: bool = False  # a CUDA graph is being captured on a current stream
     forked: bool = False  # CUDA was in use in the parent of this forked process
     worker: bool = False  # a forked process in which torch would start threads
+    threads: bool = False  # torch has threads to share a huge copy
     torch: bool = False  # torch is loaded: its kernels may do what NumPy's are slow at
     gpu: str = "torch"  # who moves device memory that neither torch nor CuPy owns
     per_thread: bool = False  # memory is to be lent on the per-thread default stream, which is another in every thread

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 
 import tensorbridge as tb
-from tensorbridge import _dtypes, _engine
-from tensorbridge._array import Traits
+from tensorbridge import _convert, _dtypes, _engine
+from tensorbridge._array import HUGE, Traits
 from tensorbridge._step import HERE
 
 FLOATS = [name for name in _dtypes.DTYPES if "float" in name and _dtypes.exists_in(name, "torch")]
@@ -54,6 +57,76 @@ def test_plain_copies_stay_with_numpy_and_large_transposes_go_to_torch():
     assert _engine.kernel(plain, "float32", "C", LOADED).by == "numpy"
     assert _engine.kernel(plain, "float32", "F", LOADED).by == "torch"
     assert _engine.kernel(plain._replace(size="small"), "float32", "F", LOADED).by == "numpy"
+
+
+SHARING = LOADED._replace(threads=True)
+
+
+def test_threads_share_huge_copies_and_nothing_else():
+    huge = Traits("numpy", size="huge")
+    assert _engine.kernel(huge, "float32", "C", SHARING) == ("torch", "its threads share a copy of this size")
+    assert _engine.kernel(huge, "float32", "C", LOADED).by == "numpy"
+    assert _engine.kernel(huge, "float32", "C", SHARING._replace(worker=True)).by == "numpy"
+    assert _engine.kernel(huge._replace(size="large"), "float32", "C", SHARING).by == "numpy"
+    assert _engine.kernel(huge, "float64", "C", SHARING).by == "numpy"  # a cast: NumPy warns of what it loses
+    tensor = huge._replace(framework="torch")
+    assert _engine.of_tensor(tensor, "float32", "C", SHARING).by == "torch"
+    assert _engine.of_tensor(tensor, "float32", "C", HERE).by == "numpy"
+    assert _engine.in_numpy_pages(tensor, "float32", "torch")
+
+
+HUGE_COPIES: dict[str, Any] = {
+    "array, copied": (lambda: tb.to_torch(HELD, copy=True), lambda: tb.plan(HELD, "torch", copy=True)),
+    "array, into a tensor": (lambda: tb.to_torch(HELD, out=INTO), lambda: tb.plan(HELD, "torch", out=INTO)),
+    "tensor, copied": (lambda: tb.to_numpy(INTO, copy=True), lambda: tb.plan(INTO, "numpy", copy=True)),
+    "tensor, into an array": (lambda: tb.to_numpy(INTO, out=HELD), lambda: tb.plan(INTO, "numpy", out=HELD)),
+    "tree, copied": (lambda: tb.tree.to_torch([HELD], copy=True)[0], lambda: tb.tree.plan([HELD], "torch", copy=True)),
+    "tree, into a tree": (
+        lambda: tb.tree.to_torch([HELD], out=[INTO])[0],
+        lambda: tb.tree.plan([HELD], "torch", out=[INTO]),
+    ),
+}
+HELD, INTO = np.zeros(HUGE // 8), torch.zeros(HUGE // 8, dtype=torch.float64)
+SAID = "; by torch: its threads share a copy of this size"
+
+
+@pytest.fixture
+def two_threads():
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("name", HUGE_COPIES)
+def test_a_huge_copy_is_done_as_planned_by_whoever_asks(name, two_threads, monkeypatch):
+    convert, plan = HUGE_COPIES[name]
+    source = INTO if name.startswith("tensor") else HELD
+    done: list[str] = []
+    perform = _convert.perform
+
+    def seen(recipe: Any, handle: Any, out: Any) -> Any:
+        done.extend(step.by for step in recipe.decision.steps if step.kind)
+        return perform(recipe, handle, out)
+
+    monkeypatch.setattr(_convert, "perform", seen)
+
+    def by() -> str:
+        done.clear()
+        source[0] += 1
+        result = convert()
+        assert float(result[0]) == float(source[0])
+        return done[0] if done else "numpy"
+
+    assert SAID in str(plan())
+    assert [by(), by()] == ["torch", "torch"]
+    with ThreadPoolExecutor(1) as pool:  # the caller is at work meanwhile, and needs the cores
+        assert pool.submit(by).result() == "numpy"
+        assert SAID not in pool.submit(lambda: str(plan())).result()
+    assert by() == "torch"
+    torch.set_num_threads(1)
+    assert by() == "numpy"
+    assert SAID not in str(plan())
 
 
 MEDIUM = 100_000

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from tensorbridge import _dtypes, _lease, _staging, _stream_order, _streams
 from tensorbridge._adapters import _numpy
-from tensorbridge._array import CPU, Traits
+from tensorbridge._array import CPU, FROM_LARGE, Traits
 from tensorbridge._errors import ProducerError
 from tensorbridge._roads import PINNED, RING
 from tensorbridge._step import Step, Want
@@ -199,7 +199,7 @@ def filler(before: Traits, want: Want) -> Callable[[Tensor, Tensor], object] | N
     def fill(target: Tensor, source: Tensor) -> None:
         block = same and source.stride() == target.stride()
         host = target if out.device == CPU else source
-        if not block or (not host.is_pinned() and before.size != "large"):
+        if not block or (not host.is_pinned() and before.size not in FROM_LARGE):
             target.copy_(source)
         elif host.is_pinned():
             target.copy_(source, non_blocking=True)

@@ -19,6 +19,7 @@ from tensorbridge._bench._rows import (
     Scope,
     Way,
     bytes_name,
+    dtype_name,
     expect,
     floor,
     random_array,
@@ -195,12 +196,14 @@ SMALL = 64 * KIB  # up to here, a row shows what the call costs: the result is d
 def change_case(change: Change, nbytes: int) -> Case:
     names = with_modules(change.make(nbytes))
     wanted = names.pop("wanted")
+    undecided = UNDECIDED if nbytes < LARGE else ""
+    started = threads(names["x"].nbytes, cast=dtype_name(names["x"]) != dtype_name(wanted))
     state = REUSED if change.state == FRESH and nbytes <= SMALL else change.state
     ways = [
         Way("tensorbridge", change.ours, "bridge", state),
-        Way("NumPy", change.numpy, "baseline", state, unlike=UNDECIDED),
+        Way("NumPy", change.numpy, "baseline", state, unlike=undecided),
         # With a goal of its own, ours is torch's kernel too.
-        Way("torch", change.torch, "baseline", state, unlike=(change.goal is None and threads(nbytes)) or UNDECIDED),
+        Way("torch", change.torch, "baseline", state, unlike=(change.goal is None and started) or undecided),
         Way("memcpy", "np.copyto(spare, block)", "limit", WARM),
     ]
     goals = [floor("NumPy", "torch")]

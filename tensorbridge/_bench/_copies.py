@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from tensorbridge._array import HUGE
 from tensorbridge._bench._rows import (
     FRESH,
     GIB,
@@ -34,12 +35,16 @@ def _large_rows(scope: Scope) -> list[Row]:
     sizes = (64 * MIB,) if scope.quick else (64 * MIB, 256 * MIB, GIB)
 
     def fresh(nbytes: int) -> Case:
+        import torch
+
         names = with_modules(from_array(nbytes // 4))
         ways = (
             Way("tensorbridge", "tb.to_torch(x, copy=True)", "bridge", FRESH),
             Way("torch.tensor", "torch.tensor(x)", "baseline", FRESH),
-            Way("NumPy's copy", "x.copy()", "limit", FRESH),
+            Way("NumPy's copy", "x.copy()", "baseline", FRESH),
+            Way("torch's threads, NumPy's pages", "torch.from_numpy(np.empty_like(x)).copy_(v)", "limit", FRESH),
         )
+        names["v"] = torch.from_numpy(names["x"])
         goals = (Goal("B1", ("torch.tensor",), "speed", 3.0), Goal("B1", ("NumPy's copy",), "speed", 0.85))
         return Case(ways, names, result_is(names["x"]), nbytes, goals)
 
@@ -85,10 +90,10 @@ def _pages_rows(scope: Scope) -> list[Row]:
 
 
 def _threads_rows(scope: Scope) -> list[Row]:
-    def build(busy: int) -> Case:
+    def build(busy: int, nbytes: int) -> Case:
         import torch
 
-        names = with_modules(from_array(MIB // 4))
+        names = with_modules(from_array(nbytes // 4))
         own = torch.get_num_threads()
         several, one = (lambda: torch.set_num_threads(own)), (lambda: torch.set_num_threads(1))
         line = "w.copy_(torch.from_numpy(x))"
@@ -98,11 +103,12 @@ def _threads_rows(scope: Scope) -> list[Row]:
             Way("torch, one thread", line, "baseline", WARM, before=one),
             Way("NumPy", "np.copyto(wn, x)", "baseline", WARM),
         )
-        return Case(ways, names, copied(names), MIB, around=lambda: company(busy, several))
+        return Case(ways, names, copied(names), nbytes, around=lambda: company(busy, several))
 
     return [
-        Row("copy of 1 MiB, cores idle", lambda: build(0)),
-        Row("copy of 1 MiB, another process on each core", lambda: build(len(_cores()))),
+        Row(f"copy of {bytes_name(n)}, {title}", lambda n=n, busy=busy: build(busy, n), 3 * n)  # type: ignore[misc]
+        for n in (4 * MIB, HUGE)
+        for title, busy in (("cores idle", 0), ("one busy process", 1), ("a busy process a core", len(_cores())))
     ]
 
 
@@ -129,7 +135,8 @@ QUESTIONS = (
     Question(
         "B1",
         "Does a large copy run at the speed of memory?",
-        "float32, one dimension. The limits: NumPy's copy into its own fresh pages; memcpy into memory in use.",
+        "float32, one dimension. The limits: torch's threads into pages fresh from NumPy; memcpy, which has one, into "
+        "memory in use.",
         _large_rows,
     ),
     Question(
@@ -142,7 +149,7 @@ QUESTIONS = (
         "threads",
         "What do torch's threads make of a copy when the cores are busy?",
         "Into memory in use. torch's threads wait for each other, so a copy takes as long as the one that has to wait "
-        "for a core: look at the ranges in the last table.",
+        "for a core: look at the ranges in the last table. tensorbridge starts them for 64 MiB and more.",
         _threads_rows,
     ),
 )

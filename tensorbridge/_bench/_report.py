@@ -111,7 +111,7 @@ def goals_table(run: Run) -> str:
         goal = found[0].goal
         values = sorted((v.value for v in found), reverse=goal.sense != "speed")
         met = sum(v.met for v in found)
-        verdict_text = "yes" if met == len(found) else f"**no**: on {met} of {len(found)} rows" if met else "**no**"
+        verdict_text = "yes" if met == len(found) else f"**no**: missed on {len(found) - met} of {len(found)} rows"
         limits = [v.limit for v in found if v.limit is not None]
         span = " to ".join(dict.fromkeys(figure(goal, value) for value in (values[0], values[-1])))
         lines.append((goal.name, asked(goal), span, verdict_text, figure(goal, median(limits)) if limits else ""))

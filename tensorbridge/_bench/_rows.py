@@ -7,6 +7,8 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
+from tensorbridge._array import HUGE
+
 KIB, MIB, GIB = 1024, 1024**2, 1024**3
 
 
@@ -95,9 +97,10 @@ UNASKED, SEE = "it asks nothing first", ": see `promises`"
 UNDECIDED = "it decides nothing: ours asks what the arrays are, and looks the decision up (docs/cost.md)"
 
 
-def threads(nbytes: int) -> str:
-    """What torch's plain copy of so many bytes does that ours does not."""
-    return "it starts threads, which wait for any core that is busy (docs/cost.md)" if nbytes > 32 * KIB else ""
+def threads(nbytes: int, *, cast: bool = False) -> str:
+    """What torch's plain copy of so many bytes, or its cast, does that ours does not."""
+    ours = nbytes <= 32 * KIB or (nbytes >= HUGE and not cast)
+    return "" if ours else "it starts threads, which wait for any core that is busy (docs/cost.md)"
 
 
 def floor(*against: str, way: str = "tensorbridge") -> Goal:
