@@ -465,7 +465,9 @@ def test_error_in_a_worker_names_the_leaf(workers, start):
 
 
 def test_graph_cannot_go_to_another_process():
-    loader = DataLoader(Digits("graph"), 4, num_workers=1, multiprocessing_context="fork", collate_fn=tb.collate)
+    loader = DataLoader(  # without the guard, the batch never comes
+        Digits("graph"), 4, num_workers=1, multiprocessing_context="fork", collate_fn=tb.collate, timeout=20
+    )
     with pytest.raises(tb.GraphError, match=r"batch\['w'\]: a sample requires grad.*\n.*detach"):
         run_until_it_fails(loader)
 
