@@ -16,11 +16,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image
 from source_rows import RECIPES, ROWS, TEXT, WRITTEN, Source, assert_row_is_true, put
 
 import tensorbridge as tb
 
+Image = pytest.importorskip("PIL.Image", reason="no Pillow, which matplotlib brings")
 RECORDS = [("flag", "i1"), ("x", "f4")]
 BLOCKS: list[shared_memory.SharedMemory] = []
 
