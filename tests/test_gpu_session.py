@@ -1,6 +1,8 @@
 """What a session on a card says of its tests, from the log that they leave: also where a process ended in one."""
 
 import importlib.util
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -90,3 +92,19 @@ def test_every_probe_that_the_facts_name_is_a_test_of_the_session(summary):
     probes = [line.split()[-1] for line in summary.facts("", table).splitlines() if line.startswith("not run")]
     assert len(probes) > 30
     assert [probe for probe in probes if f"def {probe}(" not in tests] == []
+
+
+# What a GPU machine has beside torch and CuPy is pytest and hypothesis.
+ABSENT = ["PIL", "matplotlib", "sklearn", "scipy", "pandas"]
+
+
+def test_tests_for_a_device_are_found_where_nothing_else_is_installed():
+    code = f"""
+import sys
+sys.modules.update(dict.fromkeys({ABSENT}))
+import pytest
+sys.exit(pytest.main(["--collect-only", "-q", "-m", "gpu", "-p", "no:cacheprovider", "tests"]))
+"""
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stdout[-3000:] + run.stderr
+    assert "tests/gpu/test_gpu_lifetime.py::" in run.stdout
