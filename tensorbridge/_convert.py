@@ -26,6 +26,7 @@ class Recipe(NamedTuple):
     decision: Decision
     functions: tuple[Callable[..., Any], ...]  # none where it is only planned, or refused
     moves: bool  # any byte, so that a guard is asked
+    by_torch: bool = False  # on the host torch makes a copy, which a mode or a transform may keep from being written
 
 
 class Case(NamedTuple):
@@ -47,7 +48,18 @@ _recipes: dict[tuple[Traits, Want, Here], Recipe] = {}
 _RECIPES_KEPT = 4096
 WITH_TORCH = HERE._replace(torch=True)
 WITH_THREADS = WITH_TORCH._replace(threads=True)
-imported_in = os.getpid()
+INTERCEPTED = HERE._replace(worker=True)
+
+
+def _process_of_threads() -> int:
+    """The process in which torch, if it is here before us, was loaded; 0 where that may have been a parent's."""
+    multiprocessing: Any = sys.modules.get("multiprocessing")
+    child = multiprocessing is not None and multiprocessing.parent_process() is not None
+    spawned = child and multiprocessing.get_start_method(allow_none=True) == "spawn"
+    return 0 if child and not spawned and "torch" in sys.modules else os.getpid()
+
+
+imported_in = _process_of_threads()
 
 
 def convert(x: Any, want: Want, out: Any = None) -> Any:
@@ -123,7 +135,8 @@ def recipe_for(traits: Traits, want: Want, here: Here) -> Recipe:
 
 
 def _recipe(decision: Decision, functions: tuple[Callable[..., Any], ...] = ()) -> Recipe:
-    return Recipe(decision, functions, any(step.kind for step in decision.steps))
+    moving = [step for step in decision.steps if step.kind]
+    return Recipe(decision, functions, bool(moving), any(step.by == "torch" for step in moving))
 
 
 def compiled(steps: tuple[Any, ...], traits: Traits, want: Want) -> tuple[Callable[..., Any], ...]:
@@ -168,9 +181,18 @@ def has_threads() -> bool:
     return _starts_threads() and threading.current_thread() is threading.main_thread()
 
 
+def is_intercepted() -> bool:
+    """Whether a mode or a transform answers for torch, and what its kernels are given to write may stay unwritten."""
+    tensor = getattr(sys.modules.get("torch"), "Tensor", None)
+    torch: Any = None if tensor is None else adapter_of(tensor)
+    return torch is not None and bool(torch.is_intercepted())
+
+
 def moment(traits: Traits, want: Want) -> Here:
     """Facts of the moment: a constant on the CPU, read once a call where a GPU or a forked process is involved."""
     on_host = WITH_TORCH if want.framework == "torch" or "torch" in sys.modules else HERE
+    if on_host is WITH_TORCH and is_intercepted():
+        on_host = INTERCEPTED
     if traits.size in THREADED and os.getpid() != imported_in:
         on_host = on_host._replace(worker=_starts_threads())
     elif traits.size == "huge" and on_host is WITH_TORCH and has_threads():

@@ -112,7 +112,7 @@ class Worker(threading.Thread):
 
 def dropped(worker: Worker) -> None:
     """The iterator is gone. The garbage collector may notice in a thread that the source waits for."""
-    if worker.loader is not None and worker.state.consumer == threading.get_ident():
+    if worker.state.consumer == threading.get_ident():
         worker.stop()
     worker.state.close()
 

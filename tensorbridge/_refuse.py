@@ -217,7 +217,8 @@ def before(traits: Traits, want: Want, here: Here) -> Refusal | None:
             cure = "Pack two elements a byte, as uint8, and view the tensor: t.view(torch.float4_e2m1fn_x2)."
         return _unsupported(f"{who} cast {source} to {wanted}", cure)
     if _dtypes.is_complex(source) and not _dtypes.is_complex(wanted):
-        return _unsupported(f"{source} to {wanted} would drop the imaginary part", "Convert x.real, or abs(x).")
+        cure = "numpy.real(x), or numpy.abs(x)" if traits.framework == "numpy list" else "x.real, or abs(x)"
+        return _unsupported(f"{source} to {wanted} would drop the imaginary part", f"Convert {cure}.")
     target = want.device or traits.device
     if "cuda" in (target.type, traits.device.type) and here.forked:
         return FORKED

@@ -59,7 +59,13 @@ def remembering(full: _F) -> _F:
         traits = kind(x)
         recipe = recipes.get(_key(traits))
         watched = _watch.watching and (recipe is None or recipe.moves or _watch.is_traced())
-        if recipe is None or watched or _may_start_threads(traits) or not (out is None or _are_apart(x, out)):
+        if (
+            recipe is None
+            or watched
+            or _may_start_threads(traits)
+            or (recipe.by_torch and _lanes._intercepted())
+            or not (out is None or _are_apart(x, out))
+        ):
             result = full(x, **options)
             joined = out is not None and traits is not None and traits.graph  # out, now in that graph
             if recipe is None and traits is not None and not joined:
@@ -86,7 +92,7 @@ def fills(framework: str, sources: Sequence[Any], outs: Sequence[Any]) -> list[_
         if traits is None or traits.spacing != "dense" or _may_start_threads(traits):
             return None
         recipe = recipes.get(_key(traits)) if recipes else None
-        if recipe is None:
+        if recipe is None or (recipe.by_torch and _lanes._intercepted()):
             return None
         found.append(recipe)
         for array, nbytes, written in ((x, x.nbytes, False), (out, out.nbytes, True)):

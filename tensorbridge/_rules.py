@@ -175,7 +175,8 @@ def make_holdable(steps: Steps) -> None:
     """Layouts that torch refuses are packed, once."""
     now, then = steps.now, steps.then
     if now.spacing == "reversed":
-        cure = "reverse x, the argument, in torch: to_torch({reversed}).flip({axes})"
+        frozen = "" if now.writable else ", share_readonly=True"
+        cure = f"reverse x, the argument, in torch: to_torch({{reversed}}{frozen}).flip({{axes}})"
         then(Op.PACK, "torch has no negative strides", cure=cure)
     elif now.spacing == "odd":
         then(Op.PACK, "torch strides are whole elements", cure="keep the column in an array of its own")

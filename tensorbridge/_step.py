@@ -69,7 +69,7 @@ class Here(NamedTuple):
     same_stream: bool = True  # the two frameworks' current streams are one, by raw handle
     capturing: bool = False  # a CUDA graph is being captured on a current stream
     forked: bool = False  # CUDA was in use in the parent of this forked process
-    worker: bool = False  # a forked process in which torch would start threads
+    worker: bool = False  # torch copies nothing on the host: its threads did not survive a fork, or a mode answers
     threads: bool = False  # torch has threads to share a huge copy
     torch: bool = False  # torch is loaded: its kernels may do what NumPy's are slow at
     gpu: str = "torch"  # who moves device memory that neither torch nor CuPy owns

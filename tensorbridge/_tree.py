@@ -45,7 +45,8 @@ def to_numpy(
         As for `tensorbridge.to_numpy`, for every array.
     out : tree of numpy.ndarray, optional
         Of the same structure; its arrays are filled, and it is returned. All are checked before the first is written:
-        where one is refused, or shares memory with another or with any source, none is. The same memory twice may have
+        where one is refused, or shares memory with another or with any source, none is. (A cast for which `np.errstate`
+        or a filter makes NumPy raise does so when it has written.) The same memory twice may have
         one place in `out` for both, or one each. What is not an array (a counter, a name) stays in `out` as it is.
     pack : bool
         Small arrays that cross the bus do so in one block. False moves them one by one.

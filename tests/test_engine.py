@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -188,3 +191,27 @@ def test_a_cast_has_the_values_of_the_framework_that_holds_the_source():
             from_numpy, from_torch = convert(a, dtype=wanted), convert(t, dtype=wanted)
             np.testing.assert_array_equal(tb.to_numpy(from_numpy).astype("float64"), by_numpy)
             np.testing.assert_array_equal(tb.to_numpy(from_torch).astype("float64"), by_torch.numpy())
+
+
+LAZY = """
+import multiprocessing
+import numpy as np
+import torch
+
+def work(_):
+    import tensorbridge as tb  # in the child alone, as a library does that needs it there
+    halves = tb.to_torch(np.ones(1 << 21, "float32"), dtype="float16")
+    plan = tb.plan(np.ones(1 << 24, "float32"), "torch", copy=True)
+    return float(halves.numpy().sum(dtype="float64")), plan.steps[0].by
+
+torch.set_num_threads(2)
+(torch.ones(1 << 22) + 1).sum()  # the threads are there
+with multiprocessing.get_context("fork").Pool(1) as pool:
+    print(*pool.apply_async(work, (0,)).get(timeout=30))
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+def test_a_forked_process_that_imports_us_first_has_no_threads_either():
+    run = subprocess.run([sys.executable, "-c", LAZY], capture_output=True, text=True, check=False, timeout=60)
+    assert run.stdout == f"{float(1 << 21)} numpy\n", run.stderr[-1500:]

@@ -593,3 +593,27 @@ assert tb.plan(np.zeros(3), "torch", pin_memory=True).bytes_moved == 24
 assert tb.shares_memory(np.zeros(3), np.zeros(3)) is False
 """
     assert last_words(code, "torch", "cupy") == (0, "")
+
+
+@pytest.mark.parametrize("framework", ["torch", "numpy"])
+def test_complex_numbers_in_a_list_have_a_cure_that_a_list_can_take(framework):
+    x = [2j, 3.0]
+    convert = tb.to_torch if framework == "torch" else tb.to_numpy
+    with pytest.raises(tb.UnsupportedArrayError) as told:
+        convert(x, dtype="float32")
+    cures = str(told.value).rpartition("Convert ")[2].removesuffix(".").split(", or ")
+    assert cures == ["numpy.real(x)", "numpy.abs(x)"]
+    assert [eval(cure, {"numpy": np, "x": x}).tolist() for cure in cures] == [[0, 3], [2, 3]]
+
+
+def test_what_is_reversed_and_read_only_has_a_cure_that_shares():
+    a = np.arange(3.0)
+    a.setflags(write=False)
+    x = a[::-1]
+    with pytest.raises(tb.CopyRequiredError) as told:
+        tb.to_torch(x, copy=False)
+    cure = str(told.value).rpartition("in torch: ")[2].removesuffix(".")
+    with tb.copy_guard("error"):
+        shared = eval(cure.partition(".flip")[0], {"x": x, "to_torch": tb.to_torch})
+    assert tb.shares_memory(shared, x)
+    assert eval(cure, {"x": x, "to_torch": tb.to_torch}).tolist() == x.tolist()

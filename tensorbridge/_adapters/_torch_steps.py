@@ -16,6 +16,8 @@ from torch import Tensor
 from tensorbridge import _dtypes, _engine, _readonly
 from tensorbridge._adapters import _numpy, _torch_cuda
 from tensorbridge._array import ON_A_TENSOR, Traits
+from tensorbridge._errors import UnsupportedArrayError
+from tensorbridge._refuse import OBSTACLES
 from tensorbridge._step import Op, Step, Want
 
 DTYPES: dict[str, Any] = {
@@ -72,9 +74,17 @@ def _same(t: Tensor) -> Tensor:
 def _to_numpy(name: str) -> Callable[[Tensor], Any]:
     """`Tensor.numpy` views an alias, whose storage then refuses to be resized: the view cannot dangle."""
     carrier, dtype = _CARRIER.get(name), _dtypes.DTYPES[name].numpy
-    if carrier is None:
-        return lambda t: t.numpy()
-    return lambda t: t.view(carrier).numpy().view(dtype)
+
+    def view(t: Tensor) -> Any:
+        a = t.numpy() if carrier is None else t.view(carrier).numpy()
+        if (
+            a.flags.owndata and a.size
+        ):  # of a functional tensor, which a step before this one made: what is in it is chance
+            refusal = OBSTACLES["functional"]
+            raise UnsupportedArrayError(f"to_numpy: {refusal.why}, and a copy that torch makes is one.\n{refusal.cure}")
+        return a if carrier is None else a.view(dtype)
+
+    return view
 
 
 def _from_numpy(before: Traits) -> Callable[[Any], Tensor]:
