@@ -116,8 +116,8 @@ def to_numpy(
 
     Cost
     ----
-    Shared: 0 bytes. A copy: ``x.nbytes``; from 64 MiB on by torch's threads, where the main thread asks. From a GPU:
-    ``x.nbytes`` over the bus; waits for the copy.
+    Shared: 0 bytes. A copy: ``x.nbytes``; a plain one of 64 MiB and more by torch's threads, where torch is loaded and
+    the main thread asks. From a GPU: ``x.nbytes`` over the bus; waits for the copy.
 
     Examples
     --------
@@ -195,8 +195,8 @@ def to_torch(
 
     Cost
     ----
-    Shared: 0 bytes. A copy: ``x.nbytes``; from 64 MiB on by torch's threads, where the main thread asks. To a GPU:
-    ``x.nbytes`` over the bus, and the host waits until `x` may be changed, unless `non_blocking`.
+    Shared: 0 bytes. A copy: ``x.nbytes``; a plain one of 64 MiB and more by torch's threads, where the main thread
+    asks. To a GPU: ``x.nbytes`` over the bus, and the host waits until `x` may be changed, unless `non_blocking`.
 
     Examples
     --------

@@ -2,7 +2,7 @@
 
 torch is chosen where its kernel is better (half-precision casts, transposes), and for its threads from 64 MiB on. They
 double the speed of a plain copy on idle cores; when another process holds one, they wait for it for some milliseconds,
-which is a hundred times what a smaller copy takes (docs/cost.md has the measurements). NumPy allocates, because from
+which is many times what a smaller copy takes (docs/cost.md has the measurements). NumPy allocates, because from
 4 MiB on it asks the kernel for huge pages.
 """
 

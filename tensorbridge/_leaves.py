@@ -1,7 +1,7 @@
 """The leaves of a tree: told apart, decided, packed where they cross the bus together, and converted.
 
 Plain arrays take a lane without a decision (`_tree_lanes`). All others are opened and decided before any byte moves
-(`_leaf`), so that what cannot be converted is refused first. The walk knows nothing of arrays (`_containers`), the
+(`_leaf`), so that what cannot be converted is refused first. The walk knows nothing of arrays (`_walk`), the
 packing nothing of trees (`_pack`).
 """
 

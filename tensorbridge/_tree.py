@@ -68,7 +68,7 @@ def to_numpy(
     Cost
     ----
     That of each array, and a few microseconds a container. Many small device arrays: one transfer. With `out`, more
-    than twice that of each array: all are checked before the first is written.
+    than that: all are checked before the first is written.
 
     Examples
     --------

@@ -335,3 +335,20 @@ def test_a_forked_process_without_cuda_is_told_at_the_call(monkeypatch):
     monkeypatch.setattr(tb._streams, "forked", lambda: True)
     with pytest.raises(tb.DeviceError, match="forked process"):
         tb.prefetch([np.zeros(3)])
+
+
+@pytest.mark.parametrize("mode", [torch.autocast("cpu"), torch.inference_mode(), torch.no_grad(), torch.device("meta")])
+def test_of_the_callers_modes_the_grad_mode_alone_is_in_force_in_the_thread(mode):
+    grad: list[bool] = []
+    seen: list[Any] = []
+
+    def look(batch: Any) -> Any:
+        grad.append(torch.is_grad_enabled())
+        seen.append((torch.is_autocast_enabled("cpu"), torch.is_inference_mode_enabled(), torch.empty(1).device.type))
+        return batch
+
+    with mode:
+        wanted = torch.is_grad_enabled()
+        list(on_host([np.zeros(1)], transform=look))
+    assert grad == [wanted]
+    assert seen == [(False, False, "cpu")]

@@ -77,9 +77,8 @@ def _to_numpy(name: str) -> Callable[[Tensor], Any]:
 
     def view(t: Tensor) -> Any:
         a = t.numpy() if carrier is None else t.view(carrier).numpy()
-        if (
-            a.flags.owndata and a.size
-        ):  # of a functional tensor, which a step before this one made: what is in it is chance
+        if a.flags.owndata and a.size:
+            # The tensor is functional, made by a step before this one: what is in the array is chance.
             refusal = OBSTACLES["functional"]
             raise UnsupportedArrayError(f"to_numpy: {refusal.why}, and a copy that torch makes is one.\n{refusal.cure}")
         return a if carrier is None else a.view(dtype)
