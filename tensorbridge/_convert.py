@@ -26,7 +26,7 @@ class Recipe(NamedTuple):
     decision: Decision
     functions: tuple[Callable[..., Any], ...]  # none where it is only planned, or refused
     moves: bool  # any byte, so that a guard is asked
-    by_torch: bool = False  # on the host torch makes a copy, which a mode or a transform may keep from being written
+    by_torch: bool = False  # torch makes a copy, which a mode or a transform may keep from being written
 
 
 class Case(NamedTuple):
@@ -48,7 +48,7 @@ _recipes: dict[tuple[Traits, Want, Here], Recipe] = {}
 _RECIPES_KEPT = 4096
 WITH_TORCH = HERE._replace(torch=True)
 WITH_THREADS = WITH_TORCH._replace(threads=True)
-INTERCEPTED = HERE._replace(worker=True)
+INTERCEPTED = WITH_TORCH._replace(intercepted=True)
 
 
 def _process_of_threads() -> int:
@@ -126,7 +126,7 @@ def recipe_for(traits: Traits, want: Want, here: Here) -> Recipe:
     if found is not None:
         return found
     decision = decide(traits, want, here)
-    functions = () if decision.refusal is not None else compiled(decision.steps, traits, want)
+    functions = () if decision.refusal is not None else compiled(decision.steps, traits, want, here)
     open_lanes()
     if len(_recipes) >= _RECIPES_KEPT:
         _recipes.clear()
@@ -139,7 +139,7 @@ def _recipe(decision: Decision, functions: tuple[Callable[..., Any], ...] = ()) 
     return Recipe(decision, functions, bool(moving), any(step.by == "torch" for step in moving))
 
 
-def compiled(steps: tuple[Any, ...], traits: Traits, want: Want) -> tuple[Callable[..., Any], ...]:
+def compiled(steps: tuple[Any, ...], traits: Traits, want: Want, here: Here = HERE) -> tuple[Callable[..., Any], ...]:
     """One function a step: what it is given is what the step before it promised."""
     befores = [traits, *(step.after for step in steps)]
     functions = [performer(step, before, want) for step, before in zip(steps, befores, strict=False)]
@@ -147,6 +147,11 @@ def compiled(steps: tuple[Any, ...], traits: Traits, want: Want) -> tuple[Callab
         if step.by == BOTH_WAYS:
             read = next(j for j in range(i, len(steps)) if steps[j].kind)
             functions[read] = _ordered_back(functions[read], steps[i + 1].after.framework, befores[i])
+    if here.intercepted:
+        torch: Any = named("torch")
+        for i, step in enumerate(steps):
+            if want.framework != "torch" or step.after.framework == "numpy" or step.op == Op.FILL:
+                functions[i] = torch.outside(functions[i])
     return tuple(functions)
 
 
@@ -182,7 +187,7 @@ def has_threads() -> bool:
 
 
 def is_intercepted() -> bool:
-    """Whether a mode or a transform answers for torch, and what its kernels are given to write may stay unwritten."""
+    """Whether a mode or a transform answers for torch: its kernels may write nothing, and tensors have no memory."""
     tensor = getattr(sys.modules.get("torch"), "Tensor", None)
     torch: Any = None if tensor is None else adapter_of(tensor)
     return torch is not None and bool(torch.is_intercepted())
@@ -213,5 +218,6 @@ def moment(traits: Traits, want: Want) -> Here:
         capturing=_streams.capturing(),
         gpu=_streams.mover(),
         torch="torch" in sys.modules,
+        intercepted=on_host.intercepted,
         per_thread=lent and "cupy" in sys.modules and _streams.current("cupy", index) == _streams.PER_THREAD_DEFAULT,
     )

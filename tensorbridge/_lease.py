@@ -229,9 +229,10 @@ def _tensor_used_on(t: Any, number: int, index: int) -> None:
     try:
         storage = t.untyped_storage()
     except NotImplementedError:
-        raise ValueError(
-            "used_on: a sparse tensor has no storage of its own; name its indices and its values"
-        ) from None
+        why = "inside torch.func a tensor has no storage of its own; say it outside of the transform"
+        if str(t.layout).startswith("torch.sparse"):
+            why = "a sparse tensor has no storage of its own; name the tensors that it consists of, as x.values()"
+        raise ValueError(f"used_on: {why}") from None
     if t._is_zerotensor():  # torch knows the zeros by name only
         return
     lease = _leases.get(storage._cdata)

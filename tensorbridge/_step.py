@@ -69,7 +69,8 @@ class Here(NamedTuple):
     same_stream: bool = True  # the two frameworks' current streams are one, by raw handle
     capturing: bool = False  # a CUDA graph is being captured on a current stream
     forked: bool = False  # CUDA was in use in the parent of this forked process
-    worker: bool = False  # torch copies nothing on the host: its threads did not survive a fork, or a mode answers
+    worker: bool = False  # a forked process: torch copies nothing on the host, for its threads did not survive the fork
+    intercepted: bool = False  # a mode or a transform answers for torch: what becomes an array is made outside of it
     threads: bool = False  # torch has threads to share a huge copy
     torch: bool = False  # torch is loaded: its kernels may do what NumPy's are slow at
     gpu: str = "torch"  # who moves device memory that neither torch nor CuPy owns

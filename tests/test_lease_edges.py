@@ -309,6 +309,9 @@ def test_used_on_checks_the_stream(machine, torch):
 def test_tensors_without_a_storage_of_their_own_have_nothing_to_keep():
     import torch
 
-    with pytest.raises(ValueError, match="sparse tensor has no storage of its own; name its indices and its values"):
-        _lease._tensor_used_on(torch.eye(3).to_sparse(), 0x50, 0)
+    for sparse in (torch.eye(3).to_sparse(), torch.eye(3).to_sparse_csr()):
+        with pytest.raises(ValueError, match=r"a sparse tensor has no storage of its own; .* as x\.values\(\)"):
+            _lease._tensor_used_on(sparse, 0x50, 0)
+    with pytest.raises(ValueError, match=r"^used_on: inside torch\.func a tensor has no storage of its own"):
+        torch.func.vmap(lambda t: _lease._tensor_used_on(t, 0x50, 0))(torch.ones(3, 2))
     _lease._tensor_used_on(torch._efficientzerotensor((3,)), 0x50, 0)

@@ -52,12 +52,24 @@ EXACT = frozenset({torch.Tensor, torch.nn.Parameter})
 
 def is_plain(t: Tensor) -> bool:
     """Whether this tensor certainly lies on the host, its values in its bytes, and only its dtype can be in the way."""
-    return _raw(_keys(t)) & _ASKED == _HOST and type(t) in EXACT and not _modes()
+    return _raw(_keys(t)) & _ASKED == _HOST and type(t) in EXACT and not is_intercepted()
 
 
 def is_intercepted() -> bool:
     """Whether a mode or a transform answers for torch: a tensor made now may have no memory (fake, functional)."""
     return bool(_modes()) or _functorch.peek_interpreter_stack() is not None
+
+
+def outside(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A step that is done outside of the modes and transforms in which it is called: what it makes has memory."""
+    from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
+    from torch.utils._python_dispatch import _disable_current_modes
+
+    def run(*arrays: Any) -> Any:
+        with temporarily_clear_interpreter_stack(), _disable_current_modes():
+            return function(*arrays)
+
+    return run
 
 
 def kind(t: Tensor) -> Traits | None:

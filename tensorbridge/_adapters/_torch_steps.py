@@ -16,8 +16,6 @@ from torch import Tensor
 from tensorbridge import _dtypes, _engine, _readonly
 from tensorbridge._adapters import _numpy, _torch_cuda
 from tensorbridge._array import ON_A_TENSOR, Traits
-from tensorbridge._errors import UnsupportedArrayError
-from tensorbridge._refuse import OBSTACLES
 from tensorbridge._step import Op, Step, Want
 
 DTYPES: dict[str, Any] = {
@@ -76,12 +74,7 @@ def _to_numpy(name: str) -> Callable[[Tensor], Any]:
     carrier, dtype = _CARRIER.get(name), _dtypes.DTYPES[name].numpy
 
     def view(t: Tensor) -> Any:
-        a = t.numpy() if carrier is None else t.view(carrier).numpy()
-        if a.flags.owndata and a.size:
-            # The tensor is functional, made by a step before this one: what is in the array is chance.
-            refusal = OBSTACLES["functional"]
-            raise UnsupportedArrayError(f"to_numpy: {refusal.why}, and a copy that torch makes is one.\n{refusal.cure}")
-        return a if carrier is None else a.view(dtype)
+        return t.numpy() if carrier is None else t.view(carrier).numpy().view(dtype)
 
     return view
 
