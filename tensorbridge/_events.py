@@ -72,6 +72,8 @@ class Trace:
         for (where, route), events in sorted(groups.items(), key=lambda g: -sum(e.nbytes for e in g[1])):
             reasons = {f"{step.op}: {step.why}": None for event in events for step in event.steps if step.kind}
             seconds = sum(event.seconds for event in events)
+            shared = sum(not any(step.kind for step in event.steps) for event in events)
+            some = [f"{shared} of {len(events)} shared"] if 0 < shared < len(events) else []
             rows.append(
                 (
                     bytes_text(sum(event.nbytes for event in events)),
@@ -79,7 +81,7 @@ class Trace:
                     f"{seconds * 1e3:.2f}",
                     where,
                     route,
-                    "; ".join(reasons) or "shared",
+                    "; ".join([*some, *reasons]) or "shared",
                 )
             )
         widths = [max(len(row[i]) for row in rows) for i in range(5)]

@@ -297,6 +297,13 @@ def test_report_groups_by_call_site_and_sorts_by_bytes(reversed_array):
     assert "child processes are not seen" in lines[4]
 
 
+def test_report_says_how_many_calls_of_one_line_shared(reversed_array):
+    with tb.trace() as seen:
+        for a in (np.zeros(3), reversed_array, np.zeros(3)):
+            tb.to_torch(a)
+    assert seen.report().splitlines()[1].endswith("2 of 3 shared; pack: torch has no negative strides")
+
+
 def test_empty_report_says_so():
     with tb.trace() as seen:
         pass
