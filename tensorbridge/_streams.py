@@ -30,6 +30,7 @@ PER_THREAD_DEFAULT = 2  # CuPy's under CUPY_CUDA_PER_THREAD_DEFAULT_STREAM=1
 
 _wrapped: dict[tuple[str, int, int], Any] = {}  # (framework, index, number): the stream as an object of the framework
 _held: dict[tuple[int, int], Any] = {}  # (index, number): streams that must outlive every event recorded on them
+_behind: dict[tuple[int, int], Any] = {}  # the same for CuPy's wrappers: what they stand for may own the stream, or not
 _side: dict[int, Any] = {}  # index: the stream for transfers
 _lock = threading.Lock()  # while one is made
 _NO_DEVICE = "there is no usable CUDA device here, or neither torch nor CuPy is imported."
@@ -202,7 +203,8 @@ def hold(number: int, index: int, stream: object) -> None:
     is freed, and CuPy destroys a stream with its object.
     """
     if number > PER_THREAD_DEFAULT and (index, number) not in _held and _owns(stream, number, index):
-        _held[index, number] = stream
+        wraps = getattr(stream, "_foreign_stream_ref", None) is not None  # by `Stream.from_external`
+        (_behind if wraps else _held).setdefault((index, number), stream)
 
 
 def hold_if_current(number: int, index: int) -> None:

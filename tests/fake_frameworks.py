@@ -30,6 +30,7 @@ def installed(monkeypatch, *, devices=1, without=()):
     for module, name, value in (
         (_streams, "_wrapped", {}),
         (_streams, "_held", {}),
+        (_streams, "_behind", {}),
         (_streams, "_side", {}),
         (_streams, "_usable", set()),
         (_stream_order, "_events", {}),
@@ -229,13 +230,13 @@ def make_cupy(machine):
         def __init__(self, non_blocking=False, number=None, device_id=None):
             self.ptr = next(machine.handles) if number is None else number
             self.device_id = machine.device if device_id is None else device_id
-            self.foreign = None
+            self._foreign_stream_ref = None
             self.machine = machine
 
         @classmethod
         def from_external(cls, other):
             made = cls(number=other.__cuda_stream__()[1], device_id=-1)
-            made.foreign = other
+            made._foreign_stream_ref = other
             return made
 
         def __cuda_stream__(self):
@@ -261,7 +262,7 @@ def make_cupy(machine):
             return machine.is_capturing(machine.device, self.ptr or LEGACY)
 
         def __del__(self):
-            if self.foreign is None and self.ptr > PER_THREAD:
+            if self._foreign_stream_ref is None and self.ptr > PER_THREAD:
                 machine.destroyed.add((self.device_id, self.ptr))
 
     Stream.null = Stream(number=0, device_id=-1)
@@ -291,8 +292,8 @@ def make_cupy(machine):
 
     class UnownedMemory:
         def __init__(self, ptr, size, owner, device_id=-1):
-            if device_id == -1:  # the driver is asked; -2 is its word for no device
-                device_id = machine.lies_on.get(ptr, -2)
+            if device_id == -1:  # the driver is asked; CuPy takes its "none" (-1, in some modes -2) for the current one
+                device_id = machine.lies_on.get(ptr, machine.device)
             self.ptr, self.size, self._owner, self.device_id = ptr, size, owner, device_id
 
     class OwnMemory:
@@ -374,14 +375,18 @@ def make_cupy(machine):
         CUDARuntimeError=RuntimeFailure,
         memcpyHostToDevice=1,
         memcpyDeviceToHost=2,
+        memoryTypeUnregistered=0,
         memoryTypeHost=1,
+        memoryTypeDevice=2,
         getDevice=lambda: machine.device,
         getDeviceCount=lambda: machine.devices,
         eventRecord=lambda event, number: machine.record(events[event], machine.device, number),
         streamWaitEvent=lambda number, event: machine.wait(events[event], machine.device, number),
         streamIsCapturing=lambda number: machine.is_capturing(machine.device, number),
         memcpyAsync=memcpy,
-        pointerGetAttributes=lambda address: types.SimpleNamespace(type=0),
+        pointerGetAttributes=lambda address: types.SimpleNamespace(
+            type=2 if address in machine.lies_on else 0, device=machine.lies_on.get(address, -2)
+        ),
     )
 
     def full(shape, value):

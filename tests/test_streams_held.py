@@ -1,6 +1,7 @@
 """A CuPy stream is destroyed with its object. One that torch or a lease will still record on is kept: on the fake."""
 
 import gc
+import weakref
 
 import pytest
 from races import ON_CUPY, SHAPE, Producer, crossings, foreign, with_adapters
@@ -25,10 +26,25 @@ def enter(machine, s):
         pass
 
 
+class Handle:
+    """The stream of a library that gives no more than this."""
+
+    def __init__(self, number):
+        self.number = number
+
+    def __cuda_stream__(self):
+        return 0, self.number
+
+
+def wrapper(machine, number):
+    return machine.cupy.cuda.Stream.from_external(Handle(number))
+
+
 OWNS_NOTHING = {
     "a handle in use_stream": enter,
     "a handle": lambda machine, s: _streams.hold(s.ptr, 0, s.ptr),
     "torch's object": lambda machine, s: _streams.hold(s.ptr, 0, machine.torch.cuda.ExternalStream(s.ptr)),
+    "a wrapper of another's": lambda machine, s: _streams.hold(s.ptr, 0, wrapper(machine, s.ptr)),
     "our wrapper": lambda machine, s: _streams.hold(s.ptr, 0, _streams.wrapped("cupy", s.ptr, 0)),
 }
 
@@ -46,6 +62,18 @@ def test_a_stream_is_kept_though_something_that_owns_nothing_was_held_before(mac
     assert (0, number) not in machine.destroyed
     machine.run()
     del t, lent  # torch records on the stream now: the fake refuses one that is destroyed
+
+
+def test_a_wrapper_is_kept_for_what_stands_behind_it_may_own_the_stream(machine):
+    wraps = wrapper(machine, 0x770)
+    behind = weakref.ref(wraps._foreign_stream_ref)
+    _streams.hold(0x770, 0, wraps)
+    _streams.hold(0x770, 0, machine.cupy.cuda.Stream(number=0x770))
+    _streams.hold(0x770, 0, wrapper(machine, 0x770))
+    del wraps
+    gc.collect()
+    assert behind() is not None
+    assert (0, 0x770) not in machine.destroyed
 
 
 def of_another_library(exporter):

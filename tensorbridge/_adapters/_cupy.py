@@ -150,8 +150,11 @@ def imported(x: Any) -> Any:
 
 
 def device_of(address: int) -> int:
-    """The device that has memory there, as the driver says; negative if none has."""
-    return int(cupy.cuda.UnownedMemory(address, 1, None).device_id)
+    """The device that has memory there, as the driver says; negative if none has. (`UnownedMemory` would take the
+    current one for none.)
+    """
+    found = cupy.cuda.runtime.pointerGetAttributes(address)
+    return -1 if found.type == cupy.cuda.runtime.memoryTypeUnregistered else int(found.device)
 
 
 def _at(address: int, shape: Any, strides: Any, dtype: Any, owner: object, index: int) -> Any:
