@@ -195,7 +195,6 @@ def _started(job: Callable[[Any], Any], x: Any, indices: list[int]) -> Future[An
 
 def _on_side_streams(job: Callable[[Any], Any], x: Any, indices: list[int]) -> Any:
     with ExitStack() as stack:
-        stack.enter_context(_watch.inherited())
         for index in indices:
             stack.enter_context(_streams.use_stream(_streams.side_stream(index)))
         return job(x)

@@ -142,7 +142,7 @@ def _work(
 ) -> None:
     failure: BaseException | None = None
     try:
-        with _watch.inherited(), grad_mode(), road.entered():
+        with grad_mode(), road.entered():
             _read(state, source, transform, want, road, where)
     except BaseException as error:  # of the road itself: the consumer must not take it for the end of the source
         state.put(Failure(error))

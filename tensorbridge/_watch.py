@@ -28,15 +28,9 @@ Mode: TypeAlias = Literal["error", "warn", "allow"]
 MODES: tuple[Mode, ...] = get_args(Mode)
 KINDS = ("h2h", "h2d", "d2h", "d2d")
 
-watching = 0  # open guards and traces: what a conversion asks first, and all that it pays when there is none
+# The ids of guards in force and of open traces: what a conversion asks first, and all that it pays when there is none.
+watching: set[int] = set()
 _lock = threading.Lock()
-
-
-def _watch(more: int) -> None:
-    global watching
-    with _lock:
-        watching += more
-
 
 # -- The guard
 
@@ -47,12 +41,32 @@ class _Policy(NamedTuple):
     kinds: frozenset[str]
 
 
-# The guards open in this context, the innermost last. Not tokens of the guard: one object may be open in many threads.
-_policies: ContextVar[tuple[_Policy, ...]] = ContextVar("tensorbridge_copy_guard", default=())
+class _Block:
+    """A guard in force. The contexts that it was opened in, or copied to, hold it: when the last of them has let it go,
+    nobody is guarded by it.
+    """
+
+    __slots__ = ("ended", "policy")
+
+    def __init__(self, policy: _Policy) -> None:
+        self.policy, self.ended = policy, False
+        watching.add(id(self))
+
+    def __del__(self, discard: Callable[[int], None] = watching.discard) -> None:
+        discard(id(self))
+
+    def end(self) -> None:
+        """Guard nobody any more, in whatever contexts."""
+        self.ended = True
+        watching.discard(id(self))
+
+
+# The guards open in this context, the innermost last.
+_blocks: ContextVar[tuple[_Block, ...]] = ContextVar("tensorbridge_copy_guard", default=())
 
 
 def _policy() -> _Policy | None:
-    return (_policies.get() or (None,))[-1]
+    return next((block.policy for block in reversed(_blocks.get()) if not block.ended), None)
 
 
 class copy_guard(ContextDecorator):
@@ -73,8 +87,9 @@ class copy_guard(ContextDecorator):
     -------
     context manager
         The innermost one decides. It holds for this thread and this async task; tasks and `prefetch` workers started
-        inside inherit it, plain threads and child processes do not: `asyncio.to_thread` does, ``loop.run_in_executor``
-        does not.
+        inside inherit it and stay under it when the block has ended; plain threads and child processes do not:
+        `asyncio.to_thread` does, ``loop.run_in_executor`` does not. In a generator, a block holds for the caller as
+        well until the generator has left it.
 
     Raises
     ------
@@ -82,6 +97,8 @@ class copy_guard(ContextDecorator):
         From the conversion, with mode "error": ``error.plan`` says which bytes and why.
     ValueError, TypeError
         An unknown mode or kind, a negative or non-integer `min_bytes`.
+    RuntimeError
+        The guard is left without having been entered, as by ``ExitStack.push`` instead of ``enter_context``.
 
     Cost
     ----
@@ -114,6 +131,7 @@ class copy_guard(ContextDecorator):
         if not chosen:
             raise ValueError('copy_guard(kinds=[]): guards nothing; leave kinds out for all, or say mode="allow"')
         self._policy = _Policy(mode, min_bytes, chosen)
+        self._open: list[_Block] = []  # in whatever thread or task
 
     def __call__(self, function: _F) -> _F:
         if inspect.isclass(function):
@@ -140,38 +158,33 @@ class copy_guard(ContextDecorator):
 
     @eager
     def __enter__(self) -> copy_guard:
-        _policies.set((*_policies.get(), self._policy))
-        _watch(+1)
+        block = _Block(self._policy)
+        self._open.append(block)
+        _blocks.set((*[other for other in _blocks.get() if not other.ended], block))
         return self
 
     @eager
     def __exit__(self, *exc: object) -> None:
-        _watch(-1)
-        policies = list(_policies.get())
-        if self._policy in policies:  # its own, even where blocks end out of turn, as those of generators may
-            del policies[len(policies) - 1 - policies[::-1].index(self._policy)]
-        _policies.set(tuple(policies))
+        blocks = _blocks.get()
+        mine = next((block for block in reversed(blocks) if block in self._open), None)
+        if mine is not None:  # the last of its own, even where blocks end out of turn, as those of generators may
+            self._open.remove(mine)
+            _blocks.set(tuple(block for block in blocks if block is not mine))
+        elif self._open:  # a generator may end elsewhere
+            self._open.pop().end()
+        else:
+            raise RuntimeError(f"{self!r}: left without having been entered; open it by a with block or enter_context")
 
 
 def _forked() -> None:
     """Guards are of a process only: a child that is spawned inherits none, so one that is forked does not either."""
     global _lock
-    _policies.set(())
+    _blocks.set(())
+    watching.intersection_update(map(id, _traces))
     _lock = threading.Lock()  # another thread may have held it
 
 
 os.register_at_fork(after_in_child=_forked)
-
-
-@contextmanager
-def inherited() -> Iterator[None]:
-    """Keep a guard of this context in force for a worker that outlives the ``with`` block it was started in."""
-    more = 1 if _policy() is not None else 0
-    _watch(+more)
-    try:
-        yield
-    finally:
-        _watch(-more)
 
 
 def guarded_kinds() -> frozenset[str]:
@@ -282,11 +295,11 @@ def _traced() -> Iterator[Trace]:
     seen = Trace()
     with _lock:
         _traces = (*_traces, seen)
-    _watch(+1)
+    watching.add(id(seen))
     try:
         yield seen
     finally:
-        _watch(-1)
+        watching.discard(id(seen))
         with _lock:
             _traces = tuple(t for t in _traces if t is not seen)
 

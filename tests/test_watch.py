@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import gc
 import json
 import os
 import threading
@@ -24,7 +26,8 @@ def reversed_array() -> np.ndarray:
 @pytest.fixture(autouse=True)
 def nothing_left_open():
     yield
-    assert _watch.watching == 0
+    gc.collect()  # a context that was copied under a guard may be held by the traceback of an error
+    assert not _watch.watching
     assert _watch._traces == ()
 
 
@@ -213,11 +216,58 @@ def test_worker_started_under_a_guard_stays_under_it(reversed_array):
         context = contextvars.copy_context()
 
     def work():
-        with _watch.inherited():
-            tb.to_torch(reversed_array)
+        tb.to_torch(reversed_array)
 
     with pytest.raises(tb.CopyRequiredError):
         context.run(work)
+    del context
+    assert not _watch.watching
+
+
+def test_a_task_started_inside_a_block_stays_guarded_when_the_block_has_ended(reversed_array):
+    async def task(ended):
+        await ended.wait()
+        with pytest.raises(tb.CopyRequiredError):
+            tb.to_torch(reversed_array)
+
+    async def main():
+        ended = asyncio.Event()
+        with tb.copy_guard("error"):
+            started = asyncio.create_task(task(ended))
+            await asyncio.sleep(0)
+        ended.set()
+        tb.to_torch(reversed_array)
+        await started
+
+    asyncio.run(main())
+
+
+def test_a_guard_that_was_never_entered_cannot_be_left(reversed_array):
+    guard = tb.copy_guard("error")
+    mistake = contextlib.ExitStack()
+    mistake.push(guard)  # enter_context is meant
+    with pytest.raises(RuntimeError, match=r"^copy_guard\('error'\): left without having been entered"):
+        mistake.close()
+    with guard:
+        pass
+    with pytest.raises(RuntimeError, match="left without having been entered"):
+        guard.__exit__(None, None, None)
+    with tb.trace() as seen:
+        tb.to_torch(reversed_array)
+    assert seen.totals.conversions == 1
+    with guard, pytest.raises(tb.CopyRequiredError):
+        tb.to_torch(reversed_array)
+
+
+def test_a_guard_of_a_generator_that_another_thread_ends_holds_nowhere_any_more(reversed_array):
+    generator = guarded("error")
+    next(generator)
+    thread = threading.Thread(target=generator.close)
+    thread.start()
+    thread.join()
+    tb.to_torch(reversed_array)
+    with tb.trace():
+        tb.to_torch(reversed_array)
 
 
 def test_no_warning_filter_is_touched():
