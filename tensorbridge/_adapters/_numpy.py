@@ -31,7 +31,8 @@ PLAIN = Layout()
 
 
 def open(x: Array, want: Want) -> tuple[Array, Traits]:
-    return x, traits(x)
+    """Steps are performed on the plain array: a subclass may answer for NumPy's functions (``__array_function__``)."""
+    return _base(x), traits(x)
 
 
 def kind(a: Array) -> Traits | None:
@@ -260,7 +261,7 @@ def filler(source: str, wanted: str) -> Callable[[Array, Array], Array]:
     """Writes elements of `source` into an array of `wanted`, and returns that."""
 
     def filled(a: Array, out: Array) -> Array:
-        np.copyto(out, a, casting="unsafe")
+        np.copyto(_base(out), a, casting="unsafe")
         return out
 
     return _casting.told(filled, source, wanted)
