@@ -15,7 +15,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, ContextDecorator, contextmanager
 from contextvars import ContextVar
-from typing import Any, Literal, NamedTuple, TypeAlias, TypeVar, get_args
+from typing import Any, Literal, TypeAlias, TypeVar, get_args
 
 from tensorbridge._eager import eager
 from tensorbridge._errors import CopyRequiredError, CopyWarning, nearest
@@ -28,45 +28,40 @@ Mode: TypeAlias = Literal["error", "warn", "allow"]
 MODES: tuple[Mode, ...] = get_args(Mode)
 KINDS = ("h2h", "h2d", "d2h", "d2d")
 
-# The ids of guards in force and of open traces: what a conversion asks first, and all that it pays when there is none.
-watching: set[int] = set()
-_lock = threading.Lock()
+# Guards that a context holds, and open traces, by identity: what a conversion asks first, and all that it pays when
+# there is none. No lock: a finalizer or a signal handler may open or end one at any time, each by one operation.
+watching: dict[int, Trace | None] = {}
+
 
 # -- The guard
 
 
-class _Policy(NamedTuple):
-    mode: Mode
-    min_bytes: int
-    kinds: frozenset[str]
-
-
-class _Block:
-    """A guard in force. The contexts that it was opened in, or copied to, hold it: when the last of them has let it go,
-    nobody is guarded by it.
+class _Opened:
+    """One opening of a guard: in force for as long as a context holds it, that of the block or a copy of it, in a task
+    that outlives the block.
     """
 
-    __slots__ = ("ended", "policy")
+    def __init__(self, guard: copy_guard) -> None:
+        self.guard, self.ended = guard, False
+        watching[id(self)] = None
 
-    def __init__(self, policy: _Policy) -> None:
-        self.policy, self.ended = policy, False
-        watching.add(id(self))
-
-    def __del__(self, discard: Callable[[int], None] = watching.discard) -> None:
-        discard(id(self))
+    def __del__(self, watching: dict[int, Trace | None] = watching) -> None:
+        watching.pop(id(self), None)
 
     def end(self) -> None:
-        """Guard nobody any more, in whatever contexts."""
+        """Guard nobody any more, whatever contexts hold it."""
         self.ended = True
-        watching.discard(id(self))
+        watching.pop(id(self), None)
 
 
-# The guards open in this context, the innermost last.
-_blocks: ContextVar[tuple[_Block, ...]] = ContextVar("tensorbridge_copy_guard", default=())
+# Those of this context, the innermost last.
+_opened: ContextVar[tuple[_Opened, ...]] = ContextVar("tensorbridge_copy_guard", default=())
 
 
-def _policy() -> _Policy | None:
-    return next((block.policy for block in reversed(_blocks.get()) if not block.ended), None)
+def _guard() -> copy_guard | None:
+    """The guard that decides here, if one does."""
+    innermost = next((x.guard for x in reversed(_opened.get()) if not x.ended), None)
+    return None if innermost is None or innermost.mode == "allow" else innermost
 
 
 class copy_guard(ContextDecorator):
@@ -87,7 +82,7 @@ class copy_guard(ContextDecorator):
     -------
     context manager
         The innermost one decides. It holds for this thread and this async task; tasks and `prefetch` workers started
-        inside inherit it and stay under it when the block has ended; plain threads and child processes do not:
+        inside inherit it, and keep it when they outlive the block; plain threads and child processes do not:
         `asyncio.to_thread` does, ``loop.run_in_executor`` does not. In a generator, a block holds for the caller as
         well until the generator has left it.
 
@@ -130,8 +125,8 @@ class copy_guard(ContextDecorator):
             raise ValueError(f"copy_guard(kinds={sorted(chosen - set(KINDS))}): choose from {', '.join(KINDS)}")
         if not chosen:
             raise ValueError('copy_guard(kinds=[]): guards nothing; leave kinds out for all, or say mode="allow"')
-        self._policy = _Policy(mode, min_bytes, chosen)
-        self._open: list[_Block] = []  # in whatever thread or task
+        self.mode, self.min_bytes, self.kinds = mode, min_bytes, chosen
+        self._open: list[_Opened] = []  # blocks of any thread or task that have not ended
 
     def __call__(self, function: _F) -> _F:
         if inspect.isclass(function):
@@ -152,36 +147,32 @@ class copy_guard(ContextDecorator):
         return super().__call__(function)
 
     def __repr__(self) -> str:
-        mode, min_bytes, kinds = self._policy
-        chosen = f", kinds={sorted(kinds)}" if kinds != set(KINDS) else ""
-        return f"copy_guard({mode!r}{f', min_bytes={min_bytes}' if min_bytes else ''}{chosen})"
+        chosen = f", kinds={sorted(self.kinds)}" if self.kinds != set(KINDS) else ""
+        return f"copy_guard({self.mode!r}{f', min_bytes={self.min_bytes}' if self.min_bytes else ''}{chosen})"
 
     @eager
     def __enter__(self) -> copy_guard:
-        block = _Block(self._policy)
-        self._open.append(block)
-        _blocks.set((*[other for other in _blocks.get() if not other.ended], block))
+        opened = _Opened(self)
+        self._open.append(opened)
+        _opened.set((*[x for x in _opened.get() if not x.ended], opened))
         return self
 
     @eager
     def __exit__(self, *exc: object) -> None:
-        blocks = _blocks.get()
-        mine = next((block for block in reversed(blocks) if block in self._open), None)
+        mine = next((x for x in reversed(_opened.get()) if x in self._open), None)
         if mine is not None:  # the last of its own, even where blocks end out of turn, as those of generators may
             self._open.remove(mine)
-            _blocks.set(tuple(block for block in blocks if block is not mine))
-        elif self._open:  # a generator may end elsewhere
+            _opened.set(tuple(x for x in _opened.get() if x is not mine))
+        elif self._open:  # of a generator that ends elsewhere
             self._open.pop().end()
         else:
             raise RuntimeError(f"{self!r}: left without having been entered; open it by a with block or enter_context")
 
 
 def _forked() -> None:
-    """Guards are of a process only: a child that is spawned inherits none, so one that is forked does not either."""
-    global _lock
-    _blocks.set(())
-    watching.intersection_update(map(id, _traces))
-    _lock = threading.Lock()  # another thread may have held it
+    """A child that is spawned inherits no guard and is seen by no trace, so neither is one that is forked."""
+    _opened.set(())
+    watching.clear()
 
 
 os.register_at_fork(after_in_child=_forked)
@@ -189,26 +180,26 @@ os.register_at_fork(after_in_child=_forked)
 
 def guarded_kinds() -> frozenset[str]:
     """The kinds of moves for which this context's guard has a limit."""
-    policy = _policy()
-    return frozenset() if policy is None or policy.mode == "allow" else policy.kinds
+    guard = _guard()
+    return frozenset() if guard is None else guard.kinds
 
 
 def is_traced() -> bool:
-    return bool(_traces)
+    return bool(_traces())
 
 
 def allow(plan: Plan, asked: str) -> None:
     """Raise or warn if this context's guard forbids what the plan would move."""
-    policy = _policy()
-    if policy is None or policy.mode == "allow":
+    guard = _guard()
+    if guard is None:
         return
-    nbytes = sum(step.nbytes for step in plan.steps if step.kind in policy.kinds)
-    if not nbytes or nbytes < policy.min_bytes:
+    nbytes = sum(step.nbytes for step in plan.steps if step.kind in guard.kinds)
+    if not nbytes or nbytes < guard.min_bytes:
         return
     first = f'{asked}: {plan.source} would move {bytes_text(nbytes)}, and copy_guard("error") forbids it.'
-    cure = cure_of([s for s in plan.steps if s.kind in policy.kinds])
-    if policy.mode == "warn":
-        why = next(s.why for s in plan.steps if s.kind in policy.kinds)
+    cure = cure_of([s for s in plan.steps if s.kind in guard.kinds])
+    if guard.mode == "warn":
+        why = next(s.why for s in plan.steps if s.kind in guard.kinds)
         text = f"{asked}: {plan.source} moves {bytes_text(nbytes)}: {why}"
         text += f" (avoid it: {cure})" if cure else ""
         warn(text, CopyWarning)
@@ -260,7 +251,8 @@ def _is_ours(filename: str) -> bool:
 # -- The trace
 
 
-_traces: tuple[Trace, ...] = ()
+def _traces() -> list[Trace]:
+    return [seen for seen in list(watching.values()) if seen is not None]
 
 
 @eager
@@ -291,23 +283,18 @@ def trace() -> AbstractContextManager[Trace]:
 
 @contextmanager
 def _traced() -> Iterator[Trace]:
-    global _traces
     seen = Trace()
-    with _lock:
-        _traces = (*_traces, seen)
-    watching.add(id(seen))
+    watching[id(seen)] = seen
     try:
         yield seen
     finally:
-        watching.discard(id(seen))
-        with _lock:
-            _traces = tuple(t for t in _traces if t is not seen)
+        watching.pop(id(seen), None)
 
 
 def perform(plan: Plan, asked: str, run: Callable[[], Any]) -> Any:
     """Run a conversion under this context's guard and every open trace."""
     allow(plan, asked)
-    traces = _traces
+    traces = _traces()
     if not traces:
         return run()
     began = time.perf_counter()

@@ -263,15 +263,14 @@ os.waitpid(pid, 0)
 def test_a_lock_that_another_thread_held_at_the_fork_is_free_in_the_child():
     code = """
 import os, threading
-import tensorbridge as tb
-from tensorbridge import _watch
-with _watch._lock:  # as another thread would
+from tensorbridge import _copiers
+with _copiers._lock:  # as another thread would
     pid = os.fork()
     if not pid:
-        def guarded():
-            with tb.copy_guard("error"):
-                print("in", flush=True)
-        thread = threading.Thread(target=guarded, daemon=True)
+        def copy():
+            _copiers._pool()
+            print("in", flush=True)
+        thread = threading.Thread(target=copy, daemon=True)
         thread.start()
         thread.join(5)
         os._exit(0)
