@@ -110,14 +110,18 @@ def want_cupy(
 WANTS: dict[str, Callable[..., Want]] = {"numpy": want_numpy, "torch": want_torch, "cupy": want_cupy}
 
 
+def check_target(call: str, to: Any) -> None:
+    if not isinstance(to, str) or to not in WANTS:
+        name = getattr(to, "__name__", to)  # a module or a function where its name is wanted: the likeliest mistake
+        shown = repr(to) if name is to else f"<{type(to).__name__} {name}>"
+        raise ValueError(f'{call}(to={shown}): choose "numpy", "torch" or "cupy"{nearest(name, WANTS)}')
+
+
 def of_plan(
     call: str, functions: Mapping[str, Callable[..., Any]], to: Any, options: Mapping[str, Any]
 ) -> dict[str, Any]:
     """The options of a plan, and the defaults of the others: those of the function that would be called."""
-    if not isinstance(to, str) or to not in functions:
-        name = getattr(to, "__name__", to)  # a module or a function where its name is wanted: the likeliest mistake
-        shown = repr(to) if name is to else f"<{type(to).__name__} {name}>"
-        raise ValueError(f'{call}(to={shown}): choose "numpy", "torch" or "cupy"{nearest(name, functions)}')
+    check_target(call, to)
     known = {p.name: p.default for p in signature(functions[to]).parameters.values() if p.kind is p.KEYWORD_ONLY}
     unknown = next((name for name in options if name not in known), None)
     if unknown is None:

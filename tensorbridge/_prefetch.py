@@ -90,9 +90,8 @@ def prefetch(
     source = _iterator(batches)
     road = road_for(want)
     worker = Worker(batches, source, depth, transform, want, road, _watch._caller()[0])
-    iterator = Prefetch(worker, road, batches if isinstance(batches, Sized) else None)
     worker.start()
-    return iterator
+    return Prefetch(worker, road, batches if isinstance(batches, Sized) else None)
 
 
 def _iterator(batches: Any) -> Iterator[Any]:
@@ -114,8 +113,7 @@ def _iterator(batches: Any) -> Iterator[Any]:
 
 
 def _want(to: str, device: Any, depth: int, transform: Any, copy: Any) -> Want:
-    if to not in _options.WANTS:
-        raise ValueError(f'prefetch(to={to!r}): choose "numpy", "torch" or "cupy"')
+    _options.check_target("prefetch", to)
     if isinstance(depth, bool) or not isinstance(depth, int):
         raise TypeError(f"prefetch(depth={depth!r}): a number of batches, as an int")
     if depth < 1:

@@ -12,7 +12,6 @@ import os
 import sys
 import threading
 import time
-import weakref
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext, suppress
 from contextvars import copy_context
@@ -101,7 +100,6 @@ class Worker(threading.Thread):
         self.loader = batches if _hands_out_one(batches) else None
         arguments = (_work, self.state, source, transform, want, road, _grad_mode(), where)
         super().__init__(target=copy_context().run, args=arguments, name=f"prefetch {where}", daemon=True)
-        _workers.add(self)
 
     def stop(self) -> None:
         """Want no more; wait for a batch that is being read. The next loop may need what it is read from."""
@@ -125,8 +123,8 @@ def _hands_out_one(batches: Any) -> bool:
 def end_readers_of(batches: Any) -> None:
     """Wait for earlier threads that are in the middle of such a loader, however long its batch takes."""
     if _hands_out_one(batches):
-        for worker in [worker for worker in _workers if worker.loader is batches]:
-            if worker.is_alive() and worker is not threading.current_thread():
+        for worker in _others():
+            if worker.loader is batches:
                 worker.state.outrun()
                 worker.join()
 
@@ -204,7 +202,10 @@ def _grad_mode() -> Callable[[], AbstractContextManager[Any]]:
     return lambda: torch.set_grad_enabled(enabled)
 
 
-_workers: weakref.WeakSet[Worker] = weakref.WeakSet()
+def _others() -> list[Worker]:
+    """The workers of this process that have not ended, but for the one that asks."""
+    here = threading.current_thread()
+    return [t for t in threading.enumerate() if isinstance(t, Worker) and t.is_alive() and t is not here]
 
 
 @atexit.register
@@ -214,7 +215,7 @@ def _close_all() -> None:
     Threads are joined: one that has given its last batch may still be closing a DataLoader, whose last reference it
     holds, and the interpreter would end it there, which aborts the process.
     """
-    workers = [worker for worker in _workers if worker.state.process == os.getpid()]
+    workers = _others()
     for worker in workers:
         worker.state.close()
     until = time.monotonic() + PATIENCE

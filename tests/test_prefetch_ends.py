@@ -333,3 +333,50 @@ def test_a_dataloader_is_a_source(workers):
     loader = torch.utils.data.DataLoader(Squares(), batch_size=4, num_workers=workers, collate_fn=tb.collate)
     made = list(on_host(loader))
     assert [batch["y"].tolist() for batch in made] == [[0, 1, 4, 9], [16, 25, 36, 49]]
+
+
+def test_threads_may_begin_loops_over_one_loader_at_the_same_time():
+    class Loader(list):
+        persistent_workers = True
+
+    failed = []
+    loader = Loader([np.zeros(2)])
+
+    def loop():
+        try:
+            for _ in range(50):
+                with tb.prefetch(Loader(loader), device="cpu") as ready:
+                    list(ready)
+        except RuntimeError as error:
+            failed.append(error)
+
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        threads = [threading.Thread(target=loop) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(before)
+    assert not failed
+
+
+def test_a_thread_that_cannot_be_started_is_an_error_and_nothing_else(monkeypatch, recwarn):
+    def none(thread):
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(_prefetch_worker.Worker, "start", none)
+    with pytest.raises(RuntimeError, match="can't start new thread"):
+        on_host(Source(3))
+    assert not recwarn.list
+
+
+@pytest.mark.parametrize("to", ["pytorch", np, ["torch"]])
+def test_a_target_that_is_none_is_told_as_by_plan(to):
+    with pytest.raises(ValueError, match=re.escape('choose "numpy", "torch" or "cupy"')) as told:
+        tb.prefetch([np.zeros(2)], to=to)
+    with pytest.raises(ValueError) as planned:
+        tb.plan(np.zeros(2), to)
+    assert str(told.value).removeprefix("prefetch") == str(planned.value).removeprefix("plan")
