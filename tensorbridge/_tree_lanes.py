@@ -1,8 +1,8 @@
 """Fast lanes for the leaves of trees: plain arrays are converted with no decision to look up, as in `_lanes`.
 
-A lane takes what it can tell for sure in a few checks, and answers with the places of the rest. The same memory twice
-stays one: in a lane that shares, results over one address are one; in a lane that copies, arrays that own their memory
-are told apart as objects, and only where one is a view its address is asked.
+A lane takes what it can tell for sure in a few checks, and answers with the places of the rest. The same object twice
+has one result. The same memory twice stays one: what shares leaves it so; in a lane that copies, arrays that own their
+memory are told apart as objects, and only where one is a view its address is asked.
 """
 
 from __future__ import annotations
@@ -43,23 +43,21 @@ _WANT_NUMPY, _WANT_COPIES = Want("numpy"), Want("numpy", copy=True)
 def _shared_arrays(leaves: list[Any], results: list[Any]) -> list[int]:
     from_numpy, plain, ndarray = _lanes._from_numpy, _lanes._plain_numpy, np.ndarray
     rest: list[int] = []
-    seen: dict[Any, Any] = {}
+    first = _first_of(leaves)
     last = None  # a dtype is slow to hash, and most often the one before
     for i, a in enumerate(leaves):
         if type(a) is ndarray and a.flags.carray and ((dtype := a.dtype) is last or dtype in plain):
             last = dtype
             base = a.base
             if base is None or (type(base) is ndarray and base.base is None):
-                try:
-                    t = from_numpy(a)
-                except (ValueError, TypeError):  # as in _lanes
-                    rest.append(i)
+                if first is not None and results[first[id(a)]] is not None:
+                    results[i] = results[first[id(a)]]
                     continue
-                first = seen.setdefault(t.data_ptr(), t)
-                if first is not t and (first.dtype is not t.dtype or first.shape != t.shape):
-                    first = seen.setdefault((t.data_ptr(), t.dtype, t.shape), t)
-                results[i] = first
-                continue
+                try:
+                    results[i] = from_numpy(a)
+                    continue
+                except (ValueError, TypeError):  # as in _lanes
+                    pass
         rest.append(i)
     return rest
 

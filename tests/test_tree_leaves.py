@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import array
 import collections
+import itertools
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -293,10 +295,15 @@ def test_state_dict_of_tied_weights_stays_tied():
     assert result["0.weight"] is result["1.weight"]
 
 
-def test_shared_views_of_one_memory_become_one_tensor():
-    base = np.arange(4.0)
-    result = tree.to_torch([base[:], base[:]])
-    assert result[0] is result[1]
+@pytest.mark.parametrize("watched", [False, True])
+def test_what_is_shared_has_a_like_for_each_object(watched):
+    base, nothing = np.arange(4.0), np.empty((0, 3))
+    leaves = [base[:], base[:], base, base, nothing, np.empty((0, 3)), nothing]
+    with tb.trace() if watched else nullcontext():
+        result = tree.to_torch(leaves)
+    for i, j in itertools.combinations(range(len(leaves)), 2):
+        assert (result[i] is result[j]) == (leaves[i] is leaves[j])
+    assert all(tb.shares_memory(t, base) for t in result[:4])
 
 
 DIFFERENT: dict[str, Any] = {
@@ -335,7 +342,7 @@ def test_many_views_of_one_block_are_told_apart_and_twins_kept():
     leaves = {i: block[i % 10] for i in range(20)}
     for copy in (None, True):
         result = tree.to_torch(leaves, copy=copy)
-        assert all(result[i] is result[i + 10] for i in range(10))
+        assert all(tb.shares_memory(result[i], result[i + 10]) for i in range(10))
         assert len({t.data_ptr() for t in result.values()}) == 10
         assert all(np.array_equal(t.numpy(), leaves[i]) for i, t in result.items())
 
