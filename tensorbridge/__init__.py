@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING, Any
 from tensorbridge import _lanes
 from tensorbridge._api import describe, plan, shares_memory, to_cupy, to_numpy, to_torch
 from tensorbridge._array import ArrayInfo, Device, Traits
-from tensorbridge._eager import mark as _mark
 from tensorbridge._errors import (
     BridgeError,
     CopyRequiredError,
@@ -98,7 +97,6 @@ def _load(name: str) -> Any:
         raise AttributeError(f"module 'tensorbridge' has no attribute {name!r}")
     found = import_module("tensorbridge." + (_LATER[name] or name))
     value = globals()[name] = getattr(found, name) if _LATER[name] else found
-    _mark()
     return value
 
 

@@ -10,7 +10,7 @@ import numpy as np
 from tensorbridge import _device_lanes, _lanes, _options
 from tensorbridge._array import ArrayInfo
 from tensorbridge._convert import convert, described, planned
-from tensorbridge._eager import eager, mark, told
+from tensorbridge._eager import eager, told
 from tensorbridge._memory import infos_share
 from tensorbridge._remember import remembering
 from tensorbridge._step import Plan
@@ -387,6 +387,3 @@ def shares_memory(a: Any, b: Any) -> bool:
     (True, False)
     """
     return infos_share(described(a, "shares_memory"), described(b, "shares_memory"))
-
-
-mark()  # torch may be there already

@@ -20,7 +20,7 @@ from tensorbridge import _api, _convert, _copy_lanes, _dtypes, _lanes, _options,
 from tensorbridge._adapters import is_scalar
 from tensorbridge._array import shape_text
 from tensorbridge._containers import ARRAY, DICT, Kind, at, check_known, is_by_class, kind_of, rebuilt, sequence_open
-from tensorbridge._eager import eager, mark
+from tensorbridge._eager import eager
 from tensorbridge._errors import BridgeError, GraphError, UnsupportedArrayError
 
 if TYPE_CHECKING:
@@ -344,6 +344,3 @@ def _empty(shape: tuple[int, ...], dtype: Any) -> Tensor:
         return torch.empty(shape, dtype=dtype, device="cpu")  # type: ignore[no-any-return]
     storage = torch.UntypedStorage._new_shared(math.prod(shape) * dtype.itemsize, device="cpu")
     return torch.empty(0, dtype=dtype, device="cpu").set_(storage, 0, shape)  # type: ignore[no-any-return]
-
-
-mark()  # torch may be there already

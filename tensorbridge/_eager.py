@@ -46,10 +46,10 @@ def _hidden(function: _F, *, below: bool) -> _F:
     function._torchdynamo_disable = True  # type: ignore[attr-defined]
     function._torchdynamo_disable_msg = REASON  # type: ignore[attr-defined]
     unmarked.append((function.__code__, below))
+    mark()  # torch may be there already
     return function
 
 
-@eager
 def mark() -> None:
     """Make the marks, once torch is there. A torch without them only compiles, and warns, more than it has to."""
     global compiling
@@ -63,6 +63,8 @@ def mark() -> None:
         compiling = frames.get_eval_frame_callback
     unmarked.clear()
 
+
+eager(mark)
 
 _inside: ContextVar[bool] = ContextVar("tensorbridge_compiled", default=False)
 is_inside = _inside.get  # whether compiled code has called the conversion that is being decided

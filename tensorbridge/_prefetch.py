@@ -14,7 +14,7 @@ from typing import Any, Literal, NoReturn, TypeVar
 
 from tensorbridge import _options, _tables, _watch
 from tensorbridge._array import CPU, Device, Traits
-from tensorbridge._eager import eager, is_inside, mark, told
+from tensorbridge._eager import eager, is_inside, told
 from tensorbridge._prefetch_roads import Host, road_for
 from tensorbridge._prefetch_worker import Failure, Worker, dropped, end_readers_of
 from tensorbridge._step import Want
@@ -185,6 +185,3 @@ class Prefetch(Iterator[Any]):
 
     def __exit__(self, *exc: object) -> None:
         self.close()
-
-
-mark()  # torch may be there already

@@ -337,4 +337,3 @@ def _left(tree: Any) -> tuple[LeftPart, ...]:
 
 
 _FUNCTIONS: dict[str, Callable[..., Any]] = {"numpy": to_numpy, "torch": to_torch, "cupy": to_cupy}
-_eager.mark()  # torch may be there already
