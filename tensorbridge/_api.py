@@ -128,7 +128,8 @@ def to_numpy(
     >>> to_numpy(t.to(torch.bfloat16)).dtype
     dtype(bfloat16)
     """
-    return convert(x, _options.want_numpy(dtype, copy, writable, detach, out), out)
+    want = _options.want("numpy", dtype=dtype, copy=copy, writable=writable, detach=detach, out=out)
+    return convert(x, want, out)
 
 
 @_lanes.plain_array_to_torch
@@ -214,7 +215,10 @@ def to_torch(
     Allow the copy with copy=None, or reverse x, the argument, in torch: to_torch(x[::-1]).flip(0).
     """
     _options.require("torch")
-    want = _options.want_torch(device, dtype, copy, share_readonly, detach, pin_memory, non_blocking, out)
+    want = _options.want(
+        "torch", device=device, dtype=dtype, copy=copy, share_readonly=share_readonly, detach=detach,
+        pin_memory=pin_memory, non_blocking=non_blocking, out=out,
+    )  # fmt: skip
     return convert(x, want, out)  # type: ignore[no-any-return]
 
 
@@ -281,7 +285,11 @@ def to_cupy(
       to_device  24 B   the host to cuda:0
     """
     _options.require("cupy")
-    return convert(x, _options.want_cupy(device, dtype, copy, share_readonly, detach, non_blocking, out), out)
+    want = _options.want(
+        "cupy", device=device, dtype=dtype, copy=copy, share_readonly=share_readonly, detach=detach,
+        non_blocking=non_blocking, out=out,
+    )  # fmt: skip
+    return convert(x, want, out)
 
 
 _FUNCTIONS: dict[str, Callable[..., Any]] = {"numpy": to_numpy, "torch": to_torch, "cupy": to_cupy}
@@ -354,7 +362,7 @@ def plan(x: Any, to: Literal["numpy", "torch", "cupy"], **options: Unpack[PlanOp
       share   0 B   torch.from_numpy: the same memory
     """
     every = _options.of_plan("plan", _FUNCTIONS, to, options)
-    return planned(x, _options.WANTS[to](**every), every["out"])
+    return planned(x, _options.want(to, **every), every["out"])
 
 
 @eager

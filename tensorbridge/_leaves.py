@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from tensorbridge import _api, _convert, _lanes, _options, _pack, _remember, _watch
+from tensorbridge import _api, _convert, _lanes, _pack, _remember, _watch
 from tensorbridge import _words as words
 from tensorbridge._array import CPU
 from tensorbridge._containers import check_known
@@ -24,7 +24,7 @@ from tensorbridge._eager import is_inside
 from tensorbridge._fill import aligned, checked
 from tensorbridge._leaf import FACTS, NAMED, Leaf, decided, key_of, name, opened
 from tensorbridge._pack import Block
-from tensorbridge._step import Op, Plan, Want
+from tensorbridge._step import Op, Plan, Want, usual
 from tensorbridge._tree_lanes import through_lanes
 from tensorbridge._walk import Flat, flatten
 
@@ -75,7 +75,7 @@ def _through_decisions(
 
 def _filled(flat: Flat, want: Want, out: Any) -> Any:
     outs = aligned(flat, flatten(out), want.framework)
-    plain = not _watch.watching and not is_inside() and want == _options.WANTS[want.framework]()
+    plain = not _watch.watching and not is_inside() and want == usual(want.framework)
     recipes = _remember.fills(want.framework, flat.leaves, outs) if plain else None
     if recipes is not None:
         for i, recipe in enumerate(recipes):

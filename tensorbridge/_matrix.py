@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from tensorbridge._array import Device, Traits
 from tensorbridge._plan import decide
-from tensorbridge._step import HERE, Op, Want
+from tensorbridge._step import HERE, Op, usual
 
 CUDA = Device("cuda:0")
 TARGETS = ("numpy", "torch", "cupy")
@@ -54,7 +54,7 @@ class Cell(NamedTuple):
 
 
 def cell(source: str, target: str) -> Cell:
-    decision = decide(SOURCES[source], Want(target, detach=target != "torch"), HERE._replace(torch=True))
+    decision = decide(SOURCES[source], usual(target), HERE._replace(torch=True))
     if decision.refusal is not None:
         return Cell(source, target, False, "refused")
     moves = [step for step in decision.steps if step.kind]

@@ -15,7 +15,7 @@ from tensorbridge._adapters import adapter_of
 from tensorbridge._array import CPU, ArrayInfo, Device, Traits
 from tensorbridge._errors import INSTALL, DeviceError, MissingFrameworkError, nearest
 from tensorbridge._memory import infos_share
-from tensorbridge._refuse import FORKED, Obstacle
+from tensorbridge._refuse import CALLED, FORKED, Obstacle
 from tensorbridge._step import Want
 
 if TYPE_CHECKING:
@@ -35,86 +35,40 @@ if TYPE_CHECKING:
         out: Any
 
 
-def want_numpy(
-    dtype: Any = None,
-    copy: Any = None,
-    writable: Any = None,
-    detach: Any = True,
-    out: Any = None,
-    call: str = "to_numpy",
-) -> Want:
-    if not (type(copy) in _OPTIONAL and type(writable) in _OPTIONAL and type(detach) is bool):
-        _complain(call, copy=(copy, True), writable=(writable, True), detach=(detach, False))
-    want = Want("numpy", None, _dtype(dtype), copy, writable, False, detach)
-    return want if out is None else with_out(want, out)
+_OR_NONE = frozenset({"copy", "writable"})  # flags that may be None
 
 
-def want_torch(
-    device: Any = None,
-    dtype: Any = None,
-    copy: Any = None,
-    share_readonly: Any = False,
-    detach: Any = False,
-    pin_memory: Any = False,
-    non_blocking: Any = False,
-    out: Any = None,
-    call: str = "to_torch",
+def want(
+    framework: str, call: str = "", *, device: Any = None, dtype: Any = None, out: Any = None, **flags: Any
 ) -> Want:
-    if not (
-        type(copy) in _OPTIONAL
-        and type(share_readonly) is type(detach) is type(pin_memory) is type(non_blocking) is bool
-    ):
-        _complain(
-            call,
-            copy=(copy, True),
-            share_readonly=(share_readonly, False),
-            detach=(detach, False),
-            pin_memory=(pin_memory, False),
-            non_blocking=(non_blocking, False),
-        )
-    where = None if device is None else device_named(device, "torch")
-    if pin_memory and where is not None and where != CPU:
+    """What the caller wrote, in canonical form; what was left out is as usual. `call` is what was called."""
+    for name, value in flags.items():
+        if value is not True and value is not False and not (value is None and name in _OR_NONE):
+            allowed = "True, False or None" if name in _OR_NONE else "True or False"
+            raise TypeError(f"{call or f'to_{framework}'}({name}={value!r}): {name} is {allowed}")
+    where = None if device is None else device_named(device, framework)
+    if where is not None:
+        _check_place(call or f"to_{framework}", framework, where, flags)
+    flags.setdefault("detach", framework != "torch")
+    found = Want(framework, where, None if dtype is None else _dtypes.parse(dtype), **flags)
+    return found if out is None else with_out(found, out)
+
+
+def _check_place(call: str, framework: str, where: Device, flags: Mapping[str, Any]) -> None:
+    if where == CPU and framework == "cupy":
+        raise ValueError(f'{call}(device="cpu"): CuPy arrays live on CUDA devices; use to_numpy for the host')
+    if where != CPU and flags.get("pin_memory"):
         raise ValueError(
             f"{call}(pin_memory=True, device={str(where)!r}): pinned memory is host memory; "
             "leave pin_memory out, transfers are staged through pinned memory already"
         )
-    want = Want("torch", where, _dtype(dtype), copy, None, share_readonly, detach, pin_memory, non_blocking)
-    return want if out is None else with_out(want, out)
-
-
-def want_cupy(
-    device: Any,
-    dtype: Any,
-    copy: Any,
-    share_readonly: Any,
-    detach: Any,
-    non_blocking: Any,
-    out: Any,
-    call: str = "to_cupy",
-) -> Want:
-    if not (type(copy) in _OPTIONAL and type(share_readonly) is type(detach) is type(non_blocking) is bool):
-        _complain(
-            call,
-            copy=(copy, True),
-            share_readonly=(share_readonly, False),
-            detach=(detach, False),
-            non_blocking=(non_blocking, False),
-        )
-    where = device_named(device, "cupy")
-    if where == CPU:
-        raise ValueError(f'{call}(device="cpu"): CuPy arrays live on CUDA devices; use to_numpy for the host')
-    want = Want("cupy", where, _dtype(dtype), copy, None, share_readonly, detach, False, non_blocking)
-    return want if out is None else with_out(want, out)
-
-
-WANTS: dict[str, Callable[..., Want]] = {"numpy": want_numpy, "torch": want_torch, "cupy": want_cupy}
 
 
 def check_target(call: str, to: Any) -> None:
-    if not isinstance(to, str) or to not in WANTS:
+    if not isinstance(to, str) or to not in CALLED:
         name = getattr(to, "__name__", to)  # a module or a function where its name is wanted: the likeliest mistake
         shown = repr(to) if name is to else f"<{type(to).__name__} {name}>"
-        raise ValueError(f'{call}(to={shown}): choose "numpy", "torch" or "cupy"{nearest(name, WANTS)}')
+        raise ValueError(f'{call}(to={shown}): choose "numpy", "torch" or "cupy"{nearest(name, CALLED)}')
 
 
 def of_plan(
@@ -131,24 +85,8 @@ def of_plan(
     raise TypeError(text + nearest(unknown, known))
 
 
-_OPTIONAL = frozenset({bool, type(None)})
-
-
-def _complain(call: str, **flags: tuple[Any, bool]) -> None:
-    for name, (value, optional) in flags.items():
-        if value is not True and value is not False and not (optional and value is None):
-            allowed = "True, False or None" if optional else "True or False"
-            raise TypeError(f"{call}({name}={value!r}): {name} is {allowed}")
-
-
-def _dtype(dtype: Any) -> str | None:
-    return None if dtype is None else _dtypes.parse(dtype)
-
-
-def device_named(device: Any, framework: str) -> Device | None:
+def device_named(device: Any, framework: str) -> Device:
     """A caller's `device` by name; "cuda" without an index stays open until the array is known."""
-    if device is None:
-        return None
     if isinstance(device, bool) or not isinstance(device, (str, int)):
         if type(device).__module__.startswith("cupy") and hasattr(device, "id"):
             return Device(f"cuda:{device.id}")

@@ -121,15 +121,11 @@ def _want(to: str, device: Any, depth: int, transform: Any, copy: Any) -> Want:
     if transform is not None and not callable(transform):
         raise TypeError(f"prefetch(transform={transform!r}): a callable or None")
     if to == "numpy":
-        if device is not _USUAL and _options.device_named(device, to) not in (None, CPU):
+        if device is not _USUAL and device is not None and _options.device_named(device, to) != CPU:
             raise ValueError(f'prefetch(to="numpy", device={device!r}): NumPy arrays are on the host; leave device out')
-        return _options.want_numpy(None, copy, None, True, None, "prefetch")
+        return _options.want(to, "prefetch", copy=copy)
     _options.require(to, "prefetch")
-    if to == "cupy":
-        want = _options.want_cupy(device, None, copy, False, True, False, None, "prefetch")
-    else:
-        want = _options.want_torch(device, None, copy, False, False, False, False, None, "prefetch")
-    return _options.placed(want, Traits("numpy"))
+    return _options.placed(_options.want(to, "prefetch", device=device, copy=copy), Traits("numpy"))
 
 
 class Prefetch(Iterator[Any]):

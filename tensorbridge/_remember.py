@@ -154,7 +154,7 @@ def _remember(words: tuple[Any, ...], options: dict[str, Any], traits: Traits) -
     """Keep the recipe of a conversion that has just been done."""
     if len(_asked) >= _KEPT:
         _asked.clear()
-    want = _options.WANTS[words[0]](**options)
+    want = _options.want(words[0], **options)
     if want.device not in (None, CPU) or want.pin_memory:
         _asked[words] = None
         return

@@ -63,6 +63,11 @@ class Want(NamedTuple):
     out: Traits | None = None
 
 
+def usual(framework: str) -> Want:
+    """What is asked for by a call without options: a tensor can keep its graph, an array cannot."""
+    return Want(framework, detach=framework != "torch")
+
+
 class Here(NamedTuple):
     """Facts of the moment. On the CPU they are this constant; read once a call only where a GPU is involved."""
 

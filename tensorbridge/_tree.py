@@ -77,7 +77,7 @@ def to_numpy(
     >>> to_numpy(batch)
     {'obs': (array([0., 0., 0.], dtype=float32), array([1., 1.], dtype=float32)), 'name': 'a'}
     """
-    want = _options.want_numpy(dtype, copy, writable, detach, None, "tree.to_numpy")
+    want = _options.want("numpy", "tree.to_numpy", dtype=dtype, copy=copy, writable=writable, detach=detach)
     return converted(tree, want, out=out, pack=pack)
 
 
@@ -132,9 +132,10 @@ def to_torch(
     [tensor([0., 0.], dtype=torch.float64), {'label': 3, 'mask': tensor([True, True])}]
     """
     _options.require("torch", "tree.to_torch")
-    want = _options.want_torch(
-        device, dtype, copy, share_readonly, detach, pin_memory, non_blocking, None, "tree.to_torch"
-    )
+    want = _options.want(
+        "torch", "tree.to_torch", device=device, dtype=dtype, copy=copy, share_readonly=share_readonly, detach=detach,
+        pin_memory=pin_memory, non_blocking=non_blocking,
+    )  # fmt: skip
     return converted(tree, want, out=out, pack=pack)
 
 
@@ -187,9 +188,11 @@ def to_cupy(
       pack       64 B   into a block of 512 B with 1 more: one transfer
       to_device  64 B   the host to cuda:0
     """
-    call = "tree.to_cupy"
-    _options.require("cupy", call)
-    want = _options.want_cupy(device, dtype, copy, share_readonly, detach, non_blocking, None, call)
+    _options.require("cupy", "tree.to_cupy")
+    want = _options.want(
+        "cupy", "tree.to_cupy", device=device, dtype=dtype, copy=copy, share_readonly=share_readonly, detach=detach,
+        non_blocking=non_blocking,
+    )  # fmt: skip
     return converted(tree, want, out=out, pack=pack)
 
 
@@ -305,7 +308,7 @@ def plan(
     every = _options.of_plan("tree.plan", _FUNCTIONS, to, {**options, "pack": pack})
     out = every.pop("out")
     check_pack(every.pop("pack"), f"tree.to_{to}")
-    want = _options.WANTS[to](**every, out=None, call=f"tree.to_{to}")
+    want = _options.want(to, f"tree.to_{to}", **every)
     flat = flatten(tree)
     if not flat.leaves:
         check_known(tree, to)

@@ -7,15 +7,14 @@ import math
 from tensorbridge import _dtypes
 from tensorbridge._array import ArrayInfo, Device
 from tensorbridge._errors import BridgeError
-from tensorbridge._step import Decision, Refusal, Want, bind, bytes_text, named, step_lines
+from tensorbridge._step import Decision, Refusal, Want, bind, bytes_text, named, step_lines, usual
 
 
 def call(want: Want) -> str:
     """The call as the caller wrote it, as far as options decide: ``to_torch(copy=False)``."""
-    defaults = Want(want.framework, detach=want.framework != "torch")
     given = [
         f"{name}={str(value) if isinstance(value, Device) else value!r}"
-        for name, value, usual in zip(Want._fields, want, defaults, strict=True)
+        for name, value, usual in zip(Want._fields, want, usual(want.framework), strict=True)
         if value != usual and name not in ("framework", "out")
         and not (want.out is not None and name in ("dtype", "device"))  # said by `out`
     ]  # fmt: skip

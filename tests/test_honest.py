@@ -65,7 +65,7 @@ ITSELF = (np.ndarray, torch.Tensor)
 def wanted(target: str, options: dict[str, Any]) -> Want:
     """The canonical wish behind options, as the public function makes it."""
     given = {name: p.default for name, p in DEFAULTS[target].items() if p.kind is p.KEYWORD_ONLY}
-    return _options.WANTS[target](**(given | options))
+    return _options.want(target, **(given | options))
 
 
 def facts(x: Any) -> Any:
