@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from tensorbridge import _dtypes, _readonly, _refuse
 from tensorbridge._adapters import adapter_of
-from tensorbridge._array import shape_text
+from tensorbridge._array import Traits, shape_text
 from tensorbridge._eager import eager
 from tensorbridge._errors import DeviceError, GraphError, UnsupportedArrayError
 from tensorbridge._reentrant import Reentrant
@@ -28,8 +28,6 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     Key = tuple[object, ...]
-
-_OUTSIDE = "Edit it outside the transformed function."
 
 
 @eager
@@ -162,11 +160,9 @@ def _edit_copy(torch: Any, tensor: torch.Tensor) -> Iterator[NDArray[Any]]:
 def _alias(torch: Any, tensor: torch.Tensor) -> torch.Tensor:
     """A plain tensor outside the graph, with the memory and the version counter of `tensor`; or the reason why not."""
     with torch._C.DisableTorchFunctionSubclass():  # the tensor itself, whatever a subclass makes of looking at it
-        obstacle = _obstacle(torch, tensor)
-        alias = tensor if obstacle else tensor.detach()
-        obstacle = obstacle or _obstacle(torch, alias)  # a dispatch mode may have answered
-        if obstacle is not None:
-            raise UnsupportedArrayError(f"editing: {_what(tensor, obstacle[0])}. {obstacle[1]}")
+        _refuse_unwritable(torch, tensor)
+        alias = tensor.detach()
+        _refuse_unwritable(torch, alias)  # a dispatch mode may have answered
         _refuse_moment(torch, alias)
     return alias
 
@@ -191,33 +187,42 @@ def _version(alias: torch.Tensor) -> int:
     return 0 if alias.is_inference() else alias._version
 
 
-def _obstacle(torch: Any, t: torch.Tensor) -> tuple[str, str] | None:
-    """Why NumPy cannot write into a tensor, and what works."""
+# What works, where that is not what works for a conversion: an edit has to reach the tensor.
+_CURES = {
+    "distributed": "Edit this process's part: editing(t.to_local()).",
+    "meta": 'Make one that has: torch.zeros_like(t, device="cpu").',
+    "mkldnn": "Edit a copy, t.to_dense(), then call to_mkldnn() on it.",
+    "nested": "Edit one of the tensors of t.unbind().",
+    "quantized": "Edit a copy, t.dequantize(), and quantize that again.",
+    "sparse": "Edit a copy, t.to_dense().",
+}
+
+
+def _refuse_unwritable(torch: Any, t: torch.Tensor) -> None:
+    """What stands in the way of `to_numpy` stands in the way of writing; so does what it would copy."""
     functorch = torch._C._functorch
     if functorch.peek_interpreter_stack() is not None or functorch.is_functorch_wrapped_tensor(t):
-        return "has no memory of its own inside torch.func (vmap, grad and the like)", _OUTSIDE
-    if torch._is_functional_tensor(t):
-        return "has no memory of its own inside functionalization", _OUTSIDE
-    if t.is_nested:
-        return "is nested, with rows of different lengths", "Edit one of the tensors of t.unbind()."
-    if intercepts(t):
-        kind = type(t).__name__
-        if kind == "FakeTensor":
-            return "is fake: it has a shape but no data", "Edit outside FakeTensorMode, torch.export or tracing."
-        if kind == "DTensor":
-            return "is spread over processes", "Edit this process's part: editing(t.to_local())."
-        return f"is a {kind}, which answers every operation itself", "Edit the plain tensor that it holds."
-    if torch.nn.parameter.is_lazy(t):
-        return "is not initialized yet and has no memory", "Run a forward pass of its module first."
-    if t.is_mkldnn:
-        return "has a layout private to oneDNN", "Edit a copy, t.to_dense(), then call to_mkldnn() on it."
-    if t.layout != torch.strided:
-        return "is sparse: most of its elements are not in memory", "Edit a copy, t.to_dense()."
-    if t.is_quantized:
-        return "means integers times a scale", "Edit a copy, t.dequantize(), and quantize that again."
-    if t.is_meta:
-        return "has a shape but no data", 'Make one that has: torch.zeros_like(t, device="cpu").'
-    if t._is_zerotensor():
+        why = _refuse.OBSTACLES["functorch"].why
+        raise UnsupportedArrayError(f"editing: {why}. Edit it outside the transformed function.")
+    adapter: Any = adapter_of(type(t))
+    try:
+        _, traits = adapter.open(t, Want("numpy"))
+    except _refuse.Obstacle as found:
+        cure = _CURES.get(found.name) or found.refusal.cure.replace("Convert", "Edit")
+        raise UnsupportedArrayError(f"editing: {found.what} cannot be an array: {found.why}. {cure}") from None
+    obstacle = _why_unwritable(t, traits)
+    if obstacle is not None:
+        raise UnsupportedArrayError(f"editing: {_what(t, obstacle[0])}. {obstacle[1]}")
+
+
+def _why_unwritable(t: torch.Tensor, traits: Traits) -> tuple[str, str] | None:
+    """Why NumPy cannot write into a tensor that it could be given, and what works."""
+    refusal = _refuse.before(traits, Want("numpy"), HERE)
+    if refusal is not None:
+        back = f"Edit a copy, t.to(torch.{refusal.cast}), and write it back with t.copy_()."
+        cure = back if refusal.cast else refusal.cure.replace("Convert", "Edit")
+        return f"cannot be an array: {refusal.why}", cure
+    if traits.lazy == "zero":
         return "has no memory: it only stands for zeros", "Make one that has: torch.zeros_like(t)."
     if t.is_conj():
         return (
@@ -231,21 +236,6 @@ def _obstacle(torch: Any, t: torch.Tensor) -> tuple[str, str] | None:
         )
     if _readonly.is_memory_marked(t):
         return "lies on memory that is read-only, and was shared on your word not to write", "Edit a copy, t.clone()."
-    return _as_converted(t)
-
-
-def _as_converted(t: torch.Tensor) -> tuple[str, str] | None:
-    """What stands in the way of `to_numpy` stands in the way of writing, and so do two elements that are one."""
-    adapter: Any = adapter_of(type(t))
-    try:
-        _, traits = adapter.open(t, Want("numpy"))
-    except _refuse.Obstacle as obstacle:
-        return f"cannot be an array: {obstacle.why}", obstacle.refusal.cure.replace("Convert", "Edit")
-    refusal = _refuse.before(traits, Want("numpy"), HERE)
-    if refusal is not None:
-        back = f"Edit a copy, t.to(torch.{refusal.cast}), and write it back with t.copy_()."
-        cure = back if refusal.cast else refusal.cure.replace("Convert", "Edit")
-        return f"cannot be an array: {refusal.why}", cure
     if traits.overlap:
         return (
             "overlaps itself (it was expanded, or is a sliding window), so one write would change several elements",
@@ -273,9 +263,8 @@ def _is_capturing(torch: Any, tensor: torch.Tensor) -> bool:
 
 
 def _what(tensor: torch.Tensor, predicate: str) -> str:
-    plain = tensor.layout == sys.modules["torch"].strided and not tensor.is_nested and "not init" not in predicate
-    shape = f" {shape_text(tuple(tensor.shape))}" if plain else ""
-    return f"torch {_dtypes.of_torch(tensor.dtype)}{shape} on {tensor.device} {predicate}"
+    shape = shape_text(tuple(tensor.shape))
+    return f"torch {_dtypes.of_torch(tensor.dtype)} {shape} on {tensor.device} {predicate}"
 
 
 def on_host(tensor: torch.Tensor) -> bool:

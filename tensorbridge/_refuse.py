@@ -22,7 +22,7 @@ class Obstacle(Exception):
 
     def __init__(self, name: str, what: str, detail: str = "") -> None:
         super().__init__(name, what, detail)
-        self.refusal, self.what = OBSTACLES[name], what
+        self.name, self.refusal, self.what = name, OBSTACLES[name], what
         self.why = detail or self.refusal.why
 
     def cured(self, cure: str) -> Obstacle:
