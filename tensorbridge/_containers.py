@@ -91,6 +91,7 @@ EXACT: dict[type, Any] = {
     np.ndarray: ARRAY,
     **dict.fromkeys([str, bytes, bytearray, bool, int, float, complex, type(None), range, slice, type], OTHER),
 }
+_REMEMBERED = 128  # classes: a program may make them by the call, and what is kept here lives
 # Numbers, text and raw bytes are kept, though NumPy's scalars speak array protocols and bytes are buffers.
 _KEPT = (str, bytes, bytearray, mmap, int, float, complex, np.generic, Enum, type)
 _PROTOCOLS = ("__dlpack__", "__cuda_array_interface__", "__array_interface__", "__array__")
@@ -184,7 +185,8 @@ def _pytree_name(node: Any, x: Any, i: int) -> str:
 
 def _by_class(x: Any, cls: type) -> Any:
     if _is_framework_array(cls):
-        EXACT[cls] = ARRAY
+        if len(EXACT) < _REMEMBERED:
+            EXACT[cls] = ARRAY
         return ARRAY
     if issubclass(cls, _KEPT):
         return OTHER

@@ -122,7 +122,7 @@ class _HostCopy:
 
 
 _open_copies: dict[Key, _HostCopy] = {}  # emptied by the blocks that fill it
-_lock = threading.Lock()
+_lock = threading.RLock()  # a block may end in the garbage collector, while this thread makes a copy
 
 
 @contextlib.contextmanager

@@ -153,6 +153,6 @@ def _short(where: str) -> str:
     path, _, line = where.rpartition(":")
     try:
         near = os.path.relpath(path)
-    except ValueError:  # another drive
+    except (ValueError, OSError):  # another drive; a working directory that is gone
         near = path
     return f"{path if near.startswith('..') else near}:{line}"

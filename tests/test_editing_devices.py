@@ -200,3 +200,28 @@ next(contextlib.left_open)
 def test_a_block_that_is_open_when_the_interpreter_ends_is_closed_in_silence(road):
     ended = subprocess.run([sys.executable, "-c", LEFT_OPEN, road], capture_output=True, text=True, check=False)
     assert (ended.returncode, ended.stdout, ended.stderr) == (0, "", "")
+
+
+def test_a_block_that_the_garbage_collector_ends_does_not_wait_for_its_own_thread(elsewhere, monkeypatch):
+    def suspended():
+        with editing(torch.zeros(2)):
+            yield
+
+    class Collecting(_editing._HostCopy):
+        def __init__(self, alias):
+            del cycle[:]  # as the collector, which may strike here
+            super().__init__(alias)
+
+    cycle = [suspended()]
+    next(cycle[0])
+    monkeypatch.setattr(_editing, "_HostCopy", Collecting)
+
+    def edit():
+        with editing(torch.zeros(3)) as a:
+            a[:] = 1
+
+    thread = threading.Thread(target=edit, daemon=True)
+    thread.start()
+    thread.join(10)
+    assert not thread.is_alive()
+    assert not _editing._open_copies

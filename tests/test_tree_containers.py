@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import gc
 import types
 import weakref
 from typing import Any
@@ -485,3 +486,14 @@ def test_a_method_of_a_containers_own_does_not_make_it_a_sparse_array():
 def test_an_object_that_has_its_array_protocol_as_an_attribute_of_its_own_is_an_array(a):
     holder = types.SimpleNamespace(__array_interface__=a.__array_interface__, owner=a)
     assert_tensor_of(a, tree.to_torch({"x": holder})["x"])
+
+
+def test_classes_of_arrays_are_not_kept_without_end():
+    seen = weakref.WeakSet()
+    for i in range(300):
+        cls = type(f"Array{i}", (np.ndarray,), {})
+        seen.add(cls)
+        tree.to_numpy([np.zeros(2).view(cls)])
+        del cls
+    gc.collect()
+    assert len(seen) < 300

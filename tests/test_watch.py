@@ -513,3 +513,13 @@ def test_a_guard_that_ends_out_of_turn_ends_itself_and_no_other(reversed_array):
         outer.close()
         tb.to_torch(reversed_array)
     tb.to_torch(reversed_array)
+
+
+def test_a_report_is_given_where_the_working_directory_is_gone(tmp_path, monkeypatch):
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    monkeypatch.chdir(gone)
+    with tb.trace() as seen:
+        tb.to_torch(np.zeros(3))
+    gone.rmdir()
+    assert "numpy -> torch" in seen.report()
