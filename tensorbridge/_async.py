@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from tensorbridge import _api, _dtypes, _staging, _stream_order, _streams, _watch, tree
+from tensorbridge import _api, _dtypes, _forks, _staging, _stream_order, _streams, _watch, tree
 from tensorbridge._array import CPU, ArrayInfo
 from tensorbridge._containers import ARRAY, OTHER, kind_of
 from tensorbridge._eager import told
@@ -200,12 +200,10 @@ def _on_side_streams(job: Callable[[Any], Any], x: Any, indices: list[int]) -> A
         return job(x)
 
 
+@_forks.in_child
 def _forked() -> None:
     global _worker, _lock
     _worker, _lock = None, threading.Lock()
-
-
-os.register_at_fork(after_in_child=_forked)
 
 
 # -- Into page-locked memory

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
+from tensorbridge import _forks
+
 if TYPE_CHECKING:
     from concurrent.futures import Future, ThreadPoolExecutor
 
@@ -25,12 +27,10 @@ _threads: ThreadPoolExecutor | None = None
 _lock = threading.Lock()
 
 
+@_forks.in_child
 def _forked() -> None:
     global _threads, _lock
     _threads, _lock = None, threading.Lock()
-
-
-os.register_at_fork(after_in_child=_forked)
 
 
 def copying(target: Bytes, source: Bytes) -> list[Future[None]]:

@@ -92,7 +92,8 @@ BOUNDS = {  # of the integers: the least and the greatest
     **{f"int{bits}": (-(1 << bits - 1), (1 << bits - 1) - 1) for bits in (2, 4, 8, 16, 32, 64)},
     **{f"uint{bits}": (0, (1 << bits) - 1) for bits in (2, 4, 8, 16, 32, 64)},
 }
-OF_NUMPY: dict[np.dtype[Any], str] = {row.numpy: row.name for row in DTYPES.values() if row.numpy is not None}
+# The first name counts: where long double is double (Windows, Apple Silicon), NumPy says that the two are one dtype.
+OF_NUMPY: dict[np.dtype[Any], str] = {row.numpy: row.name for row in reversed(DTYPES.values()) if row.numpy is not None}
 _OF_DLPACK: dict[tuple[int, int], str] = {row.dlpack: row.name for row in DTYPES.values() if row.dlpack is not None}
 _ALIASES = {  # what torch calls them too; NumPy means something else by some of these
     "double": "float64", "float": "float32", "half": "float16", "long": "int64", "int": "int32", "short": "int16",

@@ -20,7 +20,6 @@ are kept, not touched.
 
 from __future__ import annotations
 
-import os
 import sys
 import weakref
 from collections import deque
@@ -28,7 +27,7 @@ from typing import Any
 
 import numpy as np
 
-from tensorbridge import _stream_order, _streams
+from tensorbridge import _forks, _stream_order, _streams
 
 _leases: dict[int, Lease] = {}  # by the identity of what the borrower holds
 _pending: deque[_Ending] = deque()
@@ -166,14 +165,12 @@ def _released(lease: Lease) -> None:
         _look_at(ending)
 
 
+@_forks.in_child
 def _forked() -> None:
     """A child whose parent has lent nothing may be able to use CUDA; one that is not makes no lease."""
     global _disowned
     _disowned = _disowned or bool(_leases or _pending)
     _streams.never_freed(_leases, _pending)
-
-
-os.register_at_fork(after_in_child=_forked)
 
 
 def used_on(x: Any, stream: Any) -> None:

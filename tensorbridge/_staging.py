@@ -18,7 +18,6 @@ For the other modules, in bytes (uint8, one dimension), for `framework` "torch" 
 
 from __future__ import annotations
 
-import os
 import sys
 import threading
 from collections import deque
@@ -27,7 +26,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from tensorbridge import _copiers, _lease, _stream_order, _streams
+from tensorbridge import _copiers, _forks, _lease, _stream_order, _streams
 from tensorbridge._array import LARGE
 from tensorbridge._copiers import Bytes
 from tensorbridge._errors import DeviceError
@@ -222,13 +221,11 @@ def ring() -> Ring:
         return _ring
 
 
+@_forks.in_child
 def _forked() -> None:
     global _ring, _lock
     _streams.never_freed(_ring)
     _ring, _lock = None, threading.Lock()
-
-
-os.register_at_fork(after_in_child=_forked)
 
 
 # -- The two ways

@@ -7,12 +7,11 @@ event has when it is asked for, so the event can be recorded again at once.
 
 from __future__ import annotations
 
-import os
 import sys
 import threading
 from typing import Any
 
-from tensorbridge import _streams
+from tensorbridge import _forks, _streams
 
 # Those not in use, by (thread, whether CuPy's, index). Not thread-local: a forked child would destroy those of other
 # threads.
@@ -100,4 +99,4 @@ def mark(number: int, index: int) -> Mark:
     return Mark(event)
 
 
-os.register_at_fork(after_in_child=lambda: _streams.never_freed(_events))
+_forks.in_child(lambda: _streams.never_freed(_events))

@@ -16,13 +16,13 @@ Specification of the numbers: ``__dlpack__`` in the array API, and ``__cuda_arra
 from __future__ import annotations
 
 import ctypes
-import os
 import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
+from tensorbridge import _forks
 from tensorbridge._errors import DeviceError
 
 LEGACY_DEFAULT = 1
@@ -103,13 +103,11 @@ def never_freed(*objects: object) -> None:
         ctypes.pythonapi.Py_IncRef(ctypes.py_object(x))
 
 
+@_forks.in_child
 def _after_fork() -> None:
     global _cupy_in_parent, _lock, in_child
     _cupy_in_parent, _lock, in_child = "cupy" in _usable, threading.Lock(), True
     _usable.clear()
-
-
-os.register_at_fork(after_in_child=_after_fork)
 
 
 def current_device() -> int:

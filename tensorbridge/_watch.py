@@ -17,6 +17,7 @@ from contextlib import AbstractContextManager, ContextDecorator, contextmanager
 from contextvars import ContextVar
 from typing import Any, Literal, TypeAlias, TypeVar, get_args
 
+from tensorbridge import _forks
 from tensorbridge._eager import eager
 from tensorbridge._errors import CopyRequiredError, CopyWarning, nearest
 from tensorbridge._events import Event, Trace
@@ -169,13 +170,11 @@ class copy_guard(ContextDecorator):
             raise RuntimeError(f"{self!r}: left without having been entered; open it by a with block or enter_context")
 
 
+@_forks.in_child
 def _forked() -> None:
     """A child that is spawned inherits no guard and is seen by no trace, so neither is one that is forked."""
     _opened.set(())
     watching.clear()
-
-
-os.register_at_fork(after_in_child=_forked)
 
 
 def guarded_kinds() -> frozenset[str]:

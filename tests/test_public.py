@@ -302,3 +302,27 @@ try:
 except AttributeError as error:
     print(error, "__getattr__" in vars(tb))""")
         assert said == f"module 'tensorbridge' has no attribute 'to_jax' {line == 'pass'}"
+
+
+PLATFORMS = {
+    "without fork, as Windows": "import os, random, torch; del os.register_at_fork",
+    "where long double is double, as on Windows and Apple Silicon": (
+        "import numpy as np; np.longdouble, np.clongdouble = np.float64, np.complex128"
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PLATFORMS)
+def test_other_platforms_get_the_same(name):
+    """Rehearsed here: such a machine is not at hand."""
+    code = """
+import numpy as np
+import tensorbridge as tb
+for dtype in ("float64", "complex128"):
+    assert tb.describe(np.zeros(3, dtype)).dtype == dtype
+    assert tb.to_torch(np.zeros(3, dtype)).shape == (3,)
+    assert tb.plan(np.zeros(3, dtype), "torch").zero_copy
+tb.to_numpy_async(np.zeros(3)).result()
+"""
+    run = subprocess.run([sys.executable, "-c", f"{PLATFORMS[name]}\n{code}"], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
