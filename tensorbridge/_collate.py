@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 import numpy as np
 
-from tensorbridge import _api, _convert, _copy_lanes, _dtypes, _lanes, _options, _tables, _watch
+from tensorbridge import _api, _convert, _dtypes, _lanes, _options, _tables, _watch
 from tensorbridge._adapters import is_scalar
 from tensorbridge._array import shape_text
 from tensorbridge._containers import ARRAY, DICT, Kind, at, check_known, is_by_class, kind_of, rebuilt, sequence_open
@@ -283,7 +283,7 @@ def _plain_tensors(values: list[Any]) -> Tensor | None:
         if not all(map(tensor.is_contiguous, values)):
             return None
         if any(map(tensor.storage_offset, values)):
-            if not all(map(_copy_lanes.is_held, values)):
+            if not all(map(_lanes.is_held, values)):
                 return None
         elif min(map(torch.UntypedStorage.nbytes, map(tensor.untyped_storage, values))) < values[0].nbytes:
             return None

@@ -1,5 +1,5 @@
-"""The fast lanes: plain arrays of exact types, without options, cross with no decision to look up (those with
-`copy=True` or `out=` in `_copy_lanes`).
+"""The fast lanes: plain arrays of exact types, without options or with `copy=True` or `out=` alone, cross with no
+decision to look up.
 
 A lane takes only what it can tell for sure in a few checks, and a test holds it to the result of the full road for
 every kind of array. Everything else, and everything while a guard or a trace is open, goes the full road.
@@ -13,12 +13,13 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from tensorbridge import _copy_lanes, _eager, _readonly, _watch
+from tensorbridge import _eager, _readonly, _watch
 from tensorbridge._adapters import Adapter
-from tensorbridge._array import layout
+from tensorbridge._array import HUGE, layout
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 _ndarray = np.ndarray
+_may_share_memory = np.may_share_memory
 
 # Set by `open` when torch shows up. Until then no object is of type `_Tensor`, and no array has a lane to torch.
 _Tensor: Any = None
@@ -29,6 +30,8 @@ _plain_numpy: frozenset[Any] = frozenset()
 _host: frozenset[Any] = frozenset()  # its names, as `device`
 _forward_ad: Any  # torch's module: inside a dual level a plain-looking tensor may carry a tangent
 _from_numpy: Callable[[Any], Any]
+_dense: Callable[[Any], Any]
+_increment_version: Callable[[Any], None]
 _intercepted: Callable[[], bool] = lambda: False
 _marked, _is_marked = _readonly.marked, _readonly.is_marked
 _compiling: Callable[[], Any] = lambda: None  # not None: compiled code is calling, and nothing is shared with it
@@ -39,15 +42,15 @@ opened: Callable[[], None] = lambda: None  # called once, when torch has shown u
 
 def open(adapter: Adapter) -> None:
     global _Tensor, _common, _float32, _plain_dtypes, _plain_numpy, _host
-    global _forward_ad, _from_numpy, _compiling, _intercepted
+    global _forward_ad, _from_numpy, _dense, _increment_version, _compiling, _intercepted
     facts: Any = adapter
     _intercepted = facts.is_intercepted
     _forward_ad, _from_numpy, _host = facts.forward_ad, facts.from_numpy, facts.HOST
+    _dense, _increment_version = facts.dense, facts.increment_version
     _eager.mark()
     _compiling = _eager.compiling
     _common, _plain_dtypes, _plain_numpy = facts.COMMON, facts.PLAIN, facts.PLAIN_NUMPY
     _float32, _Tensor = np.dtype("float32"), facts.Tensor  # last: other threads may be in a lane
-    _copy_lanes.open(adapter)
     opened()
 
 
@@ -63,7 +66,7 @@ def plain_tensor_to_numpy(full: _F) -> _F:
         if type(x) is _Tensor and not _watch.watching and not (_marked and _is_marked(x)) and _compiling() is None:
             dtype = x.dtype
             if options:
-                if (made := _copy_lanes.tensor_to_numpy(x, options)) is not None:
+                if (made := tensor_to_numpy(x, options)) is not None:
                     return made
             elif (dtype is _common or dtype in _plain_dtypes) and x.is_cpu and _forward_ad._current_level < 0:
                 try:
@@ -120,7 +123,7 @@ def plain_array_to_torch(full: _F) -> _F:
                             return _from_numpy(x)
                     elif type(base) is _Tensor and x.flags.carray and x.size and _is_whole(x, base):
                         return base.detach()
-                elif (made := _copy_lanes.array_to_torch(x, options)) is not None:
+                elif (made := array_to_torch(x, options)) is not None:
                     return made
             except (ValueError, TypeError):  # a negative stride on an axis of length 1; C's unsigned long long
                 pass
@@ -129,3 +132,47 @@ def plain_array_to_torch(full: _F) -> _F:
         return full(x, **options) if _eager.compiling() is None else _eager.inside(full, x, **options)
 
     return _eager.outermost(to_torch)  # type: ignore[return-value]
+
+
+# -- With `copy=True` or `out=`, alone. None is no answer: the full road decides. NumPy copies dense arrays, over a view
+# of the tensor's memory that it borrows for the moment.
+
+
+def tensor_to_numpy(x: Any, options: dict[str, Any]) -> Any:
+    """What `to_numpy` gives for a tensor of exactly that type."""
+    if len(options) != 1 or x.dtype not in _plain_dtypes:
+        return None
+    if options.get("copy") is True:
+        return None if (view := _dense(x)) is None or view.nbytes >= HUGE else view.copy()
+    out: Any = options.get("out")
+    if type(out) is not _ndarray or not out.flags.carray or (view := _dense(x)) is None:
+        return None
+    if out.base is not None and (type(out.base) is not _ndarray or out.base.base is not None):
+        return None
+    if view.dtype is not out.dtype or view.shape != out.shape or out.nbytes >= HUGE or _may_share_memory(view, out):
+        return None
+    out[...] = view
+    return out
+
+
+def array_to_torch(x: Any, options: dict[str, Any]) -> Any:
+    """What `to_torch` gives for an array of exactly that type, of a plain dtype."""
+    if len(options) != 1 or not x.flags.forc or x.nbytes >= HUGE:
+        return None
+    if options.get("copy") is True:
+        return _from_numpy(x.copy("K"))
+    out: Any = options.get("out")
+    if type(out) is not _Tensor or not x.flags.carray or out.requires_grad or out.dtype not in _plain_dtypes:
+        return None
+    if out.is_inference() or _readonly.is_marked(out) or (view := _dense(out)) is None:
+        return None
+    if view.dtype is not x.dtype or view.shape != x.shape or _may_share_memory(view, x):
+        return None
+    view[...] = x
+    _increment_version(out)
+    return out
+
+
+def is_held(t: Any) -> bool:
+    """Whether the storage of a dense tensor holds all of it. After a ``resize_`` that failed it does not."""
+    return bool(t.storage_offset() * t.element_size() + t.nbytes <= t.untyped_storage().nbytes())

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from tensorbridge import _copy_lanes, _lanes, _readonly
+from tensorbridge import _lanes, _readonly
 from tensorbridge._array import SMALL, ArrayInfo, c_strides
 from tensorbridge._convert import Case, judged
 from tensorbridge._errors import BridgeError
@@ -115,7 +115,7 @@ def key_of(x: Any) -> Any:
         address = x.data_ptr()
         if not address or address % 16 or not x.is_contiguous() or x.nbytes >= SMALL:
             return None
-        if x.is_nested or not (x.is_cpu or x.is_cuda) or x.is_neg() or x.is_conj() or not _copy_lanes.is_held(x):
+        if x.is_nested or not (x.is_cpu or x.is_cuda) or x.is_neg() or x.is_conj() or not _lanes.is_held(x):
             return None
         if _readonly.is_marked(x):
             return None

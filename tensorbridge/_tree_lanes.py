@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from tensorbridge import _api, _convert, _copy_lanes, _dtypes, _lanes
+from tensorbridge import _api, _convert, _dtypes, _lanes
 from tensorbridge._array import CPU, LARGE
 from tensorbridge._errors import BridgeError
 from tensorbridge._step import Want
@@ -157,7 +157,7 @@ def _copied_tensors(leaves: list[Any], results: list[Any]) -> Sequence[int]:
         return everything
     rest: list[int] = []
     for i, t in enumerate(leaves):
-        results[i] = _copy_lanes.tensor_to_numpy(t, _COPY)
+        results[i] = _lanes.tensor_to_numpy(t, _COPY)
         if results[i] is None:
             rest.append(i)
     return rest

@@ -34,7 +34,6 @@ LAYERS = [
     },
     {"_adapters._columns", "_adapters._foreign", "_adapters._torch_steps"},
     {"_adapters._protocols", "_adapters._torch"},
-    {"_copy_lanes"},
     {"_memory", "_lanes", "_device_lanes", "_editing"},
     {"_options", "_graph"},
     {"_convert", "_pool"},

@@ -67,7 +67,7 @@ _AN_ARRAY = (
 )
 _A_VIEW = (*_AN_ARRAY, Part("what stands behind it", "x.base"), Part("how it lies in memory", "x.flags"))
 _FROM_TENSOR, _FROM_ARRAY = "_lanes.plain_tensor_to_numpy", "_lanes.plain_array_to_torch"
-_COPIED = (_FROM_TENSOR, "_copy_lanes.tensor_to_numpy", "_torch.dense")
+_COPIED = (_FROM_TENSOR, "_lanes.tensor_to_numpy", "_torch.dense")
 LANES = {
     "to_numpy, a plain tensor": Lane(
         "tb.to_numpy(x)",
@@ -114,7 +114,7 @@ LANES = {
     "to_torch, copied": Lane(
         "tb.to_torch(x, copy=True)",
         lambda torch: ARRAYS["float32 (16,)"](),
-        (_FROM_ARRAY, "_copy_lanes.array_to_torch"),
+        (_FROM_ARRAY, "_lanes.array_to_torch"),
         (
             *_AN_ARRAY,
             Part("it has no gaps", "x.flags.forc"),
@@ -163,7 +163,7 @@ def _build(title: str, part: Part) -> Case:
     import torch
 
     import tensorbridge as tb
-    from tensorbridge import _copy_lanes, _lanes
+    from tensorbridge import _lanes
     from tensorbridge._adapters import _torch
 
     lane = LANES[title]
@@ -174,7 +174,7 @@ def _build(title: str, part: Part) -> Case:
     if part.code == lane.call:
         state = SHARED if "=" not in lane.call else WARM if "out=" in lane.call else REUSED
         return Case((Way("alone", lane.call, "bridge", state),), {"tb": tb, "x": x, "out": out}, result_is(x, a))
-    modules = {"_lanes": _lanes, "_copy_lanes": _copy_lanes, "_torch": _torch}
+    modules = {"_lanes": _lanes, "_torch": _torch}
     source = "".join([inspect.getsource(attrgetter(path)(SimpleNamespace(**modules))) for path in lane.functions])
 
     def check(way: Way, result: Any) -> None:
