@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextvars
 import os
-import sys
 import threading
 from collections.abc import Callable, Generator, Iterable
 from contextlib import ExitStack
@@ -25,6 +24,7 @@ from tensorbridge._containers import ARRAY, OTHER, kind_of
 from tensorbridge._eager import told
 from tensorbridge._errors import DeviceError
 from tensorbridge._leaf import identity
+from tensorbridge._loaded import loaded
 from tensorbridge._pack import ALIGN
 from tensorbridge._walk import flatten
 
@@ -164,7 +164,7 @@ def to_numpy_async(x: Any, *, pinned: bool = False) -> Transfer:
 def _places(leaves: Iterable[Any]) -> list[tuple[str, int]]:
     """The frameworks and devices on which leaves lie. A foreign producer orders its own work when it is asked."""
     found: dict[tuple[str, int], None] = {}
-    torch, cupy = sys.modules.get("torch"), sys.modules.get("cupy")
+    torch, cupy = loaded("torch"), loaded("cupy")
     reader = _streams.mover()
     for leaf in leaves:
         if torch is not None and isinstance(leaf, torch.Tensor):

@@ -14,6 +14,7 @@ from tensorbridge._adapters import Adapter, adapter_of, named, performer
 from tensorbridge._array import CPU, ArrayInfo, Traits
 from tensorbridge._eager import is_inside
 from tensorbridge._errors import BridgeError, UnsupportedArrayError
+from tensorbridge._loaded import loaded
 from tensorbridge._plan import decide
 from tensorbridge._refuse import Obstacle, holder
 from tensorbridge._roads import BOTH_WAYS
@@ -165,10 +166,10 @@ def _ordered_back(reads: Callable[..., Any], reader: str, lent: Traits) -> Calla
 
 
 def open_lanes() -> None:
-    tensor = getattr(sys.modules.get("torch"), "Tensor", None)
+    tensor = getattr(loaded("torch"), "Tensor", None)
     if tensor is not None and _lanes._Tensor is None:
         _lanes.open(adapter_of(tensor))
-    if tensor is not None and "cupy" in sys.modules and _device_lanes._Tensor is None:
+    if tensor is not None and _device_lanes._Tensor is None and loaded("cupy"):
         _device_lanes.open(adapter_of(tensor), named("cupy"))
 
 
@@ -177,7 +178,7 @@ THREADED = frozenset({"medium", "large", "huge"})
 
 def _starts_threads() -> bool:
     """Whether torch would use threads. In a forked process, OpenMP's have not survived the fork, and it may hang."""
-    torch = sys.modules.get("torch")
+    torch = loaded("torch")
     return torch is not None and bool(torch.get_num_threads() > 1)
 
 
@@ -188,14 +189,14 @@ def has_threads() -> bool:
 
 def is_intercepted() -> bool:
     """Whether a mode or a transform answers for torch: its kernels may write nothing, and tensors have no memory."""
-    tensor = getattr(sys.modules.get("torch"), "Tensor", None)
+    tensor = getattr(loaded("torch"), "Tensor", None)
     torch: Any = None if tensor is None else adapter_of(tensor)
     return torch is not None and bool(torch.is_intercepted())
 
 
 def moment(traits: Traits, want: Want) -> Here:
     """Facts of the moment: a constant on the CPU, read once a call where a GPU or a forked process is involved."""
-    on_host = WITH_TORCH if want.framework == "torch" or "torch" in sys.modules else HERE
+    on_host = WITH_TORCH if want.framework == "torch" or loaded("torch") else HERE
     if on_host is WITH_TORCH and is_intercepted():
         on_host = INTERCEPTED
     if traits.size in THREADED and os.getpid() != imported_in:
@@ -210,14 +211,14 @@ def moment(traits: Traits, want: Want) -> Here:
     if forked or (traits.device == CPU and not _streams.usable(want.framework)):
         return on_host._replace(forked=forked)
     sides = {holder(traits, want, HERE), want.framework}
-    crosses = sides == {"torch", "cupy"} and sides <= sys.modules.keys()
+    crosses = sides == {"torch", "cupy"} and all(map(loaded, sides))
     index = traits.device.index
     lent = crosses or (traits.framework != "cupy" and "cupy" in sides and traits.device != CPU)
     return Here(
         same_stream=not (crosses and _streams.usable("torch")) or _streams.same(index),
         capturing=_streams.capturing(),
         gpu=_streams.mover(),
-        torch="torch" in sys.modules,
+        torch=loaded("torch") is not None,
         intercepted=on_host.intercepted,
-        per_thread=lent and "cupy" in sys.modules and _streams.current("cupy", index) == _streams.PER_THREAD_DEFAULT,
+        per_thread=lent and loaded("cupy") and _streams.current("cupy", index) == _streams.PER_THREAD_DEFAULT,
     )

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import platform
-import sys
 from typing import Any, NamedTuple
 
 from tensorbridge import _matrix, _streams
+from tensorbridge._loaded import loaded
 
 _DISTRIBUTIONS = {
     "numpy": ("numpy",),
@@ -81,7 +81,7 @@ def info() -> Info:
     """
     from tensorbridge import __version__
 
-    frameworks = tuple(Framework(name, _version(name), name in sys.modules) for name in _DISTRIBUTIONS)
+    frameworks = tuple(Framework(name, _version(name), loaded(name) is not None) for name in _DISTRIBUTIONS)
     routes = tuple(_matrix.cell(source, target) for source in _matrix.SOURCES for target in _matrix.TARGETS)
     return Info(__version__, platform.python_version(), frameworks, _devices(), routes, _pools())
 
@@ -98,12 +98,12 @@ def _version(name: str) -> str:
 
 
 def _devices() -> tuple[str, ...]:
-    torch: Any = sys.modules.get("torch")
+    torch: Any = loaded("torch")
     if _streams.forked():
         return ()
     if torch is not None and torch.cuda.is_available():
         return tuple(f"cuda:{i} {torch.cuda.get_device_name(i)}" for i in range(torch.cuda.device_count()))
-    cupy: Any = sys.modules.get("cupy")
+    cupy: Any = loaded("cupy")
     if cupy is None:
         return ()
     try:
@@ -115,8 +115,8 @@ def _devices() -> tuple[str, ...]:
 
 
 def _pools() -> tuple[str, ...]:
-    torch: Any = sys.modules.get("torch")
-    cupy: Any = sys.modules.get("cupy")
+    torch: Any = loaded("torch")
+    cupy: Any = loaded("cupy")
     found = []
     if torch is not None and not _streams.forked() and torch.cuda.is_available() and torch.cuda.is_initialized():
         used, held = torch.cuda.memory_allocated(), torch.cuda.memory_reserved()

@@ -14,6 +14,7 @@ from tensorbridge import _words as words
 from tensorbridge._adapters import adapter_of
 from tensorbridge._array import CPU, ArrayInfo, Device, Traits
 from tensorbridge._errors import INSTALL, DeviceError, MissingFrameworkError, nearest
+from tensorbridge._loaded import loaded
 from tensorbridge._memory import infos_share
 from tensorbridge._refuse import CALLED, FORKED, Obstacle
 from tensorbridge._step import Want
@@ -147,7 +148,7 @@ def placed(want: Want, traits: Traits, *, planning: bool = False) -> Want:
 
 def _cuda(framework: str) -> tuple[int, int, str]:
     """How many CUDA devices `framework` sees, which is current, and why there are none."""
-    module = sys.modules.get(framework)
+    module = loaded(framework)
     if module is None:
         return 0, 0, ""
     if framework == "torch":
@@ -160,8 +161,8 @@ def _cuda(framework: str) -> tuple[int, int, str]:
 
 
 def require(framework: str, call: str = "") -> Any:
-    """The module of a framework that the caller asked for."""
-    found = sys.modules.get(framework)
+    """The module of a framework that the caller asked for; waited for where another thread is importing it."""
+    found = loaded(framework)
     if found is not None:
         return found
     try:
@@ -210,7 +211,7 @@ def _why_not_filled(out: Traits, want: Want) -> str:
 
 
 def _is_frozen(out: Any) -> bool:
-    torch = sys.modules.get("torch")
+    torch = loaded("torch")
     if torch is None or not isinstance(out, torch.Tensor):
         return False
     return bool(out.is_inference() and not torch.is_inference_mode_enabled())

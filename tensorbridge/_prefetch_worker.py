@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import atexit
 import os
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -19,6 +18,7 @@ from queue import Empty, SimpleQueue
 from typing import Any, NamedTuple
 
 from tensorbridge import _watch
+from tensorbridge._loaded import loaded
 from tensorbridge._prefetch_roads import Batch, Host
 from tensorbridge._step import Want
 from tensorbridge._walk import flatten
@@ -195,7 +195,7 @@ def _transformed(transform: Any, batch: Any, number: int) -> Any:
 
 def _grad_mode() -> Callable[[], AbstractContextManager[Any]]:
     """torch's grad mode is each thread's own: the worker gets the caller's."""
-    torch = sys.modules.get("torch")
+    torch = loaded("torch")
     if torch is None:
         return nullcontext
     enabled = torch.is_grad_enabled()

@@ -24,6 +24,7 @@ from typing import Any
 
 from tensorbridge import _forks
 from tensorbridge._errors import DeviceError
+from tensorbridge._loaded import loaded
 
 LEGACY_DEFAULT = 1
 PER_THREAD_DEFAULT = 2  # CuPy's under CUPY_CUDA_PER_THREAD_DEFAULT_STREAM=1
@@ -64,7 +65,7 @@ def usable(framework: str) -> bool:
     """Whether `framework` is imported and sees a CUDA device."""
     if framework in _usable:
         return True
-    module = sys.modules.get(framework)
+    module = loaded(framework)
     if module is None:
         return False
     try:
@@ -83,7 +84,7 @@ def mover() -> str:
 
 def forked() -> bool:
     """Whether this is a forked process whose parent used CUDA: it is unusable here."""
-    torch = sys.modules.get("torch")
+    torch = loaded("torch")
     return (torch is not None and bool(torch.cuda._is_in_bad_fork())) or (_cupy_in_parent and not usable("cupy"))
 
 
@@ -140,7 +141,7 @@ def call_on(cupy: Any, index: int, function: Callable[..., Any], *args: int) -> 
 
 def capturing() -> bool:
     """Whether a CUDA graph is being captured on a stream that is current in this thread."""
-    torch = sys.modules.get("torch")
+    torch = loaded("torch")
     if torch is not None and torch.cuda.is_initialized() and _asked(torch.cuda.is_current_stream_capturing):
         return True
     return usable("cupy") and _asked(sys.modules["cupy"].cuda.get_current_stream().is_capturing)

@@ -1,0 +1,91 @@
+"""A framework is used as soon as it is there: not while another thread imports it, and not where it is forbidden."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+CALLS = {
+    "to_torch": "tb.to_torch(a)",
+    "to_numpy": "tb.to_numpy(np.ones(9_000_000), copy=True)",
+    "to_numpy, half": 'tb.to_numpy(np.ones(3, "float32"), dtype="float16")',
+    "plan": 'tb.plan(a, "torch")',
+    "describe": "tb.describe(a)",
+    "shares_memory": "tb.shares_memory(a, a)",
+    "tree.to_torch": 'tb.tree.to_torch({"a": a})',
+    "tree.to_numpy": 'tb.tree.to_numpy({"a": a}, dtype="float32")',
+    "collate": "tb.collate([a, a])",
+    "prefetch": 'list(tb.prefetch([a], device="cpu"))',
+    "prefetch to NumPy": 'list(tb.prefetch([a], to="numpy"))',
+    "to_numpy_async": "tb.to_numpy_async(a).result()",
+    "info": "str(tb.info())",
+}
+
+
+def run(code: str) -> str:
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_another_thread_may_be_importing_torch(call):
+    code = f"""
+import sys, threading, time
+import numpy as np, tensorbridge as tb
+a = np.ones(3)
+other = threading.Thread(target=lambda: __import__("torch"))
+other.start()
+while "torch" not in sys.modules:
+    time.sleep(0.001)
+assert sys.modules["torch"].__spec__._initializing
+{CALLS[call]}
+other.join()
+{CALLS[call]}
+print("done")
+"""
+    assert run(code) == "done\n"
+
+
+def test_the_first_calls_may_come_from_many_threads():
+    code = f"""
+import threading
+import numpy as np, tensorbridge as tb
+a, failed = np.ones(3), []
+calls = {[call for name, call in CALLS.items() if name != "prefetch"]!r}
+start = threading.Barrier(len(calls))
+def work(call):
+    start.wait()
+    try:
+        eval(call)
+    except Exception as error:
+        failed.append((call, repr(error)))
+threads = [threading.Thread(target=work, args=(call,)) for call in calls]
+for thread in threads:
+    thread.start()
+for thread in threads:
+    thread.join()
+print(failed)
+"""
+    assert run(code) == "[]\n"
+
+
+@pytest.mark.parametrize(
+    "call", ["to_numpy", "to_numpy, half", "tree.to_numpy", "describe", "prefetch to NumPy", "info"]
+)
+def test_the_import_of_torch_may_be_forbidden(call):
+    """``sys.modules["torch"] = None`` is how a missing package is pretended."""
+    code = f"""
+import sys
+sys.modules["torch"] = sys.modules["cupy"] = None
+import numpy as np, tensorbridge as tb
+a = np.ones(3)
+{CALLS[call]}
+try:
+    tb.to_torch(a)
+except tb.MissingFrameworkError:
+    print("done")
+"""
+    assert run(code) == "done\n"
