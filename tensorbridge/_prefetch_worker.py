@@ -7,6 +7,7 @@ dropping the iterator ends it; the source is closed by the thread, which alone k
 
 from __future__ import annotations
 
+import _thread
 import atexit
 import os
 import threading
@@ -111,7 +112,10 @@ class Worker(threading.Thread):
 def dropped(worker: Worker) -> None:
     """The iterator is gone. The garbage collector may notice in a thread that the source waits for."""
     if worker.state.consumer == threading.get_ident():
-        worker.stop()
+        try:
+            worker.stop()
+        except KeyboardInterrupt:  # Python drops what a finalizer raises: it comes again when this has returned
+            threading.Timer(0.01, _thread.interrupt_main).start()
     worker.state.close()
 
 

@@ -380,3 +380,28 @@ def test_a_target_that_is_none_is_told_as_by_plan(to):
     with pytest.raises(ValueError) as planned:
         tb.plan(np.zeros(2), to)
     assert str(told.value).removeprefix("prefetch") == str(planned.value).removeprefix("plan")
+
+
+def test_an_interrupt_while_a_loop_that_was_left_is_waited_for_is_not_lost():
+    """Python drops what a finalizer raises."""
+    code = """
+    import _thread, threading, time
+    import numpy as np, tensorbridge as tb
+
+    def source():
+        yield np.ones(3)
+        threading.Timer(0.2, _thread.interrupt_main).start()
+        time.sleep(5)
+
+    def loop():
+        for batch in tb.prefetch(source(), device="cpu"):
+            time.sleep(0.1)
+            break
+
+    try:
+        loop()
+        time.sleep(5)
+    except KeyboardInterrupt:
+        print("interrupted")
+    """
+    assert run(code).stdout == "interrupted\n"
