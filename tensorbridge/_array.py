@@ -9,6 +9,8 @@ from __future__ import annotations
 from functools import lru_cache
 from typing import NamedTuple
 
+from tensorbridge._eager import eager
+
 SMALL = 64 * 1024  # bytes: below, a copy costs its call, not its bytes
 LARGE = 4 * 1024 * 1024  # bytes: from here on, NumPy asks the kernel for huge pages
 HUGE = 64 * 1024 * 1024  # bytes: from here on, a copy takes longer than a thread may have to wait for a busy core
@@ -91,6 +93,7 @@ class ArrayInfo(NamedTuple):
     address: int = 0  # of the first element
     overlap: bool = False  # two indices may lead to one element: a broadcast, a sliding window
 
+    @eager
     def __str__(self) -> str:
         graph = f", in a graph ({self.grad_fn})" if self.grad_fn else ", requires grad" if self.requires_grad else ""
         lazy = f", {self.lazy} bit set" if self.lazy else ""

@@ -21,7 +21,7 @@ import numpy as np
 from tensorbridge import _api, _dtypes, _forks, _staging, _stream_order, _streams, _watch, tree
 from tensorbridge._array import CPU, ArrayInfo
 from tensorbridge._containers import ARRAY, OTHER, kind_of
-from tensorbridge._eager import told
+from tensorbridge._eager import eager, told
 from tensorbridge._errors import DeviceError
 from tensorbridge._leaf import identity
 from tensorbridge._loaded import loaded
@@ -47,10 +47,12 @@ class Transfer:
     def __init__(self, future: Future[Any]) -> None:
         self._future, self._process = future, os.getpid()
 
+    @eager
     def done(self) -> bool:
         """Whether `result` returns, or raises, at once."""
         return self._future.done()
 
+    @eager
     def result(self, timeout: float | None = None) -> Any:
         """The arrays, waited for.
 
@@ -73,6 +75,7 @@ class Transfer:
                 raise
             raise TimeoutError(f"the transfer is not done after {timeout} s; it goes on") from None
 
+    @eager
     def __await__(self) -> Generator[Any, None, Any]:
         import asyncio
 
@@ -85,6 +88,7 @@ class Transfer:
                 "to_numpy_async: the transfer goes on in the parent process; take its result before a fork"
             )
 
+    @eager
     def __repr__(self) -> str:
         return f"<tensorbridge.Transfer: {'done' if self.done() else 'under way'}>"
 

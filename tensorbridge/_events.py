@@ -7,6 +7,7 @@ import time
 from collections import defaultdict
 from typing import Any, NamedTuple
 
+from tensorbridge._eager import eager
 from tensorbridge._step import Step, bytes_text
 
 
@@ -45,11 +46,13 @@ class Trace:
         self.events: list[Event] = []
         self._began = time.perf_counter()
 
+    @eager
     def __repr__(self) -> str:
         t = self.totals
         return f"<Trace: {t.conversions} conversions, {t.shared} of them shared, {bytes_text(t.nbytes)} moved>"
 
     @property
+    @eager
     def totals(self) -> Totals:
         """How many conversions there were, how many shared, bytes and seconds in all."""
         events = list(self.events)
@@ -62,6 +65,7 @@ class Trace:
         seconds = sum(event.seconds for event in events)
         return Totals(len(events), shared, sum(event.nbytes for event in events), seconds, dict(by_kind))
 
+    @eager
     def report(self) -> str:
         """A table: one row a call site and kind of crossing, most bytes first, with the reason of each copy."""
         groups: dict[tuple[str, str], list[Event]] = defaultdict(list)
@@ -104,6 +108,7 @@ class Trace:
         note = "Conversions by tensorbridge in this process; those made by hand and in child processes are not seen."
         return "\n".join([*lines, end, note] if len(rows) > 1 else ["No conversion was performed.", note])
 
+    @eager
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the events as Chrome trace JSON, which Perfetto and chrome://tracing open.
 

@@ -75,23 +75,28 @@ class Graph(NamedTuple):
     edges: tuple[Edge, ...]  # those into one node are neighbours, in the order of its arguments
     about: str  # one sentence; for a tensor without a graph, that it has none
 
+    @eager
     def __str__(self) -> str:
         return _picture.to_text(self)
 
+    @eager
     def __repr__(self) -> str:
         return f"<Graph: {self.about}>"
 
     def _repr_svg_(self) -> str:  # so that a notebook shows the picture
         return _picture.to_svg(self)
 
+    @eager
     def to_mermaid(self) -> str:
         """Return the graph in mermaid's flowchart language, which GitHub and most notebooks draw."""
         return _picture.to_mermaid(self)
 
+    @eager
     def to_dot(self) -> str:
         """Return the graph in the DOT language of Graphviz."""
         return _picture.to_dot(self)
 
+    @eager
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the graph to `path` as a picture; nothing else need be installed.
 

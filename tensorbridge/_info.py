@@ -6,6 +6,7 @@ import platform
 from typing import Any, NamedTuple
 
 from tensorbridge import _matrix, _streams
+from tensorbridge._eager import eager
 from tensorbridge._loaded import loaded
 
 _DISTRIBUTIONS = {
@@ -34,6 +35,7 @@ class Info(NamedTuple):
     routes: tuple[_matrix.Cell, ...]
     pools: tuple[str, ...] = ()  # the CUDA memory pools of the loaded frameworks
 
+    @eager
     def __str__(self) -> str:
         lines = [
             f"tensorbridge {self.tensorbridge}, Python {self.python}, {platform.system()} {platform.machine()}",
@@ -58,10 +60,12 @@ class Info(NamedTuple):
             lines.append(f"  {source:<{first}}  {row}".rstrip())
         return "\n".join(lines)
 
+    @eager
     def __repr__(self) -> str:
         return str(self)
 
 
+@eager
 def info() -> Info:
     """Return what is installed, which CUDA devices are seen, and which routes share memory.
 

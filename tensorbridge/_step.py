@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from tensorbridge import _dtypes
 from tensorbridge._array import ArrayInfo, Device, Traits
+from tensorbridge._eager import eager
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -128,6 +129,7 @@ class Plan(NamedTuple):
     bytes_moved: int  # by all steps together
     blocking: bool  # the host waits for a transfer
 
+    @eager
     def __str__(self) -> str:
         result = self.target
         frozen = "" if result.writable else ", read-only"
@@ -137,6 +139,7 @@ class Plan(NamedTuple):
         head = f"{self.source}\n  -> {result.framework} {result.dtype} on {result.device}{frozen}: {end}"
         return "\n".join([head, *step_lines(self.steps)])
 
+    @eager
     def __repr__(self) -> str:
         return str(self)  # what a person at a prompt, or in a notebook, wants to see
 

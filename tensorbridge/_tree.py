@@ -225,6 +225,7 @@ class TreePlan(NamedTuple):
     blocking: bool
     left: tuple[LeftPart, ...] = ()
 
+    @_eager.eager
     def __str__(self) -> str:
         own = [leaf for leaf in self.leaves if not leaf.same_as]
         crossing = sum(any(step.kind in ("h2d", "d2h") for step in leaf.plan.steps) for leaf in own)
@@ -248,6 +249,7 @@ class TreePlan(NamedTuple):
             lines.append(f"{len(self.left)} x left as it is: {_some([f'{x.path} ({x.type})' for x in self.left])}")
         return "\n".join(lines)
 
+    @_eager.eager
     def __repr__(self) -> str:
         return str(self)
 

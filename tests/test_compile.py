@@ -48,8 +48,21 @@ def watched(x):
     return x * len(seen.events)
 
 
+def said(x):
+    """What is asked of the records, and made for a person."""
+    plan, transfer = tb.plan(x, "numpy"), tb.to_numpy_async(x.detach())
+    with tb.trace() as seen:
+        tb.to_numpy(x)
+    for text in (str(plan), repr(plan), str(tb.describe(x)), str(tb.info()), seen.report(), repr(transfer)):
+        assert text
+    assert str(tb.tree.plan([x], "numpy"))
+    assert tb.info().tensorbridge
+    assert seen.totals.conversions
+    return x * (len(transfer.result()) + transfer.done())
+
+
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
-@pytest.mark.parametrize("function", [there_and_back, with_everything, while_edited, drawn, watched])
+@pytest.mark.parametrize("function", [there_and_back, with_everything, while_edited, drawn, watched, said])
 @pytest.mark.parametrize("requires_grad", [False, True])
 def test_compiled_code_gives_the_same_result_without_a_warning(function, backend, requires_grad):
     torch.compiler.reset()

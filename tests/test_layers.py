@@ -16,7 +16,8 @@ ROOT = Path(tensorbridge.__file__).parent
 
 # From the ground up. A module imports modules of the rows below its own, and none of its own row.
 LAYERS = [
-    {"_array", "_errors", "_eager", "_forks", "_loaded", "_rebuild", "_readonly", "_svg"},
+    {"_eager"},
+    {"_array", "_errors", "_forks", "_loaded", "_rebuild", "_readonly", "_svg"},
     {"_copiers", "_dtypes", "_reentrant", "_roads", "_streams"},
     {"_step", "_engine", "_picture", "_stream_order"},
     {"_refuse", "_words", "_events", "_lease"},
