@@ -212,7 +212,7 @@ def to_torch(
     tensorbridge.CopyRequiredError: to_torch(copy=False): numpy float64 (3,) on cpu cannot be shared.
       pack   24 B   torch has no negative strides
       share   0 B   torch.from_numpy: the same memory
-    Allow the copy with copy=None, or reverse x, the argument, in torch: to_torch(x[::-1]).flip(0).
+    Allow the copy with copy=None, or share x, the argument, unreversed: to_torch(x[::-1]).
     """
     _options.require("torch")
     want = _options.want(

@@ -169,7 +169,7 @@ def named(text: str, source: ArrayInfo) -> str:
     axes = [axis for axis, (n, s) in enumerate(zip(source.shape, source.strides, strict=True)) if n > 1 and s < 0]
     index = ", ".join("::-1" if axis in axes else ":" for axis in range(max(axes, default=-1) + 1))
     text = text.replace("{grad_fn}", f" ({source.grad_fn})" if source.grad_fn else "")
-    return text.replace("{reversed}", f"x[{index}]").replace("{axes}", ", ".join(map(str, axes)))
+    return text.replace("{reversed}", f"x[{index}]")
 
 
 def bind(steps: tuple[Step, ...], source: ArrayInfo, want: Want) -> Plan:
