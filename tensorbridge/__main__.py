@@ -7,6 +7,7 @@ import importlib
 import os
 import runpy
 import sys
+from collections.abc import Callable
 from importlib.util import find_spec
 
 import tensorbridge as tb
@@ -35,25 +36,26 @@ def main(argv: list[str] | None = None) -> int:
         for name in ("torch", "cupy"):  # so that their devices are seen
             if find_spec(name) is not None:
                 importlib.import_module(name)
-        return printed(str(tb.info()))
+        return read_by(lambda: print(tb.info()))
     if args.command == "plan-matrix":
-        return printed(_matrix.markdown())
+        return read_by(lambda: print(_matrix.markdown()))
     if args.command == "bench":
         return _bench.main(args)
     if args.command == "demo":
         module = importlib.import_module("tensorbridge._demo" if args.topic == "digits" else "tensorbridge._why_detach")
-        return int(module.main())
+        return read_by(module.main)
     return traced(args.script, args.args, args.save)
 
 
-def printed(text: str) -> int:
+def read_by(prints: Callable[[], int | None]) -> int:
     """Print, for a reader who may stop early (``| head``)."""
     try:
-        print(text, flush=True)
+        status = prints() or 0
+        sys.stdout.flush()
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes it once more as it ends
         return 1
-    return 0
+    return status
 
 
 def traced(script: str, arguments: list[str], save: str | None) -> int:

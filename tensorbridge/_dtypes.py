@@ -151,7 +151,7 @@ def parse(dtype: object) -> str:
     try:
         name = of_numpy(np.dtype(dtype)) if dtype is not None else ""  # type: ignore[call-overload]
     except TypeError:
-        name = ""
+        name = _ALIASES.get(dtype, "") if isinstance(dtype, str) else ""  # "cfloat", "chalf": NumPy knows no such name
     if name.startswith(">"):
         raise TypeError(f"dtype={dtype!r}: results are in native byte order; ask for {name[1:]!r}")
     if not name:

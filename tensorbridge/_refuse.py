@@ -52,7 +52,7 @@ OBSTACLES: dict[str, Refusal] = {
         "Convert x.dequantize(), or x.int_repr() for the integers.",
     ),
     "meta": _unsupported(
-        "a meta tensor has a shape but no data", "Materialise it first: torch.empty_like(x, device='cpu')."
+        "a meta tensor has a shape but no data", "Make one that has, and fill it: torch.zeros_like(x, device='cpu')."
     ),
     "fake": _unsupported(
         "a fake tensor has a shape but no data", "Convert outside FakeTensorMode, torch.export or tracing."

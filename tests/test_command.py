@@ -201,12 +201,16 @@ def test_version_is_printed():
     assert (done.returncode, done.stdout) == (0, f"tensorbridge {tb.__version__}\n")
 
 
-@pytest.mark.parametrize("command", ["info", "plan-matrix"])
+@pytest.mark.parametrize("command", ["info", "plan-matrix", "demo", "demo why-detach"])
 def test_reader_who_stops_early_causes_no_traceback(command):
     read, write = os.pipe()
     os.close(read)
     done = subprocess.run(
-        [sys.executable, "-m", "tensorbridge", command], stdout=write, stderr=subprocess.PIPE, cwd=ROOT, check=False
+        [sys.executable, "-m", "tensorbridge", *command.split()],
+        stdout=write,
+        stderr=subprocess.PIPE,
+        cwd=ROOT,
+        check=False,
     )
     os.close(write)
     assert (done.returncode, done.stderr) == (1, b"")

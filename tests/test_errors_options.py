@@ -184,6 +184,12 @@ def test_names_behind_torch_mean_what_they_mean_in_torch(name):
     assert tb.to_torch(torch.ones(3), dtype=f"torch.{name}").dtype is meant
 
 
+@pytest.mark.filterwarnings("ignore:ComplexHalf:UserWarning")
+@pytest.mark.parametrize("name", ["cfloat", "chalf"])
+def test_names_that_torch_alone_has_need_no_torch(name):
+    assert tb.to_torch(torch.ones(3), dtype=name).dtype is getattr(torch, name)
+
+
 def test_all_aliases_of_torch_are_known():
     spellings = {name: dtype for name, dtype in vars(torch).items() if isinstance(dtype, torch.dtype)}
     shared = {name for name, dtype in spellings.items() if str(dtype).removeprefix("torch.") in DTYPES}

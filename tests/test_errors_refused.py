@@ -136,7 +136,7 @@ REFUSED = {
         lambda: torch.ones(3, device="meta"),
         "torch meta float32 (3,)",
         "a meta tensor has a shape but no data",
-        "Materialise it first: torch.empty_like(x, device='cpu').",
+        "Make one that has, and fill it: torch.zeros_like(x, device='cpu').",
     ),
     "fake": (
         fake,

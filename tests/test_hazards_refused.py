@@ -276,7 +276,7 @@ CALLS = {
     "structured": (lambda: np.zeros(2, dtype=[("a", "f4")]), lambda x: x["a"], "x['name']"),
     "sparse": (lambda: torch.eye(2).to_sparse(), lambda x: x.to_dense(), "x.to_dense()"),
     "mkldnn": (lambda: torch.ones(2, 2).to_mkldnn(), lambda x: x.to_dense(), "x.to_dense()"),
-    "meta": (lambda: torch.ones(2, device="meta"), lambda x: torch.empty_like(x, device="cpu"), "torch.empty_like(x"),
+    "meta": (lambda: torch.ones(2, device="meta"), lambda x: torch.zeros_like(x, device="cpu"), "torch.zeros_like(x"),
 }
 
 
