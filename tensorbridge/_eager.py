@@ -58,7 +58,8 @@ def mark() -> None:
         return
     if hasattr(frames, "set_code_exec_strategy"):
         skip, default = frames._FrameAction.SKIP, frames._FrameAction.DEFAULT
-        for code, below in unmarked:
+        while unmarked:
+            code, below = unmarked.pop()
             frames.set_code_exec_strategy(code, frames._FrameExecStrategy(skip, skip if below else default))
         compiling = frames.get_eval_frame_callback
     unmarked.clear()

@@ -157,7 +157,8 @@ def _look_at(ending: _Ending) -> bool:
 
 def _released(lease: Lease) -> None:
     """The borrower's last view is gone. Runs in whatever thread dropped it; must not raise."""
-    _leases.pop(lease.key, None)
+    if _leases.get(lease.key) is lease:  # and not the next one's of that identity
+        del _leases[lease.key]
     ending = _Ending(lease.owner, lease.uses)
     if sys.is_finalizing():
         _pending.append(ending)

@@ -306,6 +306,23 @@ def test_used_on_checks_the_stream(machine, torch):
         tb.used_on(torch.full(SHAPE, 1.0), 2)
 
 
+def test_a_lease_that_ends_late_takes_no_other_with_it(machine):
+    """A key is an identity, which the next borrower may have before the last one's end has been told of."""
+
+    class Hook:
+        pass
+
+    first, second = Hook(), Hook()
+    _lease.lend(first, 7, "one", 0x50, 0)
+    late = _lease._leases[7]
+    _lease._leases.pop(7)
+    _lease.lend(second, 7, "two", 0x50, 0)
+    _lease._released(late)
+    assert _lease._leases[7].owner == "two"
+    del second
+    assert 7 not in _lease._leases
+
+
 def test_tensors_without_a_storage_of_their_own_have_nothing_to_keep():
     import torch
 
