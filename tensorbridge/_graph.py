@@ -17,6 +17,7 @@ from tensorbridge._array import shape_text
 from tensorbridge._dtypes import of_torch
 from tensorbridge._eager import eager
 from tensorbridge._editing import intercepts, on_host, torch_of
+from tensorbridge._errors import GraphError
 from tensorbridge._memory import elements, overlap
 
 if TYPE_CHECKING:
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
     import torch
 
     Shape = tuple[int, ...]
+
+DEEPEST = 10_000  # functions in a row: 50 000 that Python had looked at ended the process when torch dropped them
 
 
 class Saved(NamedTuple):
@@ -143,6 +146,8 @@ def autograd_graph(tensor: torch.Tensor) -> Graph:
     ------
     UnsupportedArrayError
         `tensor` is no torch.Tensor.
+    GraphError
+        The graph is more than 10 000 functions deep: looked at, so long a chain may end the process when it is dropped.
 
     Cost
     ----
@@ -257,6 +262,13 @@ class _Reader:
                     yield Saved(label, "", None, "", "freed", False)
 
 
+_TOO_DEEP = (
+    f"autograd_graph: the graph is more than {DEEPEST} functions deep. Once Python has looked at so long a chain, "
+    "torch drops it by as many nested calls, which may end the process.\nIf it grows with every step of a loop, "
+    "something adds up with its graph: total += loss.item(), or loss.detach()."
+)
+
+
 def _inputs_first(root: Any) -> Iterator[Any]:
     """Every function once, after those whose results it takes. Iterative: graphs are deeper than Python's stack."""
     seen, path = {root}, [(root, iter(root.next_functions))]
@@ -267,6 +279,8 @@ def _inputs_first(root: Any) -> Iterator[Any]:
             path.pop()
             yield function
         else:
+            if len(path) >= DEEPEST:
+                raise GraphError(_TOO_DEEP)
             seen.add(source)
             path.append((source, iter(source.next_functions)))
 

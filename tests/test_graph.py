@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from tensorbridge._errors import UnsupportedArrayError
+from tensorbridge._errors import GraphError, UnsupportedArrayError
 from tensorbridge._graph import Edge, Node, Saved, autograd_graph
 
 
@@ -202,3 +202,15 @@ def test_lazy_proxies_among_the_callers_variables_are_not_woken():
     w = torch.ones(2, requires_grad=True)
     assert leaves(autograd_graph(w * 2)) == ["w"]
     assert proxy is not None
+
+
+def test_a_graph_that_would_end_the_process_when_it_is_dropped_is_refused():
+    total = torch.zeros((), requires_grad=True)
+    for _ in range(9_000):
+        total = total + 1
+    assert len(autograd_graph(total).nodes) == 9_003
+    for _ in range(50_000):
+        total = total + 1
+    with pytest.raises(GraphError, match=r"more than 10000 functions deep[^\n]*\nIf it grows .* loss\.item\(\)"):
+        autograd_graph(total)
+    del total
