@@ -498,3 +498,38 @@ def test_bfloat16_is_found_where_numpy_s_own_protocols_call_it_void():
     assert a.__array_interface__["typestr"] == "<V2"
     assert tb.to_torch(a).dtype is torch.bfloat16
     assert tb.to_torch(a[:1][::-1]).dtype is torch.bfloat16
+
+
+class Answers(torch.Tensor):
+    """A subclass whose operations give something else, as units, names or logs do."""
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        result = super().__torch_function__(func, types, args, kwargs or {})
+        return result.as_subclass(torch.Tensor) * 0 - 1 if isinstance(result, torch.Tensor) else result
+
+
+class Raises(torch.Tensor):
+    """One that knows few operations."""
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        raise NotImplementedError(func.__name__)
+
+
+@pytest.mark.parametrize("cls", [Answers, Raises])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"copy": True}, {"dtype": "float64"}, {"dtype": "float16"}, {"writable": False}, {"out": "float32"}],
+    ids=str,
+)
+def test_what_a_subclass_answers_for_torch_is_not_what_its_memory_holds(cls, options):
+    """Shared or copied: an array has the elements that lie in the memory."""
+    t = torch.arange(3.0).as_subclass(cls)
+    if "out" in options:
+        options = {"out": np.zeros(3, options["out"])}
+    assert tb.to_numpy(t, **options).tolist() == [0, 1, 2]
+    assert tb.tree.to_numpy([t], **{k: [v] if k == "out" else v for k, v in options.items()})[0].tolist() == [0, 1, 2]
+    assert tb.plan(t, "numpy", **options).source.shape == (3,)
+    assert tb.describe(t).nbytes == 12
+    assert tb.to_torch(t) is t

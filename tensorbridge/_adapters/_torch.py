@@ -33,7 +33,15 @@ def open(t: Tensor, want: Want) -> tuple[Tensor, Traits]:
     plain = is_plain(t)
     if not plain and _functorch.is_functorch_wrapped_tensor(t):
         t = _functorch.unwrap_if_dead(t)  # it outlived its transform: what is left is a plain tensor
-    return t, _traits(t, plain, ask_pinned=_crosses_bus(t, want))
+    if type(t) in EXACT:
+        return t, _traits(t, plain, ask_pinned=_crosses_bus(t, want))
+    with _itself():
+        traits = _traits(t, plain, ask_pinned=_crosses_bus(t, want))
+        return t if want.framework == "torch" else t.as_subclass(torch.Tensor), traits
+
+
+# Inside, a tensor is looked at itself, whatever its subclass answers for torch's functions (``__torch_function__``).
+_itself = torch._C.DisableTorchFunctionSubclass
 
 
 def _crosses_bus(t: Tensor, want: Want) -> bool:
@@ -253,6 +261,13 @@ def _subclass_obstacle(t: Tensor) -> str:
 
 
 def describe(t: Tensor, traits: Traits) -> ArrayInfo:
+    if type(t) not in EXACT:
+        with _itself():
+            return _described(t, traits)
+    return _described(t, traits)
+
+
+def _described(t: Tensor, traits: Traits) -> ArrayInfo:
     itemsize = t.element_size()
     shape, node = tuple(t.shape), t.grad_fn
     return ArrayInfo(
