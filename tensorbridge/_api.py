@@ -82,8 +82,9 @@ def to_numpy(
         a list of numbers or of equal-shaped arrays.
     dtype : dtype of any framework, or its name, optional
         Cast to it, on the side where fewer bytes cross a bus, with the values that the framework of `x` gives (float8
-        overflows to nan from NumPy, to the largest number from torch). Default: the dtype of `x`; bfloat16 and float8
-        arrive as ml_dtypes types of the same bits.
+        overflows to nan from NumPy, to the largest number from torch). NumPy warns of overflow as it always does, but
+        from float32 to float16 torch casts, where it is loaded, and says nothing. Default: the dtype of `x`; bfloat16
+        and float8 arrive as ml_dtypes types of the same bits.
     copy : bool or None
         None shares when no promise is broken, else copies once. False never moves a byte, and refuses what a foreign
         object has made for us to answer. True returns fresh memory in the memory order of `x`.
@@ -162,7 +163,7 @@ def to_torch(
         Default: the dtype of `x`, never torch's default dtype.
     copy : bool or None
         None shares when no promise is broken, else copies once; False never moves a byte, the bus included; True
-        returns fresh memory in the memory order of `x`.
+        returns fresh memory in the memory order of `x`: NumPy's where that is faster, a storage that cannot be resized.
     share_readonly : bool
         A tensor cannot be read-only, so a read-only source is copied. True shares it instead: you will not write. What
         `to_numpy` shares of it on the host, or of a view of it, is read-only; `out=` and `editing` refuse it.

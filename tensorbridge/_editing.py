@@ -38,6 +38,8 @@ def editing(tensor: torch.Tensor) -> AbstractContextManager[NDArray[Any]]:
     the old values of `tensor`, of its base or of a view raises instead of returning wrong gradients. It raises inside
     the block and after it, whether or not an element was changed or the block ended in an exception.
 
+    The end of the block counts as a write too, for nobody knows when the last one was: build the graph after the block.
+
     What cannot be seen: a graph that is built *and* run backward inside the block (close the block before
     ``backward()``), and aliases with a version counter of their own, made by ``.data`` or by way of NumPy. An inference
     tensor has no counter and needs none: autograd refuses to save it. Views of the yielded array that were made inside
