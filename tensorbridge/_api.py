@@ -83,8 +83,8 @@ def to_numpy(
     dtype : dtype of any framework, or its name, optional
         Cast to it, on the side where fewer bytes cross a bus, with the values that the framework of `x` gives (float8
         overflows to nan from NumPy, to the largest number from torch). NumPy warns of overflow as it always does, but
-        from float32 to float16 torch casts, where it is loaded, and says nothing. Default: the dtype of `x`; bfloat16
-        and float8 arrive as ml_dtypes types of the same bits.
+        from float32 to float16 torch casts, where it is loaded, and says nothing, unless `np.errstate` wants more than
+        a warning. Default: the dtype of `x`; bfloat16 and float8 arrive as ml_dtypes types of the same bits.
     copy : bool or None
         None shares when no promise is broken, else copies once. False never moves a byte, and refuses what a foreign
         object has made for us to answer. True returns fresh memory in the memory order of `x`.

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextvars import Context, ContextVar, copy_context
+from functools import cache
 from typing import Any, TypeVar
 
 import numpy as np
@@ -38,6 +39,23 @@ class _Listener:
 
 
 _idle: list[_Listener] = []  # each hears one cast at a time
+
+
+@cache
+def _errstate() -> ContextVar[Any] | None:
+    return _Listener().variable
+
+
+def is_heard() -> bool:
+    """Whether the caller's `errstate` wants overflow or underflow told otherwise than by NumPy's default, a warning.
+
+    torch's kernels tell nothing, so NumPy makes such a cast.
+    """
+    variable = _errstate()
+    if variable is not None and variable.get(None) is None:
+        return False
+    modes = np.geterr()
+    return modes["over"] not in ("warn", "ignore") or modes["under"] != "ignore"
 
 
 def told(cast: Callable[..., _T], source: str, wanted: str) -> Callable[..., _T]:

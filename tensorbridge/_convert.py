@@ -8,7 +8,7 @@ import threading
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from tensorbridge import _device_lanes, _lanes, _options, _stream_order, _streams, _watch
+from tensorbridge import _casting, _device_lanes, _lanes, _options, _stream_order, _streams, _watch
 from tensorbridge import _words as words
 from tensorbridge._adapters import Adapter, adapter_of, named, performer
 from tensorbridge._array import CPU, ArrayInfo, Traits
@@ -203,6 +203,8 @@ def moment(traits: Traits, want: Want) -> Here:
         on_host = on_host._replace(worker=_starts_threads())
     elif traits.size == "huge" and on_host is WITH_TORCH and has_threads():
         on_host = WITH_THREADS
+    if on_host.torch and _casting.is_heard():
+        on_host = on_host._replace(heard=True)
     if is_inside():
         on_host = on_host._replace(compiled=True)
     if traits.device == CPU and (want.device is None or want.device == CPU):
@@ -220,5 +222,6 @@ def moment(traits: Traits, want: Want) -> Here:
         gpu=_streams.mover(),
         torch=loaded("torch") is not None,
         intercepted=on_host.intercepted,
+        heard=on_host.heard,
         per_thread=lent and loaded("cupy") and _streams.current("cupy", index) == _streams.PER_THREAD_DEFAULT,
     )

@@ -42,7 +42,8 @@ def kernel(now: Traits, dtype: str, order: str, here: Here) -> Kernel:
     """Whose kernel copies an array of kind `now`, which torch can view, to `dtype` and memory `order` on the host."""
     if here.worker or not here.torch or now.size == "empty":
         return NUMPY
-    if (now.dtype in _HALF and dtype in _WIDE) or (now.dtype == "float32" and dtype in _ROUNDED_ALIKE):
+    rounds = now.dtype == "float32" and dtype in _ROUNDED_ALIKE
+    if (now.dtype in _HALF and dtype in _WIDE) or (rounds and not here.heard):
         return Kernel("torch", "its half-precision casts are vectorised")
     if now.size == "huge" and now.dtype == dtype and here.threads:
         return Kernel("torch", "its threads share a copy of this size")

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from tensorbridge import _convert, _dtypes, _lanes, _options, _watch
+from tensorbridge import _casting, _convert, _dtypes, _lanes, _options, _watch
 from tensorbridge._adapters import adapter_of
 from tensorbridge._array import CPU, Traits
 from tensorbridge._eager import eager
@@ -63,7 +63,7 @@ def remembering(full: _F) -> _F:
             recipe is None
             or watched
             or _may_start_threads(traits)
-            or (recipe.by_torch and _lanes._intercepted())
+            or (recipe.by_torch and _may_be_otherwise())
             or not (out is None or _are_apart(x, out))
         ):
             result = full(x, **options)
@@ -92,7 +92,7 @@ def fills(framework: str, sources: Sequence[Any], outs: Sequence[Any]) -> list[_
         if traits is None or traits.spacing != "dense" or _may_start_threads(traits):
             return None
         recipe = recipes.get(_key(traits)) if recipes else None
-        if recipe is None or (recipe.by_torch and _lanes._intercepted()):
+        if recipe is None or (recipe.by_torch and _may_be_otherwise()):
             return None
         found.append(recipe)
         for array, nbytes, written in ((x, x.nbytes, False), (out, out.nbytes, True)):
@@ -138,6 +138,11 @@ def _kind_of_out(out: Any, x: Any) -> Traits | None:
 def _are_apart(x: Any, out: Any) -> bool:
     """Whether two arrays certainly have no byte in common."""
     return not np.may_share_memory(_borrowed(x), _borrowed(out))
+
+
+def _may_be_otherwise() -> bool:
+    """Whether a copy by torch's kernels is decided otherwise at this moment."""
+    return _lanes._intercepted() or _casting.is_heard()
 
 
 def _may_start_threads(traits: Any) -> bool:

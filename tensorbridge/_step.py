@@ -81,6 +81,7 @@ class Here(NamedTuple):
     torch: bool = False  # torch is loaded: its kernels may do what NumPy's are slow at
     gpu: str = "torch"  # who moves device memory that neither torch nor CuPy owns
     per_thread: bool = False  # memory is to be lent on the per-thread default stream, which is another in every thread
+    heard: bool = False  # the caller's np.errstate wants overflow told, of which torch's casts say nothing
     compiled: bool = False  # code compiled by torch.compile has called, which takes arrays for tensors of its own
 
 

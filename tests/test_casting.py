@@ -71,6 +71,46 @@ def test_a_cast_obeys_the_callers_errstate(name):
         assert len(warned(call)) == 1
 
 
+FLOATS = np.array([1e30, 1.0], "float32")
+HALVES = {
+    "to_numpy": lambda: tb.to_numpy(FLOATS, dtype="float16"),
+    "to_torch": lambda: tb.to_torch(FLOATS, dtype="float16"),
+    "transposed": lambda: tb.to_torch(np.asfortranarray(np.ones((300, 300), "float32") * 1e30), dtype="float16"),
+    "into an array": lambda: tb.to_numpy(FLOATS, out=np.zeros(2, "float16")),
+    "into a tensor": lambda: tb.to_torch(FLOATS, out=torch.zeros(2, dtype=torch.float16)),
+    "a tree": lambda: tb.tree.to_numpy({"x": FLOATS}, dtype="float16"),
+    "a tree into a tree": lambda: tb.tree.to_torch({"x": FLOATS}, out={"x": torch.zeros(2, dtype=torch.float16)}),
+}
+
+
+@pytest.mark.parametrize("name", HALVES)
+def test_half_precision_is_cast_by_numpy_where_the_caller_wants_to_hear_of_overflow(name):
+    """By default torch casts, where it is loaded, and says nothing."""
+    call = HALVES[name]
+    called = []
+    for _ in range(2):  # decided, and remembered
+        assert warned(call) == []
+        called.clear()
+        with np.errstate(over="raise"), pytest.raises(FloatingPointError, match=r"^overflow encountered in cast$"):
+            call()
+        with np.errstate(over="call", call=lambda *said: called.append(said)):
+            call()
+        assert called
+        with np.errstate(over="ignore"):
+            assert warned(call) == []
+        with np.errstate(divide="raise"):
+            assert warned(call) == []
+
+
+def test_the_plan_says_who_casts():
+    def kernels():
+        return [step.by for step in tb.plan(FLOATS, "numpy", dtype="float16").steps if step.kind]
+
+    assert kernels() == ["torch"]
+    with np.errstate(over="raise"):
+        assert kernels() == ["numpy"]
+
+
 def test_under_a_guard_and_a_trace_it_is_the_callers_line_too():
     with tb.copy_guard("allow"), tb.trace():
         seen = warned(CASTS["to_torch"])
