@@ -91,7 +91,7 @@ def to_numpy(
     writable : bool or None
         None: fresh memory is writable; shared memory is as the source, and read-only if the source requires grad, is
         immutable, or overlaps itself. True: writable; a read-only or overlapping source is copied; a tensor that
-        requires grad is shared, on your word. False: a read-only view.
+        requires grad is shared: you promise not to write. False: a read-only view.
     detach : bool
         False refuses a tensor that requires grad instead of leaving its graph behind.
     out : numpy.ndarray, shape ``(*s)``, optional
@@ -298,7 +298,7 @@ _FUNCTIONS: dict[str, Callable[..., Any]] = {"numpy": to_numpy, "torch": to_torc
 
 @eager
 def describe(x: Any) -> ArrayInfo:
-    """Return the facts about `x`: where it is, what its elements are, how they lie, who may write, what hangs on it.
+    """Return the facts about `x`: device, dtype, shape, memory layout, whether it is writable, its autograd state.
 
     Parameters
     ----------
@@ -317,7 +317,7 @@ def describe(x: Any) -> ArrayInfo:
 
     Cost
     ----
-    No element is read; waits for nothing. A foreign object is asked for its array, and may read it to give it.
+    No element is read; waits for nothing. An object of another library exports its array, and may read a file for it.
 
     Examples
     --------
@@ -352,7 +352,7 @@ def plan(x: Any, to: Literal["numpy", "torch", "cupy"], **options: Unpack[PlanOp
 
     Cost
     ----
-    No element is read; waits for nothing. A foreign object is asked for its array, and may copy to give it.
+    No element is read; waits for nothing. An object of another library exports its array, and may copy it for that.
 
     Examples
     --------

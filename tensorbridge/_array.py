@@ -71,7 +71,7 @@ class Traits(NamedTuple):
 
 
 class ArrayInfo(NamedTuple):
-    """One array, described. No element was read, but by a foreign object that had to make its array to show it.
+    """One array, described. No element was read, unless an object of another library had to compute its array.
 
     Bytes for strides and sizes, as NumPy counts them; `stream` is the CUDA stream current for the array's framework,
     None off the GPU; `address` is the first element's, on its device, 0 where there is no memory to share.

@@ -106,7 +106,7 @@ def to_numpy_async(x: Any, *, pinned: bool = False) -> Transfer:
     pinned : bool
         What comes from a device lies in page-locked memory (views of one block): the fastest road, and as fast back.
         Page-locked memory is scarce and slow to make, and may not be used in a forked child. What is on the host
-        already is shared as ever, so the same call runs where there is no device.
+        already is shared, as with `to_numpy`, so the same call runs where there is no device.
 
     Returns
     -------

@@ -62,7 +62,7 @@ def told(cast: Callable[..., _T], source: str, wanted: str) -> Callable[..., _T]
     """`cast`, from elements of one name to another, with its warnings at the caller's line.
 
     What NumPy has to say is kept back for the moment of the cast, as by its own `errstate`, in this context alone.
-    Who has asked for something else than a warning (`raise`, `call` ...) gets it from NumPy: the cast is done again.
+    Where the caller's `errstate` asks for more than a warning (`raise`, `call` ...), the cast is done again under it.
     """
     if not _may_fail(source.lstrip(">"), wanted.lstrip(">")):
         return cast

@@ -140,7 +140,7 @@ def check_known(tree: Any, framework: str, call: str = "") -> None:
         cure = "Give list(x)."
     else:
         cure = "Give vars(x), or register its class with torch.utils._pytree.register_pytree_node or with optree."
-    text = f"{cls.__name__} is no container that is known here: what it holds would stay as it is"
+    text = f"{cls.__name__} is not a container that tensorbridge knows: what it holds would stay as it is"
     raise UnsupportedArrayError(f"{call or 'tree.to_' + framework}: {text}.\n{cure}")
 
 

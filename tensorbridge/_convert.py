@@ -195,7 +195,7 @@ def is_intercepted() -> bool:
 
 
 def moment(traits: Traits, want: Want) -> Here:
-    """Facts of the moment: a constant on the CPU, read once a call where a GPU or a forked process is involved."""
+    """Facts of the moment, read once per call. On the host it is most often one of two constants."""
     on_host = WITH_TORCH if want.framework == "torch" or loaded("torch") else HERE
     if on_host is WITH_TORCH and is_intercepted():
         on_host = INTERCEPTED

@@ -1,7 +1,7 @@
 """How the like of a container is built: of its class, with other values, and with all else that it carries.
 
 The original is not changed, and its class's `__init__` is called only where there is no other way. Whether a like holds
-what it was given is not seen here: whoever asked for it asks it.
+what it was given is not seen here: the caller checks that.
 """
 
 from __future__ import annotations

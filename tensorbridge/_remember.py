@@ -1,7 +1,8 @@
 """Memory of decisions: what was converted before, by its kind and in the same words, is done by the same recipe.
 
-Only plain arrays on the host, and only once torch is there: then a decision rests on nothing of the moment. The kind of
-an array is its `Traits`, told by its adapter in a few questions; options are taken as the caller wrote them.
+Only plain arrays on the host, and only once torch is there: then a decision rests on no more of the moment than is
+asked here (forks, threads, modes, `np.errstate`). The kind of an array is its `Traits`, told by its adapter in a few
+questions; options are taken as the caller wrote them.
 """
 
 from __future__ import annotations

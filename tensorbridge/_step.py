@@ -70,7 +70,9 @@ def usual(framework: str) -> Want:
 
 
 class Here(NamedTuple):
-    """Facts of the moment. On the CPU they are this constant; read once a call only where a GPU is involved."""
+    """Facts of the moment. On the host: whether torch is loaded, a mode answers for it, it has threads, this process
+    was forked, compiled code is calling, overflow is to be told. The rest is read only where a GPU is involved.
+    """
 
     same_stream: bool = True  # the two frameworks' current streams are one, by raw handle
     capturing: bool = False  # a CUDA graph is being captured on a current stream

@@ -67,8 +67,8 @@ def to_numpy(
 
     Cost
     ----
-    That of each array, and a few microseconds a container. Many small device arrays: one transfer. With `out`, more
-    than that: all are checked before the first is written.
+    That of each conversion, and a few microseconds per container. Many small device arrays: one transfer. With `out`,
+    more than that: all are checked before the first is written.
 
     Examples
     --------
@@ -122,8 +122,8 @@ def to_torch(
 
     Cost
     ----
-    That of each array, and a few microseconds a container. Many small arrays to a device: one transfer. With `out`,
-    see `tree.to_numpy`.
+    That of each conversion, and a few microseconds per container. Many small arrays to a device: one transfer. With
+    `out`, see `tree.to_numpy`.
 
     Examples
     --------
@@ -177,7 +177,7 @@ def to_cupy(
 
     Cost
     ----
-    That of each array, and a few microseconds a container. Many small arrays from the host: one transfer.
+    That of each conversion, and a few microseconds per container. Many small arrays from the host: one transfer.
 
     Examples
     --------
@@ -208,7 +208,7 @@ class LeafPlan(NamedTuple):
 
 
 class LeftPart(NamedTuple):
-    """An object that may hold arrays, and is left as it is: it is no container that is known here."""
+    """An object that may hold arrays, and is left as it is: it is not a container that tensorbridge knows."""
 
     path: str
     type: str

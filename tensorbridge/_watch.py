@@ -71,7 +71,7 @@ class copy_guard(ContextDecorator):
     Parameters
     ----------
     mode : "error", "warn" or "allow"
-        "error" raises before anything moves, but for what a foreign object does when it is asked for its array: one
+        "error" raises before anything moves, except for what an object of another library does to export itself: one
         with `__array__` may read a whole file first. "warn" warns at the caller's line; "allow" opens a gap in an outer
         guard.
     min_bytes : int

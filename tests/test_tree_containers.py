@@ -428,10 +428,8 @@ def test_what_may_hold_arrays_and_is_no_container_is_no_tree(name, way, a):
     assert type(x).__name__ in str(told.value)
     if way == "async":
         return
-    assert (
-        f"{type(x).__name__} is no container that is known here: what it holds would stay as it is.\nGive {cure}"
-        in str(told.value)
-    )
+    unknown = f"{type(x).__name__} is not a container that tensorbridge knows"
+    assert f"{unknown}: what it holds would stay as it is.\nGive {cure}" in str(told.value)
     assert tree.to_numpy(eval(cure, {"x": x}))
 
 

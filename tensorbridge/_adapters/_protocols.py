@@ -117,7 +117,7 @@ def _failed(x: Any, what: str, error: Exception) -> Exception:
 
 
 def _by_dlpack(x: Any, want: Want) -> tuple[Any, Traits]:
-    """Whoever flags a copy has made it by now; copy=False is said before, to whoever knows the word."""
+    """A producer that flags a copy has made it by now; copy=False is passed first, to producers that take it."""
     device = _asked(lambda: x.__dlpack_device__(), x, "its DLPack device")
     try:
         kind, index = map(int, device)
