@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
     Shape = tuple[int, ...]
 
-DEEPEST = 10_000  # functions in a row: 50 000 that Python had looked at ended the process when torch dropped them
+DEEPEST = 20_000  # functions in a row: 50 000 that Python had looked at ended the process when torch dropped them
 
 
 class Saved(NamedTuple):
@@ -147,7 +147,7 @@ def autograd_graph(tensor: torch.Tensor) -> Graph:
     UnsupportedArrayError
         `tensor` is no torch.Tensor.
     GraphError
-        The graph is more than 10 000 functions deep: looked at, so long a chain may end the process when it is dropped.
+        The graph is more than 20 000 functions deep: looked at, so long a chain may end the process when it is dropped.
 
     Cost
     ----
