@@ -126,14 +126,14 @@ def test_a_column_says_how_it_is_read_at_once(dataset, format):
         with pytest.raises(tb.UnsupportedArrayError, match=r"Column cannot be converted: .*\nConvert x\[:\]\.$"):
             convert(x)
     assert tb.to_torch(x[:]).tolist() == list(range(6))
-    with pytest.raises(tb.UnsupportedArrayError, match=r"^tree.to_torch: Column is no container .*\nConvert x\[:\]\.$"):
+    with pytest.raises(tb.UnsupportedArrayError, match=r"^tree.to_torch: Column is not a container .*\nConvert x\[:\]\.$"):
         tree.to_torch(x)
 
 
 def test_a_dataset_says_how_it_is_a_tree(dataset):
     x = dataset
     with pytest.raises(
-        tb.UnsupportedArrayError, match=r"^tree.to_torch: Dataset is no container .*\nConvert its columns: "
+        tb.UnsupportedArrayError, match=r"^tree.to_torch: Dataset is not a container .*\nConvert its columns: "
     ) as e:
         tree.to_torch(x)
     call = str(e.value).rpartition("columns: ")[2].removesuffix(".")
