@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections import defaultdict
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -13,14 +14,22 @@ from tensorbridge._eager import eager
 _T = TypeVar("_T")
 
 
-class Reentrant(AbstractContextManager[_T], Generic[_T]):
-    """Opens what `make` makes, anew each time; blocks of one object nest, in each thread by themselves."""
+def _place(identify: Callable[[], int] = get_ident, modules: dict[str, Any] = sys.modules) -> tuple[int, int]:
+    """The thread and the async task that are running."""
+    asyncio: Any = modules.get("asyncio")
+    running = getattr(asyncio, "_get_running_loop", None)
+    loop = None if running is None else running()
+    return identify(), 0 if loop is None else id(asyncio.current_task(loop))
 
-    _thread = staticmethod(get_ident)  # where the interpreter ends, names end before blocks
+
+class Reentrant(AbstractContextManager[_T], Generic[_T]):
+    """Opens what `make` makes, anew each time; blocks of one object nest, in each thread and task by themselves."""
+
+    _place = staticmethod(_place)  # where the interpreter ends, names end before blocks
 
     def __init__(self, make: Callable[[], AbstractContextManager[_T]], line: str) -> None:
         self._make, self._line = make, line  # of a `with`: "trace() as seen"
-        self._open: dict[int, list[AbstractContextManager[_T]]] = defaultdict(list)  # by thread
+        self._open: dict[tuple[int, int], list[AbstractContextManager[_T]]] = defaultdict(list)  # by place
 
     def __repr__(self) -> str:
         return f"<{self._line.partition('(')[0]}: open it by a with block>"
@@ -34,10 +43,14 @@ class Reentrant(AbstractContextManager[_T], Generic[_T]):
     def __enter__(self) -> _T:
         block = self._make()
         value = block.__enter__()
-        self._open[self._thread()].append(block)
+        self._open[self._place()].append(block)
         return value
 
     @eager
     def __exit__(self, *exc: Any) -> bool | None:
-        mine = self._open[self._thread()] or next(filter(None, self._open.values()))  # a generator may end elsewhere
-        return mine.pop().__exit__(*exc)
+        place = self._place()
+        mine = self._open.get(place) or next(filter(None, self._open.values()))  # a generator may end elsewhere
+        block = mine.pop()
+        if not self._open.get(place):
+            self._open.pop(place, None)
+        return block.__exit__(*exc)

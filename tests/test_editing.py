@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import gc
 import threading
 import time
@@ -363,3 +364,21 @@ def test_nested_editing_of_one_tensor_shares_the_memory_and_closes_one_array_at_
         outer[2] = 3
     assert t.tolist() == [1, 2, 3]
     assert not outer.flags.writeable
+
+
+def test_one_object_serves_async_tasks_that_overlap():
+    """Each closes its own block: the array of another stays writable."""
+    t = torch.zeros(2)
+    edit = tb.editing(t)
+
+    async def task(before, inside, place):
+        await asyncio.sleep(before)
+        with edit as array:
+            await asyncio.sleep(inside)
+            array[place] = 1
+
+    async def both():
+        await asyncio.gather(task(0, 0.02, 0), task(0.01, 0.05, 1))
+
+    asyncio.run(both())
+    assert t.tolist() == [1, 1]
