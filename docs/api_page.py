@@ -48,8 +48,8 @@ OPTIONS = {
     "device": """None is where `x` is; for `to_cupy` and host memory, the current device. Beside `out` leave it out.
         `to_numpy` always gives host memory.""",
     "writable": """Only NumPy arrays can be read-only, so only `to_numpy` has it. None is as writable as is safe. True
-        copies what must not be written, but shares a tensor that requires grad: you promise not to write. False gives
-        a read-only view, of a copy too.""",
+        copies what must not be written, but shares a tensor that requires grad: you promise to change nothing that a
+        backward needs. False gives a read-only view, of a copy too.""",
     "share_readonly": """torch and CuPy have no read-only arrays, so what must not be written is copied for them. True
         shares it: you promise that nothing will write. `copy=False` refuses such memory without it.""",
     "detach": """True in `to_numpy` and `to_cupy`, since an array cannot carry an autograd graph: False asks for an

@@ -91,7 +91,7 @@ def to_numpy(
     writable : bool or None
         None: fresh memory is writable; shared memory is as the source, and read-only if the source requires grad, is
         immutable, or overlaps itself. True: writable; a read-only or overlapping source is copied; a tensor that
-        requires grad is shared: you promise not to write. False: a read-only view.
+        requires grad is shared: you promise to change nothing that a backward needs. False: a read-only view.
     detach : bool
         False refuses a tensor that requires grad instead of leaving its graph behind.
     out : numpy.ndarray, shape ``(*s)``, optional

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from contextvars import ContextVar
 from functools import wraps
 from inspect import unwrap
@@ -56,13 +57,15 @@ def mark() -> None:
     frames: Any = getattr(getattr(getattr(sys.modules.get("torch"), "_C", None), "_dynamo", None), "eval_frame", None)
     if frames is None:
         return
-    if hasattr(frames, "set_code_exec_strategy"):
-        skip, default = frames._FrameAction.SKIP, frames._FrameAction.DEFAULT
-        while unmarked:
+    if not hasattr(frames, "set_code_exec_strategy"):
+        unmarked.clear()
+        return
+    skip, default = frames._FrameAction.SKIP, frames._FrameAction.DEFAULT
+    with suppress(IndexError):  # none is left: another thread may take the last one
+        while True:
             code, below = unmarked.pop()
             frames.set_code_exec_strategy(code, frames._FrameExecStrategy(skip, skip if below else default))
-        compiling = frames.get_eval_frame_callback
-    unmarked.clear()
+    compiling = frames.get_eval_frame_callback
 
 
 eager(mark)

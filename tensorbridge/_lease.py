@@ -227,9 +227,12 @@ def _tensor_used_on(t: Any, number: int, index: int) -> None:
     try:
         storage = t.untyped_storage()
     except NotImplementedError:
-        why = "inside torch.func a tensor has no storage of its own; say it outside of the transform"
-        if str(t.layout).startswith("torch.sparse"):
+        layout = str(t.layout)
+        why = f"a tensor of layout {layout} has no storage of its own"
+        if layout.startswith("torch.sparse"):
             why = "a sparse tensor has no storage of its own; name the tensors that it consists of, as x.values()"
+        elif layout == "torch.strided":
+            why = "inside torch.func a tensor has no storage of its own; say it outside of the transform"
         raise ValueError(f"used_on: {why}") from None
     if t._is_zerotensor():  # torch knows the zeros by name only
         return

@@ -17,7 +17,7 @@ from tensorbridge._errors import INSTALL, DeviceError, MissingFrameworkError, ne
 from tensorbridge._loaded import loaded
 from tensorbridge._memory import infos_share
 from tensorbridge._refuse import CALLED, FORKED, Obstacle
-from tensorbridge._step import Want
+from tensorbridge._step import Want, usual
 
 if TYPE_CHECKING:
     from typing_extensions import TypedDict
@@ -50,8 +50,7 @@ def want(
     where = None if device is None else device_named(device, framework)
     if where is not None:
         _check_place(call or f"to_{framework}", framework, where, flags)
-    flags.setdefault("detach", framework != "torch")
-    found = Want(framework, where, None if dtype is None else _dtypes.parse(dtype), **flags)
+    found = usual(framework)._replace(device=where, dtype=None if dtype is None else _dtypes.parse(dtype), **flags)
     return found if out is None else with_out(found, out)
 
 

@@ -90,8 +90,9 @@ def prefetch(
     source = _iterator(batches)
     road = road_for(want)
     worker = Worker(batches, source, depth, transform, want, road, _watch._caller()[0])
+    iterator = Prefetch(worker, road, batches if isinstance(batches, Sized) else None)
     worker.start()
-    return Prefetch(worker, road, batches if isinstance(batches, Sized) else None)
+    return iterator
 
 
 def _iterator(batches: Any) -> Iterator[Any]:

@@ -105,7 +105,7 @@ class Worker(threading.Thread):
     def stop(self) -> None:
         """Want no more; wait for a batch that is being read. The next loop may need what it is read from."""
         self.state.close()
-        if self is not threading.current_thread():
+        if self is not threading.current_thread() and self.ident is not None:  # which it has once it was started
             self.join(PATIENCE if self.loader is None else None)
 
 

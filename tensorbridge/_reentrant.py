@@ -49,7 +49,7 @@ class Reentrant(AbstractContextManager[_T], Generic[_T]):
     @eager
     def __exit__(self, *exc: Any) -> bool | None:
         place = self._place()
-        mine = self._open.get(place) or next(filter(None, self._open.values()))  # a generator may end elsewhere
+        mine = self._open.get(place) or next(filter(None, list(self._open.values())))  # a generator may end elsewhere
         block = mine.pop()
         if not self._open.get(place):
             self._open.pop(place, None)

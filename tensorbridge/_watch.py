@@ -62,7 +62,7 @@ _opened: ContextVar[tuple[_Opened, ...]] = ContextVar("tensorbridge_copy_guard",
 def _guard() -> copy_guard | None:
     """The guard that decides here, if one does."""
     innermost = next((x.guard for x in reversed(_opened.get()) if not x.ended), None)
-    return None if innermost is None or innermost.mode == "allow" else innermost
+    return None if innermost is None or innermost._mode == "allow" else innermost
 
 
 class copy_guard(ContextDecorator):
@@ -126,7 +126,7 @@ class copy_guard(ContextDecorator):
             raise ValueError(f"copy_guard(kinds={sorted(chosen - set(KINDS))}): choose from {', '.join(KINDS)}")
         if not chosen:
             raise ValueError('copy_guard(kinds=[]): guards nothing; leave kinds out for all, or say mode="allow"')
-        self.mode, self.min_bytes, self.kinds = mode, min_bytes, chosen
+        self._mode, self._min_bytes, self._kinds = mode, min_bytes, chosen
         self._open: list[_Opened] = []  # blocks of any thread or task that have not ended
 
     def __call__(self, function: _F) -> _F:
@@ -148,8 +148,8 @@ class copy_guard(ContextDecorator):
         return super().__call__(function)
 
     def __repr__(self) -> str:
-        chosen = f", kinds={sorted(self.kinds)}" if self.kinds != set(KINDS) else ""
-        return f"copy_guard({self.mode!r}{f', min_bytes={self.min_bytes}' if self.min_bytes else ''}{chosen})"
+        chosen = f", kinds={sorted(self._kinds)}" if self._kinds != set(KINDS) else ""
+        return f"copy_guard({self._mode!r}{f', min_bytes={self._min_bytes}' if self._min_bytes else ''}{chosen})"
 
     @eager
     def __enter__(self) -> copy_guard:
@@ -180,7 +180,7 @@ def _forked() -> None:
 def guarded_kinds() -> frozenset[str]:
     """The kinds of moves for which this context's guard has a limit."""
     guard = _guard()
-    return frozenset() if guard is None else guard.kinds
+    return frozenset() if guard is None else guard._kinds
 
 
 def is_traced() -> bool:
@@ -192,13 +192,13 @@ def allow(plan: Plan, asked: str) -> None:
     guard = _guard()
     if guard is None:
         return
-    nbytes = sum(step.nbytes for step in plan.steps if step.kind in guard.kinds)
-    if not nbytes or nbytes < guard.min_bytes:
+    nbytes = sum(step.nbytes for step in plan.steps if step.kind in guard._kinds)
+    if not nbytes or nbytes < guard._min_bytes:
         return
     first = f'{asked}: {plan.source} would move {bytes_text(nbytes)}, and copy_guard("error") forbids it.'
-    cure = cure_of([s for s in plan.steps if s.kind in guard.kinds])
-    if guard.mode == "warn":
-        why = next(s.why for s in plan.steps if s.kind in guard.kinds)
+    cure = cure_of([s for s in plan.steps if s.kind in guard._kinds])
+    if guard._mode == "warn":
+        why = next(s.why for s in plan.steps if s.kind in guard._kinds)
         text = f"{asked}: {plan.source} moves {bytes_text(nbytes)}: {why}"
         text += f" (avoid it: {cure})" if cure else ""
         warn(text, CopyWarning)

@@ -102,13 +102,26 @@ def test_half_precision_is_cast_by_numpy_where_the_caller_wants_to_hear_of_overf
             assert warned(call) == []
 
 
-def test_the_plan_says_who_casts():
-    def kernels():
-        return [step.by for step in tb.plan(FLOATS, "numpy", dtype="float16").steps if step.kind]
+def test_underflow_is_told_too_where_it_is_asked_for():
+    tiny = np.array([1e-7], "float32")
+    assert tb.to_numpy(tiny, dtype="float16") > 0
+    with np.errstate(under="raise"), pytest.raises(FloatingPointError, match="underflow"):
+        tb.to_numpy(tiny, dtype="float16")
+    with np.errstate(under="warn"):
+        assert [text for text, *_ in warned(lambda: tb.to_numpy(tiny, dtype="float16"))] == [
+            "underflow encountered in cast"
+        ]
 
-    assert kernels() == ["torch"]
+
+def test_the_plan_says_who_casts():
+    def kernels(dtype):
+        return [step.by for step in tb.plan(FLOATS, "numpy", dtype=dtype).steps if step.kind]
+
+    assert kernels("float16") == kernels("bfloat16") == ["torch"]
     with np.errstate(over="raise"):
-        assert kernels() == ["numpy"]
+        assert kernels("float16") == ["numpy"]
+        assert kernels("bfloat16") == ["torch"]  # of which NumPy has nothing to say either
+        assert np.array([3.4e38], "float32").astype("bfloat16").astype("float32") == np.inf
 
 
 def test_under_a_guard_and_a_trace_it_is_the_callers_line_too():

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import tensorbridge as tb
+from tensorbridge import _eager
 
 
 def there_and_back(x):
@@ -84,6 +85,19 @@ assert torch.equal(torch.compile(f, backend="eager")(x), f(x))
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent.parent, check=False)
     assert done.returncode == 0
+
+
+def test_another_thread_may_take_the_last_mark(monkeypatch):
+    class Shared(list):
+        def __bool__(self):
+            there = len(self) > 0
+            if len(self) == 1:
+                self.pop()
+            return there
+
+    monkeypatch.setattr(_eager, "unmarked", Shared([((lambda: 1).__code__, True), ((lambda: 2).__code__, True)]))
+    _eager.mark()
+    assert len(_eager.unmarked) == 0
 
 
 def listed_ahead(x):

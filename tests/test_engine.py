@@ -215,3 +215,10 @@ with multiprocessing.get_context("fork").Pool(1) as pool:
 def test_a_forked_process_that_imports_us_first_has_no_threads_either():
     run = subprocess.run([sys.executable, "-c", LAZY], capture_output=True, text=True, check=False, timeout=60)
     assert run.stdout == f"{float(1 << 21)} numpy\n", run.stderr[-1500:]
+
+
+@pytest.mark.parametrize("size", [100, 1 << 16, 1 << 21])
+def test_fresh_memory_of_numpy_s_cannot_be_resized_as_documented(size):
+    """`to_torch(copy=True)`: of an array always, of a tensor from the size on where NumPy copies it."""
+    assert not tb.to_torch(np.zeros(size, "float32"), copy=True).untyped_storage().resizable()
+    assert tb.to_torch(torch.zeros(size), copy=True).untyped_storage().resizable() == (size == 100)

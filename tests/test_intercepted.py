@@ -169,11 +169,19 @@ def test_a_captured_tensor_gives_its_values(name, mode, known):
         np.testing.assert_array_equal(made, wanted)
 
 
-@pytest.mark.parametrize("mode", TRANSFORMS)
-def test_the_plan_is_the_same_inside(mode):
-    for options in ({}, {"dtype": "float16"}, {"copy": True}):
-        plan = tb.plan(TENSOR, "numpy", **options)
-        assert TRANSFORMS[mode](lambda options=options: tb.plan(TENSOR, "numpy", **options)) == plan
+@pytest.mark.parametrize("mode", {**TRANSFORMS, **MODES})
+@pytest.mark.parametrize("options", [{}, {"dtype": "float16"}, {"copy": True}], ids=str)
+def test_the_plan_is_the_same_inside(mode, options):
+    inside = {**TRANSFORMS, **MODES}[mode]
+    for x in [SQUARE] if mode == "fake" else [SQUARE, TENSOR]:
+        assert inside(lambda x=x: tb.plan(x, "numpy", **options)) == tb.plan(x, "numpy", **options)
+
+
+def test_inside_fake_mode_a_real_tensor_is_refused():
+    """torch itself takes it for a fake there, or refuses it."""
+    for call in (lambda: tb.to_numpy(TENSOR), lambda: tb.plan(TENSOR, "numpy")):
+        with pytest.raises(tb.UnsupportedArrayError, match="inside FakeTensorMode"):
+            in_fake_mode(call)
 
 
 @pytest.mark.parametrize("mode", TRANSFORMS)

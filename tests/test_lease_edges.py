@@ -329,6 +329,8 @@ def test_tensors_without_a_storage_of_their_own_have_nothing_to_keep():
     for sparse in (torch.eye(3).to_sparse(), torch.eye(3).to_sparse_csr()):
         with pytest.raises(ValueError, match=r"a sparse tensor has no storage of its own; .* as x\.values\(\)"):
             _lease._tensor_used_on(sparse, 0x50, 0)
+    with pytest.raises(ValueError, match=r"^used_on: a tensor of layout torch\._mkldnn has no storage"):
+        _lease._tensor_used_on(torch.ones(2, 2).to_mkldnn(), 0x50, 0)
     with pytest.raises(ValueError, match=r"^used_on: inside torch\.func a tensor has no storage of its own"):
         torch.func.vmap(lambda t: _lease._tensor_used_on(t, 0x50, 0))(torch.ones(3, 2))
     _lease._tensor_used_on(torch._efficientzerotensor((3,)), 0x50, 0)
