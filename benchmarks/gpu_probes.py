@@ -147,7 +147,7 @@ def beside_a_held_stream(torch: Any, cupy: Any) -> str:
 def pieces(torch: Any, cupy: Any) -> str:
     """What the parts of a crossing cost the host, in ns."""
     import tensorbridge as tb
-    from tensorbridge import _lease, _stream_order, _streams
+    from tensorbridge._cuda import _lease, _stream_order, _streams
 
     t, c = torch.ones(16, device="cuda"), cupy.ones(16, cupy.float32)
     stream, event = torch.cuda.default_stream(), cupy.cuda.Event(disable_timing=True)
@@ -183,7 +183,8 @@ def pieces(torch: Any, cupy: Any) -> str:
 
 def ring(torch: Any, cupy: Any) -> str:
     """GB/s of 256 MiB through rings of other shapes, by as many threads: down into fresh memory, and up."""
-    from tensorbridge import _copiers, _staging
+    from tensorbridge import _copiers
+    from tensorbridge._cuda import _staging
 
     nbytes = 256 * MIB
     link, block = _staging.link_of("torch", 0), torch.zeros(nbytes, dtype=torch.uint8, device="cuda")

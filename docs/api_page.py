@@ -17,7 +17,9 @@ from pathlib import Path
 from typing import Any
 
 import tensorbridge as tb
-from tensorbridge import _events, _graph, _info, _matrix
+from tensorbridge import _events
+from tensorbridge._autograd import _graph
+from tensorbridge._commands import _info, _matrix
 
 PAGE = Path(__file__).with_name("api.md")
 GROUPS = {

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 from tensorbridge import _lanes
 from tensorbridge._api import describe, plan, shares_memory, to_cupy, to_numpy, to_torch
 from tensorbridge._array import ArrayInfo, Device, Traits
+from tensorbridge._cuda._streams import use_stream
 from tensorbridge._errors import (
     BridgeError,
     CopyRequiredError,
@@ -18,19 +19,18 @@ from tensorbridge._errors import (
 )
 from tensorbridge._events import Event, Trace
 from tensorbridge._step import Plan, Step
-from tensorbridge._streams import use_stream
 from tensorbridge._watch import copy_guard, trace
 
 if TYPE_CHECKING:
     from tensorbridge import tree
-    from tensorbridge._async import Transfer, to_numpy_async
-    from tensorbridge._collate import collate
-    from tensorbridge._editing import editing
-    from tensorbridge._graph import Graph, autograd_graph
-    from tensorbridge._info import Info, info
-    from tensorbridge._lease import used_on
-    from tensorbridge._pool import share_memory_pool
-    from tensorbridge._prefetch import Prefetch, prefetch
+    from tensorbridge._autograd._editing import editing
+    from tensorbridge._autograd._graph import Graph, autograd_graph
+    from tensorbridge._commands._info import Info, info
+    from tensorbridge._cuda._async import Transfer, to_numpy_async
+    from tensorbridge._cuda._lease import used_on
+    from tensorbridge._cuda._pool import share_memory_pool
+    from tensorbridge._prefetching._prefetch import Prefetch, prefetch
+    from tensorbridge._trees._collate import collate
 
 __version__ = "0.1.0"
 
@@ -76,19 +76,19 @@ __all__ = [
 
 # Loaded when first asked for: the import costs what a conversion needs.
 _LATER = {
-    "Graph": "_graph",
-    "Info": "_info",
-    "Prefetch": "_prefetch",
-    "Transfer": "_async",
-    "autograd_graph": "_graph",
-    "collate": "_collate",
-    "editing": "_editing",
-    "info": "_info",
-    "prefetch": "_prefetch",
-    "share_memory_pool": "_pool",
-    "to_numpy_async": "_async",
+    "Graph": "_autograd._graph",
+    "Info": "_commands._info",
+    "Prefetch": "_prefetching._prefetch",
+    "Transfer": "_cuda._async",
+    "autograd_graph": "_autograd._graph",
+    "collate": "_trees._collate",
+    "editing": "_autograd._editing",
+    "info": "_commands._info",
+    "prefetch": "_prefetching._prefetch",
+    "share_memory_pool": "_cuda._pool",
+    "to_numpy_async": "_cuda._async",
     "tree": "",
-    "used_on": "_lease",
+    "used_on": "_cuda._lease",
 }
 
 

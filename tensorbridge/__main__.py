@@ -11,7 +11,8 @@ from collections.abc import Callable
 from importlib.util import find_spec
 
 import tensorbridge as tb
-from tensorbridge import _bench, _matrix
+from tensorbridge import _bench
+from tensorbridge._commands import _matrix
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -42,7 +43,8 @@ def main(argv: list[str] | None = None) -> int:
     if args.command == "bench":
         return _bench.main(args)
     if args.command == "demo":
-        module = importlib.import_module("tensorbridge._demo" if args.topic == "digits" else "tensorbridge._why_detach")
+        shown = "_demo" if args.topic == "digits" else "_why_detach"
+        module = importlib.import_module(f"tensorbridge._commands.{shown}")
         return read_by(module.main)
     return traced(args.script, args.args, args.save)
 

@@ -9,10 +9,11 @@ from importlib import import_module
 from inspect import signature
 from typing import TYPE_CHECKING, Any
 
-from tensorbridge import _dtypes, _streams
+from tensorbridge import _dtypes
 from tensorbridge import _words as words
 from tensorbridge._adapters import adapter_of
 from tensorbridge._array import CPU, ArrayInfo, Device, Traits
+from tensorbridge._cuda import _streams
 from tensorbridge._errors import INSTALL, DeviceError, MissingFrameworkError, nearest
 from tensorbridge._loaded import loaded
 from tensorbridge._memory import infos_share

@@ -236,14 +236,14 @@ def _caller() -> tuple[str, int]:
 
 
 _CONTEXTLIB = contextmanager.__code__.co_filename
-_SCRIPTS = frozenset({_HERE + "_demo.py", _HERE + "_why_detach.py"})  # they use the package as anybody does
+_COMMANDS = _HERE + "_commands" + os.sep  # they use the package as anybody does
 
 
 _LOADER = os.sep.join(("", "torch", "utils", "data", ""))  # calls `collate` for whoever asks for a batch
 
 
 def _is_ours(filename: str) -> bool:
-    ours = filename.startswith(_HERE) and filename not in _SCRIPTS
+    ours = filename.startswith(_HERE) and not filename.startswith(_COMMANDS)
     return ours or filename == _CONTEXTLIB or _LOADER in filename
 
 

@@ -2,7 +2,7 @@
 
 from inspect import unwrap
 
-from tensorbridge._tree import LeafPlan, LeftPart, TreePlan, plan, to_cupy, to_numpy, to_torch
+from tensorbridge._trees._tree import LeafPlan, LeftPart, TreePlan, plan, to_cupy, to_numpy, to_torch
 
 __all__ = ["LeafPlan", "LeftPart", "TreePlan", "plan", "to_cupy", "to_numpy", "to_torch"]
 

@@ -5,8 +5,9 @@ import types
 import numpy as np
 from fake_frameworks import cupy_adapter, installed
 
-from tensorbridge import Device, Traits, _lease
+from tensorbridge import Device, Traits
 from tensorbridge._adapters import _torch_cuda
+from tensorbridge._cuda import _lease
 
 SHAPE = (2, 3)
 ON_TORCH = Traits("torch", Device("cuda:0"), "float32")

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import tensorbridge as tb
-from tensorbridge import _async, _lease, _staging, _stream_order, _streams
+from tensorbridge._cuda import _async, _lease, _staging, _stream_order, _streams
 
 MINE = 0x50
 

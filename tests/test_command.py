@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 import tensorbridge as tb
-from tensorbridge import _matrix
 from tensorbridge.__main__ import main
+from tensorbridge._commands import _matrix
 
 ROOT = Path(__file__).parent.parent
 
@@ -43,7 +43,7 @@ def test_the_demo_names_what_it_lacks_as_pip_knows_it(missing, said):
     code = (
         f"import importlib.util as u; find = u.find_spec; u.find_spec = lambda n: None if n == {missing!r} else find(n)"
     )
-    code += "; from tensorbridge import _demo; raise SystemExit(_demo.main())"
+    code += "; from tensorbridge._commands import _demo; raise SystemExit(_demo.main())"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (1, f"The demo needs {said}: pip install {said}\n")
 

@@ -10,7 +10,8 @@ import torch
 from arrays import frozen, numbers
 
 import tensorbridge as tb
-from tensorbridge import _why_detach, tree
+from tensorbridge import tree
+from tensorbridge._commands import _why_detach
 
 
 @contextlib.contextmanager
@@ -91,7 +92,7 @@ def test_no_conversion_follows_the_default_device_or_dtype(name, default):
 
 
 def test_batch_of_a_worker_process_does_not_follow_the_default_device(monkeypatch):
-    from tensorbridge import _collate
+    from tensorbridge._trees import _collate
 
     monkeypatch.setattr(_collate, "_in_worker", lambda: True)
     with torch.device("meta"):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tensorbridge import _why_detach
+from tensorbridge._commands import _why_detach
 
 ROOT = Path(__file__).parent.parent
 PAGES = ["README.md", *sorted(str(p.relative_to(ROOT)) for p in (ROOT / "docs").glob("*.md"))]

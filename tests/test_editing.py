@@ -13,8 +13,8 @@ import pytest
 import torch
 
 import tensorbridge as tb
+from tensorbridge._autograd._editing import editing
 from tensorbridge._dtypes import DTYPES
-from tensorbridge._editing import editing
 from tensorbridge._errors import UnsupportedArrayError
 
 STALE = "modified by an inplace operation"

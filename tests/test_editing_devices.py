@@ -10,8 +10,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from tensorbridge import _editing
-from tensorbridge._editing import editing
+from tensorbridge._autograd import _editing
+from tensorbridge._autograd._editing import editing
 from tensorbridge._errors import DeviceError, GraphError
 
 STALE = "modified by an inplace operation"
@@ -182,7 +182,7 @@ def test_in_a_forked_process_a_cuda_tensor_is_refused(monkeypatch):
 LEFT_OPEN = """
 import contextlib, sys
 import torch, tensorbridge as tb
-from tensorbridge import _editing
+from tensorbridge._autograd import _editing
 
 def edits(t):
     with tb.editing(t) as a:

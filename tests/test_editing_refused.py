@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from tensorbridge import to_torch
-from tensorbridge._editing import editing
+from tensorbridge._autograd._editing import editing
 from tensorbridge._errors import BridgeError, UnsupportedArrayError
 
 

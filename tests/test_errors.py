@@ -273,7 +273,7 @@ def test_device_memory_of_another_library_without_a_device_is_a_device_error(mon
     def missing(*_):
         raise AssertionError("Torch not compiled with CUDA enabled")
 
-    monkeypatch.setattr("tensorbridge._streams.usable", lambda framework: False)
+    monkeypatch.setattr("tensorbridge._cuda._streams.usable", lambda framework: False)
     monkeypatch.setattr(torch.cuda, "init", missing)
     text = "to_torch: Device lies on cuda:0, which torch cannot use here: Torch not compiled with CUDA enabled"
     with pytest.raises(tb.DeviceError) as raised:

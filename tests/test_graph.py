@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 
+from tensorbridge._autograd._graph import Edge, Node, Saved, autograd_graph
 from tensorbridge._errors import GraphError, UnsupportedArrayError
-from tensorbridge._graph import Edge, Node, Saved, autograd_graph
 
 
 def square():
@@ -106,7 +106,7 @@ def test_what_is_no_tensor_is_refused():
 
 def test_importing_the_module_does_not_import_torch_and_an_array_is_refused_without_it():
     code = (
-        "import sys, numpy as np; from tensorbridge._graph import autograd_graph as f\n"
+        "import sys, numpy as np; from tensorbridge._autograd._graph import autograd_graph as f\n"
         "try: f(np.ones(3))\nexcept TypeError: print('torch' in sys.modules)"
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

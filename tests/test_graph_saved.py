@@ -11,8 +11,8 @@ import pytest
 import torch
 from test_graph import node_of, square
 
-from tensorbridge._editing import editing
-from tensorbridge._graph import Edge, Graph, Node, Saved, _memory, _overlap, autograd_graph
+from tensorbridge._autograd._editing import editing
+from tensorbridge._autograd._graph import Edge, Graph, Node, Saved, _memory, _overlap, autograd_graph
 
 # ---------------- saved
 

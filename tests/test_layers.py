@@ -16,12 +16,12 @@ ROOT = Path(tensorbridge.__file__).parent
 
 # From the ground up. A module imports modules of the rows below its own, and none of its own row.
 LAYERS = [
-    {"_eager"},
-    {"_array", "_errors", "_forks", "_loaded", "_rebuild", "_readonly", "_svg"},
-    {"_copiers", "_dtypes", "_reentrant", "_roads", "_streams"},
-    {"_step", "_engine", "_picture", "_stream_order"},
-    {"_refuse", "_words", "_events", "_lease"},
-    {"_rules", "_staging"},
+    {"_eager", "_autograd", "_commands", "_cuda", "_prefetching", "_trees"},
+    {"_array", "_errors", "_forks", "_loaded", "_trees._rebuild", "_readonly", "_autograd._svg"},
+    {"_copiers", "_dtypes", "_reentrant", "_roads", "_cuda._streams"},
+    {"_step", "_engine", "_autograd._picture", "_cuda._stream_order"},
+    {"_refuse", "_words", "_events", "_cuda._lease"},
+    {"_rules", "_cuda._staging"},
     {"_plan", "_watch"},
     {"_adapters", "_casting"},
     {"_adapters._made", "_adapters._missing", "_adapters._numbers", "_adapters._numpy"},
@@ -35,26 +35,26 @@ LAYERS = [
     },
     {"_adapters._columns", "_adapters._foreign", "_adapters._torch_steps"},
     {"_adapters._protocols", "_adapters._torch"},
-    {"_memory", "_lanes", "_device_lanes", "_editing"},
-    {"_options", "_graph"},
-    {"_convert", "_pool"},
+    {"_memory", "_lanes", "_cuda._device_lanes", "_autograd._editing"},
+    {"_options", "_autograd._graph"},
+    {"_convert", "_cuda._pool"},
     {"_remember"},
     {"_api"},
-    {"_tables", "_pack", "_tree_lanes"},
-    {"_containers"},
-    {"_walk"},
-    {"_leaf", "_collate"},
-    {"_fill"},
-    {"_leaves"},
-    {"_prefetch_roads"},
-    {"_prefetch_worker"},
-    {"_tree", "_prefetch"},
+    {"_trees._tables", "_trees._pack", "_trees._tree_lanes"},
+    {"_trees._containers"},
+    {"_trees._walk"},
+    {"_trees._leaf", "_trees._collate"},
+    {"_trees._fill"},
+    {"_trees._leaves"},
+    {"_prefetching._roads"},
+    {"_prefetching._worker"},
+    {"_trees._tree", "_prefetching._prefetch"},
     {"tree"},
-    {"_async", "_matrix"},
-    {"_info"},
+    {"_cuda._async", "_commands._matrix"},
+    {"_commands._info"},
     {"__init__"},
 ]
-USERS = {"_demo", "_why_detach", "_bench", "__main__"}  # they use the package as anybody does
+USERS = {"_commands._demo", "_commands._why_detach", "_bench", "__main__"}  # they use the package as anybody does
 HEIGHT = {name: height for height, row in enumerate(LAYERS) for name in row}
 FRAMEWORKS = {"torch", "cupy"}
 TOP_LEVEL = {
@@ -63,7 +63,7 @@ TOP_LEVEL = {
     "_adapters._torch_cuda": {"torch"},
     "_adapters._cupy": {"cupy"},
 }
-IN_FUNCTIONS = {"_pack"}  # packs with whichever of the two holds the arrays
+IN_FUNCTIONS = {"_trees._pack"}  # packs with whichever of the two holds the arrays
 
 
 def modules() -> dict[str, Path]:
@@ -76,7 +76,7 @@ def modules() -> dict[str, Path]:
 
 
 MODULES = modules()
-OURS = [name for name in MODULES if name.split(".")[0] not in USERS]
+OURS = [name for name in MODULES if not {name, name.split(".")[0]} & USERS]
 
 
 def imports(name: str, *, top_level: bool = False) -> Iterator[str]:
@@ -188,4 +188,4 @@ def test_to_torch_imports_torch_alone():
 def test_import_loads_no_adapter_and_no_user():
     loaded = {name for name in loaded_after("import tensorbridge") if name.startswith("tensorbridge.")}
     assert not loaded & {f"tensorbridge._adapters._{name}" for name in ("torch", "torch_cuda", "cupy")}
-    assert not {name.split(".")[1] for name in loaded} & USERS
+    assert not {name.removeprefix("tensorbridge.") for name in loaded} & USERS

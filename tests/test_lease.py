@@ -12,8 +12,8 @@ from fake_frameworks import cupy_adapter
 from races import ON_CUPY, SHAPE, Producer, Race, address, crossings, foreign, plays, raw, with_adapters
 
 import tensorbridge as tb
-from tensorbridge import _lease
 from tensorbridge._adapters import _torch_cuda
+from tensorbridge._cuda import _lease
 
 
 @pytest.fixture

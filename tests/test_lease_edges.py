@@ -15,8 +15,8 @@ from fake_frameworks import cupy_adapter
 from races import ON_CUPY, ON_TORCH, SHAPE, Producer, Race, address, crossings, plays, raw, with_adapters
 
 import tensorbridge as tb
-from tensorbridge import _lease, _stream_order, _streams
 from tensorbridge._adapters import _torch_cuda
+from tensorbridge._cuda import _lease, _stream_order, _streams
 
 
 @pytest.fixture
@@ -245,7 +245,7 @@ def test_at_exit_nothing_is_recorded(tmp_path):
     """A lease that is alive when the interpreter ends, in a process of its own."""
     code = """
 import torch, numpy as np
-from tensorbridge import _lease, _stream_order, _streams
+from tensorbridge._cuda import _lease, _stream_order, _streams
 _streams.capturing = _stream_order.mark = lambda *a: print("touched")
 t = torch.from_numpy(np.zeros(3))
 _lease.lend_storage(t, object(), 1, 0)

@@ -11,8 +11,8 @@ from fake_frameworks import cupy_adapter
 from races import SHAPE, Producer, foreign, with_adapters
 
 import tensorbridge as tb
-from tensorbridge import _lease
 from tensorbridge._adapters import _torch_cuda
+from tensorbridge._cuda import _lease
 
 
 @pytest.fixture

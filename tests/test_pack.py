@@ -9,11 +9,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tensorbridge import _pack
 from tensorbridge._array import CPU, SMALL, Device, Traits
-from tensorbridge._pack import ALIGN, BLOCK, Route
 from tensorbridge._plan import decide
 from tensorbridge._step import Want
+from tensorbridge._trees import _pack
+from tensorbridge._trees._pack import ALIGN, BLOCK, Route
 
 CUDA0, CUDA1 = Device("cuda:0"), Device("cuda:1")
 UP = Want("torch", CUDA0, detach=False)

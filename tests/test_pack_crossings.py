@@ -16,14 +16,15 @@ import torch
 from arrays import numbers
 
 import tensorbridge as tb
-from tensorbridge import _convert, _leaves, _options, _pack, tree
+from tensorbridge import _convert, _options, tree
 from tensorbridge._adapters import adapter_of
 from tensorbridge._array import CPU, Device, Traits
 from tensorbridge._convert import Case
-from tensorbridge._leaf import Leaf
-from tensorbridge._pack import ALIGN, BLOCK
 from tensorbridge._plan import decide
 from tensorbridge._step import Want, bind
+from tensorbridge._trees import _leaves, _pack
+from tensorbridge._trees._leaf import Leaf
+from tensorbridge._trees._pack import ALIGN, BLOCK
 
 CUDA0, CUDA1 = Device("cuda:0"), Device("cuda:1")
 ON_CUDA = Traits("torch", CUDA0)

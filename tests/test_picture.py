@@ -11,8 +11,8 @@ import xml.etree.ElementTree as ElementTree
 import pytest
 import torch
 
-from tensorbridge import _picture, _svg
-from tensorbridge._graph import autograd_graph
+from tensorbridge._autograd import _picture, _svg
+from tensorbridge._autograd._graph import autograd_graph
 
 
 def square():

@@ -7,7 +7,7 @@ import fake_frameworks
 import pytest
 
 import tensorbridge as tb
-from tensorbridge import _pool
+from tensorbridge._cuda import _pool
 
 
 @pytest.fixture

@@ -13,7 +13,9 @@ import torch
 from sources import SOON, on_host
 
 import tensorbridge as tb
-from tensorbridge import _lease, _prefetch, _prefetch_roads, _stream_order, _streams
+from tensorbridge._cuda import _lease, _stream_order, _streams
+from tensorbridge._prefetching import _prefetch
+from tensorbridge._prefetching import _roads as _prefetch_roads
 
 pytestmark = pytest.mark.usefixtures("no_thread_is_left")
 

@@ -14,7 +14,7 @@ from sources import on_host
 from torch.utils.data import DataLoader, Dataset
 
 import tensorbridge as tb
-from tensorbridge import _prefetch_worker
+from tensorbridge._prefetching import _worker as _prefetch_worker
 
 pytestmark = pytest.mark.usefixtures("no_thread_is_left")
 

@@ -168,8 +168,8 @@ class OnCuda(Producer):
 
 @pytest.fixture
 def stream_seven(monkeypatch):
-    monkeypatch.setattr("tensorbridge._streams.current", lambda framework, index: 7)
-    monkeypatch.setattr("tensorbridge._streams.on_device", lambda index: contextlib.nullcontext())
+    monkeypatch.setattr("tensorbridge._cuda._streams.current", lambda framework, index: 7)
+    monkeypatch.setattr("tensorbridge._cuda._streams.on_device", lambda index: contextlib.nullcontext())
 
 
 def test_a_capsule_on_a_device_is_read_without_one_and_asked_for_on_a_stream(stream_seven):

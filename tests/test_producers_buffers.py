@@ -198,7 +198,7 @@ CUDA_FACTS = {"shape": (3,), "typestr": "<f4", "data": (4096, False), "version":
 
 
 def test_a_cuda_array_interface_is_described_without_a_device(monkeypatch):
-    monkeypatch.setattr("tensorbridge._streams.usable", lambda framework: False)
+    monkeypatch.setattr("tensorbridge._cuda._streams.usable", lambda framework: False)
     info = tb.describe(Says(__cuda_array_interface__={**CUDA_FACTS, "strides": (-4,)}))
     assert (info.framework, info.device, info.dtype, info.strides) == (
         "cuda_array_interface",

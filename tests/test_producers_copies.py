@@ -118,8 +118,10 @@ def test_a_type_error_of_the_producer_s_own_is_not_asked_for_again_with_copy_fal
 
 
 def test_a_producer_on_a_device_is_told_too(monkeypatch):
-    monkeypatch.setattr("tensorbridge._streams.current", lambda framework, index: 7)
-    monkeypatch.setattr("tensorbridge._streams.on_device", contextlib.nullcontext)  # a machine may have fewer devices
+    monkeypatch.setattr("tensorbridge._cuda._streams.current", lambda framework, index: 7)
+    monkeypatch.setattr(
+        "tensorbridge._cuda._streams.on_device", contextlib.nullcontext
+    )  # a machine may have fewer devices
 
     class OnCuda(CopiesUnlessTold):
         def __dlpack_device__(self):

@@ -11,8 +11,9 @@ from fake_frameworks import cupy_adapter
 from races import with_adapters
 
 import tensorbridge as tb
-from tensorbridge import Device, Traits, _streams
+from tensorbridge import Device, Traits
 from tensorbridge._adapters import _foreign, _protocols, _torch_cuda
+from tensorbridge._cuda import _streams
 from tensorbridge._plan import decide
 from tensorbridge._step import Want
 

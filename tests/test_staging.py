@@ -12,7 +12,8 @@ import fake_frameworks
 import numpy as np
 import pytest
 
-from tensorbridge import DeviceError, _copiers, _lease, _staging, _streams
+from tensorbridge import DeviceError, _copiers
+from tensorbridge._cuda import _lease, _staging, _streams
 
 SLOT, SLOTS, PART = 1024, 4, 256
 SIZES = [1, 255, SLOT - 1, SLOT, SLOT + 1, 3 * SLOT, 4 * SLOT, 4 * SLOT + 1, 23 * SLOT + 17]
@@ -228,7 +229,7 @@ def test_at_shutdown_the_copies_are_made_without_threads(machine, link, ring, mo
 def test_a_forked_child_has_no_ring_and_does_not_free_its_parents():
     code = """
 import os
-from tensorbridge import _staging as s
+from tensorbridge._cuda import _staging as s
 class Slot:
     def __del__(self): print("freed")
 s._ring = Slot()

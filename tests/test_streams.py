@@ -13,7 +13,8 @@ import fake_frameworks
 import pytest
 
 import tensorbridge as tb
-from tensorbridge import DeviceError, _stream_order, _streams
+from tensorbridge import DeviceError
+from tensorbridge._cuda import _stream_order, _streams
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
@@ -336,7 +337,7 @@ def test_a_fork_after_cupy_used_cuda_is_known_even_where_torch_did_not(machine, 
 
 
 def test_the_hook_runs_in_a_real_child():
-    code = "import os, tensorbridge._streams as s; s._usable.add('cupy'); pid = os.fork()\n"
+    code = "import os, tensorbridge._cuda._streams as s; s._usable.add('cupy'); pid = os.fork()\n"
     code += "if not pid: os._exit(40 + s._cupy_in_parent + 2 * len(s._usable))\n"
     code += "print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), s._cupy_in_parent)"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=dict(os.environ), check=True)

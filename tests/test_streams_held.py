@@ -7,8 +7,8 @@ import pytest
 from races import ON_CUPY, SHAPE, Producer, crossings, foreign, with_adapters
 
 import tensorbridge as tb
-from tensorbridge import _stream_order, _streams
 from tensorbridge._adapters import _torch_cuda
+from tensorbridge._cuda import _stream_order, _streams
 
 
 @pytest.fixture
@@ -137,7 +137,7 @@ def test_where_cupy_cannot_use_the_driver_torch_orders_streams_and_tells_capture
 
 def test_a_lane_leaves_a_tensor_to_be_refused_while_a_mode_answers_for_torch(machine, monkeypatch):
     """Under FakeTensorMode an alias of a real tensor is a fake, and keeps no memory."""
-    from tensorbridge import _device_lanes
+    from tensorbridge._cuda import _device_lanes
 
     lane = _device_lanes.plain_tensor_to_cupy(lambda x: "the full road")
     t = machine.torch.full(SHAPE, 1.0)

@@ -8,8 +8,9 @@ import pytest
 import torch
 
 import tensorbridge as tb
-from tensorbridge import Device, Traits, _lease, _roads, _staging, _stream_order, _streams
+from tensorbridge import Device, Traits, _roads
 from tensorbridge._adapters import _torch_cuda
+from tensorbridge._cuda import _lease, _staging, _stream_order, _streams
 from tensorbridge._plan import decide
 from tensorbridge._step import Here, Step, Want
 

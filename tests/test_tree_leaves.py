@@ -15,9 +15,10 @@ from arrays import ARRAYS, numbers
 from torch.autograd import forward_ad
 
 import tensorbridge as tb
-from tensorbridge import _leaf, tree
+from tensorbridge import tree
 from tensorbridge._adapters import adapter_of
 from tensorbridge._step import Want
+from tensorbridge._trees import _leaf
 
 
 @pytest.fixture

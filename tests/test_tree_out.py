@@ -12,7 +12,8 @@ import torch
 from arrays import frozen, numbers
 
 import tensorbridge as tb
-from tensorbridge import _convert, _leaves, _remember, tree
+from tensorbridge import _convert, _remember, tree
+from tensorbridge._trees import _leaves
 
 
 @pytest.fixture

@@ -14,8 +14,9 @@ from typing import Any
 import cupy
 import numpy as np
 
-from tensorbridge import _dtypes, _lease, _staging, _stream_order, _streams
+from tensorbridge import _dtypes
 from tensorbridge._array import CPU, ArrayInfo, Device, Traits, layout, order_text, reach, shape_text, size_class
+from tensorbridge._cuda import _lease, _staging, _stream_order, _streams
 from tensorbridge._refuse import Obstacle, askew
 from tensorbridge._roads import CAPTURED, PINNED
 from tensorbridge._step import Op, Step, Want

@@ -10,10 +10,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from tensorbridge import _dtypes, _refuse, _streams
+from tensorbridge import _dtypes, _refuse
 from tensorbridge._adapters import _dlpack, named
 from tensorbridge._adapters._dlpack import malformed
 from tensorbridge._array import Device, Traits, c_strides, layout, size_class
+from tensorbridge._cuda import _streams
 from tensorbridge._errors import INSTALL, DeviceError, MissingFrameworkError
 from tensorbridge._refuse import CALLED, Obstacle
 from tensorbridge._step import Want

@@ -12,11 +12,12 @@ from typing import Any
 
 import numpy as np
 
-from tensorbridge import _dtypes, _refuse, _streams
+from tensorbridge import _dtypes, _refuse
 from tensorbridge._adapters import _columns, _dlpack, _foreign, _made, _missing, _numpy, _python, _strangers
 from tensorbridge._adapters._arrow import Joined
 from tensorbridge._adapters._dlpack import malformed
 from tensorbridge._array import ArrayInfo, Traits, order_text, reach, size_class
+from tensorbridge._cuda import _streams
 from tensorbridge._errors import BridgeError, DeviceError, ProducerError, UnsupportedArrayError
 from tensorbridge._refuse import Obstacle
 from tensorbridge._step import EXPORTED, Op, Step, Want

@@ -16,10 +16,11 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from tensorbridge import _dtypes, _readonly, _streams
+from tensorbridge import _dtypes, _readonly
 from tensorbridge._adapters import _numpy, _torch_cuda, _torch_steps
 from tensorbridge._adapters._torch_steps import DTYPES, NAMES
 from tensorbridge._array import CPU, ArrayInfo, Device, Layout, Traits, layout, order_text, shape_text, size_class
+from tensorbridge._cuda import _streams
 from tensorbridge._refuse import Obstacle
 from tensorbridge._step import Want, bytes_text
 

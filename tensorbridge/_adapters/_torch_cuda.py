@@ -15,9 +15,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tensorbridge import _dtypes, _lease, _staging, _stream_order, _streams
+from tensorbridge import _dtypes
 from tensorbridge._adapters import _numpy
 from tensorbridge._array import CPU, FROM_LARGE, Traits
+from tensorbridge._cuda import _lease, _staging, _stream_order, _streams
 from tensorbridge._errors import ProducerError
 from tensorbridge._roads import PINNED, RING
 from tensorbridge._step import Step, Want

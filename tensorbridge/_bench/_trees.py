@@ -27,7 +27,7 @@ LEAF = (16, 16)  # float32: 1 KiB
 
 def tree_module() -> Any:
     try:
-        return import_module("tensorbridge._tree")
+        return import_module("tensorbridge._trees._tree")
     except ModuleNotFoundError as error:
         raise Unavailable(f"not built yet: {error.name}") from error
 

@@ -13,7 +13,7 @@ def bounded(gpu, a_minute):
     yield
     import_module("torch").cuda.synchronize()
     gc.collect()
-    import_module("tensorbridge._lease").settle()
+    import_module("tensorbridge._cuda._lease").settle()
 
 
 @pytest.fixture
@@ -36,7 +36,7 @@ def gate(torch, cupy):
 @pytest.fixture
 def whole_ring(gpu):
     """All slots of the ring are made: page-locked memory that is asked for beside a held stream may wait for it."""
-    staging = import_module("tensorbridge._staging")
+    staging = import_module("tensorbridge._cuda._staging")
     ring = staging.ring()
     slots = [ring.take(wait=False) for _ in range(staging.SLOTS)]
     for slot in filter(None, slots):  # None: it is in use

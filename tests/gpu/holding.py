@@ -120,7 +120,7 @@ def twice(body):
 
 def settled():
     """Nothing is queued, and memory that waited for it is free again; tensorbridge need not be there."""
-    lease = sys.modules.get("tensorbridge._lease")
+    lease = sys.modules.get("tensorbridge._cuda._lease")
     for _ in range(3):  # an owner that is dropped may release another
         import_module("torch").cuda.synchronize()
         if lease is not None:

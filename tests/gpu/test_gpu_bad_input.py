@@ -10,7 +10,7 @@ import pytest
 from holding import twice
 
 import tensorbridge as tb
-from tensorbridge import _lease, _staging, _streams
+from tensorbridge._cuda import _lease, _staging, _streams
 
 pytestmark = pytest.mark.gpu
 
@@ -88,7 +88,7 @@ os.waitpid(pid, 0)
 """,
     "a forked child that runs to the interpreter's end": """
 import os, sys, numpy as np, torch, tensorbridge as tb
-from tensorbridge import _lease, _stream_order
+from tensorbridge._cuda import _lease, _stream_order
 tb.to_numpy(tb.to_torch(np.zeros(1 << 24), device="cuda"))  # through the ring
 t = torch.ones(1 << 20, device="cuda")
 with torch.cuda.stream(torch.cuda.Stream()): c = tb.to_cupy(t)  # ordered by an event

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import tensorbridge as tb
-from tensorbridge import _lease
+from tensorbridge._cuda import _lease
 
 pytestmark = pytest.mark.gpu
 
@@ -151,7 +151,7 @@ def test_a_capture_by_cupy_is_respected_too(torch, cupy, warm):
 
 OTHER_THREAD = """
 import threading, torch, cupy, tensorbridge as tb
-from tensorbridge import _lease
+from tensorbridge._cuda import _lease
 stream = torch.cuda.Stream()
 x = torch.zeros(1024, device="cuda")
 x += 1

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import tensorbridge as tb
-from tensorbridge import _lease, _staging, _streams
+from tensorbridge._cuda import _lease, _staging, _streams
 
 pytestmark = pytest.mark.gpu
 

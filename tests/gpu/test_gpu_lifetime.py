@@ -15,7 +15,7 @@ import pytest
 from holding import twice
 
 import tensorbridge as tb
-from tensorbridge import _lease
+from tensorbridge._cuda import _lease
 
 pytestmark = pytest.mark.gpu
 

@@ -7,7 +7,7 @@ import pytest
 from holding import twice
 
 import tensorbridge as tb
-from tensorbridge import _streams
+from tensorbridge._cuda import _streams
 
 pytestmark = pytest.mark.gpu
 

@@ -6,7 +6,7 @@ import pytest
 from holding import twice
 
 import tensorbridge as tb
-from tensorbridge import _lease, _staging
+from tensorbridge._cuda import _lease, _staging
 
 pytestmark = pytest.mark.gpu
 

@@ -12,12 +12,13 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator, Sized
 from typing import Any, Literal, NoReturn, TypeVar
 
-from tensorbridge import _options, _tables, _watch
+from tensorbridge import _options, _watch
 from tensorbridge._array import CPU, Device, Traits
 from tensorbridge._eager import eager, is_inside, told
-from tensorbridge._prefetch_roads import Host, road_for
-from tensorbridge._prefetch_worker import Failure, Worker, dropped, end_readers_of
+from tensorbridge._prefetching._roads import Host, road_for
+from tensorbridge._prefetching._worker import Failure, Worker, dropped, end_readers_of
 from tensorbridge._step import Want
+from tensorbridge._trees import _tables
 
 _T = TypeVar("_T")
 _USUAL = Device("cuda")  # by its identity told from a "cuda" that is given

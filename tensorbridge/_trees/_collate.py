@@ -16,12 +16,23 @@ from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 import numpy as np
 
-from tensorbridge import _api, _convert, _dtypes, _lanes, _options, _tables, _watch
+from tensorbridge import _api, _convert, _dtypes, _lanes, _options, _watch
 from tensorbridge._adapters import is_scalar
 from tensorbridge._array import shape_text
-from tensorbridge._containers import ARRAY, DICT, Kind, at, check_known, is_by_class, kind_of, rebuilt, sequence_open
 from tensorbridge._eager import eager
 from tensorbridge._errors import BridgeError, GraphError, UnsupportedArrayError
+from tensorbridge._trees import _tables
+from tensorbridge._trees._containers import (
+    ARRAY,
+    DICT,
+    Kind,
+    at,
+    check_known,
+    is_by_class,
+    kind_of,
+    rebuilt,
+    sequence_open,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor

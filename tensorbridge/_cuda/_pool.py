@@ -13,9 +13,10 @@ import sys
 from functools import partial
 from typing import Any
 
-from tensorbridge import _options, _streams
+from tensorbridge import _options
+from tensorbridge._cuda import _streams
+from tensorbridge._cuda._lease import unseen
 from tensorbridge._errors import DeviceError
-from tensorbridge._lease import unseen
 
 
 class share_memory_pool:

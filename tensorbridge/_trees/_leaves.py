@@ -15,18 +15,19 @@ from typing import Any
 
 import numpy as np
 
-from tensorbridge import _api, _convert, _lanes, _pack, _remember, _watch
+from tensorbridge import _api, _convert, _lanes, _remember, _watch
 from tensorbridge import _words as words
 from tensorbridge._array import CPU
-from tensorbridge._containers import check_known
 from tensorbridge._convert import Case, judged
 from tensorbridge._eager import is_inside
-from tensorbridge._fill import aligned, checked
-from tensorbridge._leaf import FACTS, NAMED, Leaf, decided, key_of, name, opened
-from tensorbridge._pack import Block
 from tensorbridge._step import Op, Plan, Want, usual
-from tensorbridge._tree_lanes import through_lanes
-from tensorbridge._walk import Flat, flatten
+from tensorbridge._trees import _pack
+from tensorbridge._trees._containers import check_known
+from tensorbridge._trees._fill import aligned, checked
+from tensorbridge._trees._leaf import FACTS, NAMED, Leaf, decided, key_of, name, opened
+from tensorbridge._trees._pack import Block
+from tensorbridge._trees._tree_lanes import through_lanes
+from tensorbridge._trees._walk import Flat, flatten
 
 
 def converted(tree: Any, want: Want, *, out: Any = None, pack: bool = True) -> Any:

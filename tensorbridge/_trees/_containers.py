@@ -19,10 +19,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from tensorbridge import _rebuild, _tables
 from tensorbridge._adapters import _strangers
 from tensorbridge._errors import UnsupportedArrayError
 from tensorbridge._refuse import OBSTACLES, plain_dict
+from tensorbridge._trees import _rebuild, _tables
 
 
 class Kind(NamedTuple):

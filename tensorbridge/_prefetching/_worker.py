@@ -20,9 +20,9 @@ from typing import Any, NamedTuple
 
 from tensorbridge import _watch
 from tensorbridge._loaded import loaded
-from tensorbridge._prefetch_roads import Batch, Host
+from tensorbridge._prefetching._roads import Batch, Host
 from tensorbridge._step import Want
-from tensorbridge._walk import flatten
+from tensorbridge._trees._walk import flatten
 
 PATIENCE = 1.0  # seconds that close() waits for a worker whose source does not answer
 

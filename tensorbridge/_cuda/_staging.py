@@ -26,9 +26,10 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from tensorbridge import _copiers, _forks, _lease, _stream_order, _streams
+from tensorbridge import _copiers, _forks
 from tensorbridge._array import LARGE
 from tensorbridge._copiers import Bytes
+from tensorbridge._cuda import _lease, _stream_order, _streams
 from tensorbridge._errors import DeviceError
 
 if TYPE_CHECKING:

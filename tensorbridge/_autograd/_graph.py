@@ -12,11 +12,11 @@ import sys
 from itertools import islice
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from tensorbridge import _picture
 from tensorbridge._array import shape_text
+from tensorbridge._autograd import _picture
+from tensorbridge._autograd._editing import intercepts, on_host, torch_of
 from tensorbridge._dtypes import of_torch
 from tensorbridge._eager import eager
-from tensorbridge._editing import intercepts, on_host, torch_of
 from tensorbridge._errors import GraphError
 from tensorbridge._memory import elements, overlap
 

@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from tensorbridge import _eager, _options
 from tensorbridge._array import ArrayInfo, Traits
-from tensorbridge._containers import check_known, is_array, may_hold_arrays
-from tensorbridge._fill import aligned, checked
-from tensorbridge._leaf import decided
-from tensorbridge._leaves import blocks_of, check_pack, converted, outside, plan_of
-from tensorbridge._pack import Block
 from tensorbridge._step import Plan, bytes_text, step_lines
-from tensorbridge._walk import flatten
+from tensorbridge._trees._containers import check_known, is_array, may_hold_arrays
+from tensorbridge._trees._fill import aligned, checked
+from tensorbridge._trees._leaf import decided
+from tensorbridge._trees._leaves import blocks_of, check_pack, converted, outside, plan_of
+from tensorbridge._trees._pack import Block
+from tensorbridge._trees._walk import flatten
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack

@@ -11,7 +11,8 @@ import sys
 import threading
 from typing import Any
 
-from tensorbridge import _forks, _streams
+from tensorbridge import _forks
+from tensorbridge._cuda import _streams
 
 # Those not in use, by (thread, whether CuPy's, index). Not thread-local: a forked child would destroy those of other
 # threads.

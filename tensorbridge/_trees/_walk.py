@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from functools import partial
 from typing import Any, NamedTuple
 
-from tensorbridge._containers import ARRAY, EXACT, OTHER, ROOT, Kind, kind_of, rebuilt
 from tensorbridge._errors import UnsupportedArrayError
+from tensorbridge._trees._containers import ARRAY, EXACT, OTHER, ROOT, Kind, kind_of, rebuilt
 
 
 class Frame:

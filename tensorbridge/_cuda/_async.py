@@ -18,15 +18,16 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from tensorbridge import _api, _dtypes, _forks, _staging, _stream_order, _streams, _watch, tree
+from tensorbridge import _api, _dtypes, _forks, _watch, tree
 from tensorbridge._array import CPU, ArrayInfo
-from tensorbridge._containers import ARRAY, OTHER, kind_of
+from tensorbridge._cuda import _staging, _stream_order, _streams
 from tensorbridge._eager import eager, told
 from tensorbridge._errors import DeviceError
-from tensorbridge._leaf import identity
 from tensorbridge._loaded import loaded
-from tensorbridge._pack import ALIGN
-from tensorbridge._walk import flatten
+from tensorbridge._trees._containers import ARRAY, OTHER, kind_of
+from tensorbridge._trees._leaf import identity
+from tensorbridge._trees._pack import ALIGN
+from tensorbridge._trees._walk import flatten
 
 if TYPE_CHECKING:
     from concurrent.futures import Future, ThreadPoolExecutor

@@ -280,17 +280,17 @@ class Staging:
         self.framework = framework
 
     def host_block(self, nbytes: int) -> Any:
-        from tensorbridge import _staging
+        from tensorbridge._cuda import _staging
 
         return _staging.pinned_empty(nbytes)
 
     def up(self, host: Any, device: Device) -> Any:
-        from tensorbridge import _staging
+        from tensorbridge._cuda import _staging
 
         return _staging.upload(host, framework=self.framework, index=device.index, pinned=True, non_blocking=True)
 
     def down(self, block: Any, device: Device) -> Any:
-        from tensorbridge import _staging
+        from tensorbridge._cuda import _staging
 
         return _staging.download(block, framework=self.framework, index=device.index)
 

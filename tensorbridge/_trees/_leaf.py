@@ -16,7 +16,7 @@ from tensorbridge._array import SMALL, ArrayInfo, c_strides
 from tensorbridge._convert import Case, judged
 from tensorbridge._errors import BridgeError
 from tensorbridge._step import Want
-from tensorbridge._walk import Flat
+from tensorbridge._trees._walk import Flat
 
 NAMED = (BridgeError, ValueError, TypeError)
 

@@ -7,11 +7,12 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from typing import Any, NamedTuple
 
-from tensorbridge import _lease, _leaves, _stream_order, _streams
 from tensorbridge._array import CPU
+from tensorbridge._cuda import _lease, _stream_order, _streams
 from tensorbridge._errors import DeviceError, UnsupportedArrayError
 from tensorbridge._step import Want
-from tensorbridge._walk import flatten
+from tensorbridge._trees import _leaves
+from tensorbridge._trees._walk import flatten
 
 
 class Batch(NamedTuple):

@@ -27,7 +27,8 @@ from typing import Any
 
 import numpy as np
 
-from tensorbridge import _forks, _stream_order, _streams
+from tensorbridge import _forks
+from tensorbridge._cuda import _stream_order, _streams
 
 _leases: dict[int, Lease] = {}  # by the identity of what the borrower holds
 _pending: deque[_Ending] = deque()

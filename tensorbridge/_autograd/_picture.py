@@ -12,12 +12,12 @@ from collections import Counter
 from typing import TYPE_CHECKING, NamedTuple
 
 from tensorbridge._array import shape_text
-from tensorbridge._svg import COLOURS, INK, RED, Box, Link, draw
+from tensorbridge._autograd._svg import COLOURS, INK, RED, Box, Link, draw
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
-    from tensorbridge._graph import Graph, Node
+    from tensorbridge._autograd._graph import Graph, Node
 
 LIMIT = 300  # nodes in a picture or a table; beyond, it is folded
 SAVED_LIMIT = 12  # saved tensors named at one node

@@ -10,11 +10,11 @@ import numpy as np
 from tensorbridge import _options
 from tensorbridge._adapters import adapter_of
 from tensorbridge._array import ArrayInfo
-from tensorbridge._containers import DICT, LIST, ROOT, TUPLE
-from tensorbridge._leaf import NAMED, Leaf, identity, name, opened
 from tensorbridge._memory import first_meeting
 from tensorbridge._step import Want
-from tensorbridge._walk import Flat, Frame, flatten
+from tensorbridge._trees._containers import DICT, LIST, ROOT, TUPLE
+from tensorbridge._trees._leaf import NAMED, Leaf, identity, name, opened
+from tensorbridge._trees._walk import Flat, Frame, flatten
 
 
 def checked(flat: Flat, outs: list[Any], want: Want, *, planning: bool = False) -> tuple[list[Leaf], dict[int, int]]:

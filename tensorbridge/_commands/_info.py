@@ -5,7 +5,8 @@ from __future__ import annotations
 import platform
 from typing import Any, NamedTuple
 
-from tensorbridge import _matrix, _streams
+from tensorbridge._commands import _matrix
+from tensorbridge._cuda import _streams
 from tensorbridge._eager import eager
 from tensorbridge._loaded import loaded
 

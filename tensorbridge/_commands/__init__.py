@@ -1,0 +1,1 @@
+"""What `python -m tensorbridge` and `info()` show."""
