@@ -41,7 +41,7 @@ def kind(a: Array) -> Traits | None:
     plain = base is None or (type(base) is np.ndarray and base.base is None)
     if plain and (found := _seen.get(seen)) is not None:
         return found
-    if a.dtype not in _dtypes.OF_NUMPY:
+    if not _dtypes.of_numpy(a.dtype):
         return None
     found = traits(a)
     if plain and a.dtype.kind != "c":  # whose alignment is one of its address

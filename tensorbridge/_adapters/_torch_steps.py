@@ -206,5 +206,6 @@ def borrowed(t: Any) -> Any:
         return t
     if t.is_contiguous():
         return np.ndarray(t.shape, IN_NUMPY[t.dtype], _numpy.bytes_at(t.data_ptr()))
-    strides = [s * t.element_size() for s in t.stride()]
+    itemsize = t.element_size()
+    strides = [s * itemsize for s in t.stride()]
     return np.ndarray(t.shape, IN_NUMPY[t.dtype], _numpy.bytes_at(t.data_ptr()), 0, strides)
