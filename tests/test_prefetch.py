@@ -332,7 +332,7 @@ def test_missing_device_is_an_error_at_the_call(monkeypatch):
 
 
 def test_a_forked_process_without_cuda_is_told_at_the_call(monkeypatch):
-    monkeypatch.setattr(tb._streams, "forked", lambda: True)
+    monkeypatch.setattr(tb._cuda._streams, "forked", lambda: True)
     with pytest.raises(tb.DeviceError, match="forked process"):
         tb.prefetch([np.zeros(3)])
 
