@@ -14,8 +14,7 @@ from sources import SOON, on_host
 
 import tensorbridge as tb
 from tensorbridge._cuda import _lease, _stream_order, _streams
-from tensorbridge._prefetching import _prefetch
-from tensorbridge._prefetching import _roads as _prefetch_roads
+from tensorbridge._prefetching import _prefetch, _roads
 
 pytestmark = pytest.mark.usefixtures("no_thread_is_left")
 
@@ -44,10 +43,10 @@ def test_batch_is_handed_over_to_the_stream_that_asks(monkeypatch):
     monkeypatch.setattr(_stream_order, "mark", lambda number, index: calls.append(("mark", number)) or Mark(len(calls)))
     monkeypatch.setattr(_lease, "used_on", used_on)
     monkeypatch.setattr(_lease, "keep", lambda array, number, index: calls.append(("keep", array, number)))
-    monkeypatch.setattr(_prefetch_roads.Cuda, "on_device", lambda road, batch: [type(batch).__name__])
-    monkeypatch.setattr(_prefetch_roads, "_current_stream", lambda framework, index: "mine")
-    monkeypatch.setattr(_prefetch_roads._leaves, "converted", lambda batch, want: calls.append("convert") or (batch,))
-    monkeypatch.setattr(_prefetch, "road_for", lambda want: _prefetch_roads.Cuda("torch", 0))
+    monkeypatch.setattr(_roads.Cuda, "on_device", lambda road, batch: [type(batch).__name__])
+    monkeypatch.setattr(_roads, "_current_stream", lambda framework, index: "mine")
+    monkeypatch.setattr(_roads._leaves, "converted", lambda batch, want: calls.append("convert") or (batch,))
+    monkeypatch.setattr(_prefetch, "road_for", lambda want: _roads.Cuda("torch", 0))
     ready = on_host([[1]])
     assert next(ready) == ([1],)
     assert list(ready) == []
@@ -121,7 +120,7 @@ def test_batches_that_were_on_the_device_are_let_go_once_they_were_read(machine)
 def test_a_tensor_without_a_storage_is_left_to_the_conversion_to_refuse(monkeypatch):
     monkeypatch.setattr(torch.Tensor, "is_cuda", True)
     sparse = torch.eye(3).to_sparse()
-    assert _prefetch_roads.Cuda.on_device(None, [sparse]) == []
+    assert _roads.Cuda.on_device(None, [sparse]) == []
 
 
 def test_batch_that_is_no_tree_before_its_transform_goes_to_a_device_too(machine):

@@ -22,7 +22,7 @@ import torch
 from sources import SOON, Source, eventually, on_host
 
 import tensorbridge as tb
-from tensorbridge._prefetching import _worker as _prefetch_worker
+from tensorbridge._prefetching import _worker
 
 pytestmark = pytest.mark.usefixtures("no_thread_is_left")
 
@@ -74,7 +74,7 @@ class Hanging(Source):
 
 
 def test_close_waits_for_a_source_that_hangs_only_so_long(monkeypatch):
-    monkeypatch.setattr(_prefetch_worker, "PATIENCE", 0.05)
+    monkeypatch.setattr(_worker, "PATIENCE", 0.05)
     source = Hanging()
     ready = on_host(source)
     next(ready)
@@ -287,7 +287,7 @@ def test_grad_mode_is_that_of_the_caller(enabled):
 
 
 def test_a_batch_that_one_consumer_has_taken_is_not_lost_where_another_comes_to_the_end():
-    state = _prefetch_worker.State(2)
+    state = _worker.State(2)
     shelf = state.ready
 
     class Interrupted:
@@ -300,7 +300,7 @@ def test_a_batch_that_one_consumer_has_taken_is_not_lost_where_another_comes_to_
             state.close()
             return item
 
-    state.put(_prefetch_worker.Batch("the last"))
+    state.put(_worker.Batch("the last"))
     state.ready = Interrupted()
     assert state.take().value == "the last"
     assert state.take() is None
@@ -370,7 +370,7 @@ def test_a_thread_that_cannot_be_started_is_an_error_and_nothing_else(monkeypatc
 
     unheard = []
     monkeypatch.setattr(sys, "unraisablehook", unheard.append)
-    monkeypatch.setattr(_prefetch_worker.Worker, "start", none)
+    monkeypatch.setattr(_worker.Worker, "start", none)
     said = ""
     try:
         on_host(Source(3))

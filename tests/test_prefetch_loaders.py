@@ -14,7 +14,7 @@ from sources import on_host
 from torch.utils.data import DataLoader, Dataset
 
 import tensorbridge as tb
-from tensorbridge._prefetching import _worker as _prefetch_worker
+from tensorbridge._prefetching import _worker
 
 pytestmark = pytest.mark.usefixtures("no_thread_is_left")
 
@@ -75,7 +75,7 @@ def closed(batches: Any) -> None:
 @pytest.mark.parametrize("leave", [first, fails, closed])
 @pytest.mark.parametrize("then", ["prefetch", "plain"])
 def test_a_loop_that_was_left_is_out_of_the_loader_before_the_next_begins(leave, then, monkeypatch):
-    monkeypatch.setattr(_prefetch_worker, "PATIENCE", 0.001)
+    monkeypatch.setattr(_worker, "PATIENCE", 0.001)
     loader = OneIterator()
     for _ in range(3):
         leave(on_host(loader))
