@@ -11,7 +11,7 @@ from tensorbridge import _lanes, _options
 from tensorbridge._array import ArrayInfo
 from tensorbridge._convert import convert, described, planned
 from tensorbridge._cuda import _device_lanes
-from tensorbridge._eager import eager, told
+from tensorbridge._eager import eager, noticing
 from tensorbridge._memory import infos_share
 from tensorbridge._remember import remembering
 from tensorbridge._step import Plan
@@ -329,7 +329,7 @@ def describe(x: Any) -> ArrayInfo:
     return described(x)
 
 
-@told
+@noticing
 def plan(x: Any, to: Literal["numpy", "torch", "cupy"], **options: Unpack[PlanOptions]) -> Plan:
     """Return the very steps that ``to_numpy``, ``to_torch`` or ``to_cupy`` would perform, and perform none.
 

@@ -58,7 +58,7 @@ def is_heard() -> bool:
     return modes["over"] not in ("warn", "ignore") or modes["under"] != "ignore"
 
 
-def told(cast: Callable[..., _T], source: str, wanted: str) -> Callable[..., _T]:
+def with_warnings(cast: Callable[..., _T], source: str, wanted: str) -> Callable[..., _T]:
     """`cast`, from elements of one name to another, with its warnings at the caller's line.
 
     What NumPy has to say is kept back for the moment of the cast, as by its own `errstate`, in this context alone.

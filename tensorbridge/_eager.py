@@ -22,7 +22,7 @@ from types import CodeType
 from typing import Any, TypeVar
 
 _F = TypeVar("_F", bound=Callable[..., Any])
-unmarked: list[tuple[CodeType, bool]] = []  # code, and whether all that it calls is meant too
+unhidden: list[tuple[CodeType, bool]] = []  # code, and whether all that it calls is meant too
 compiling: Callable[[], Any] = lambda: None  # Dynamo's callback while compiled code runs, else None
 
 
@@ -46,29 +46,29 @@ REASON = (
 def _hidden(function: _F, *, below: bool) -> _F:
     function._torchdynamo_disable = True  # type: ignore[attr-defined]
     function._torchdynamo_disable_msg = REASON  # type: ignore[attr-defined]
-    unmarked.append((function.__code__, below))
-    mark()  # torch may be there already
+    unhidden.append((function.__code__, below))
+    hide_all()  # torch may be there already
     return function
 
 
-def mark() -> None:
+def hide_all() -> None:
     """Make the marks, once torch is there. A torch without them only compiles, and warns, more than it has to."""
     global compiling
     frames: Any = getattr(getattr(getattr(sys.modules.get("torch"), "_C", None), "_dynamo", None), "eval_frame", None)
     if frames is None:
         return
     if not hasattr(frames, "set_code_exec_strategy"):
-        unmarked.clear()
+        unhidden.clear()
         return
     skip, default = frames._FrameAction.SKIP, frames._FrameAction.DEFAULT
     with suppress(IndexError):  # none is left: another thread may take the last one
         while True:
-            code, below = unmarked.pop()
+            code, below = unhidden.pop()
             frames.set_code_exec_strategy(code, frames._FrameExecStrategy(skip, skip if below else default))
     compiling = frames.get_eval_frame_callback
 
 
-eager(mark)
+eager(hide_all)
 
 _inside: ContextVar[bool] = ContextVar("tensorbridge_compiled", default=False)
 is_inside = _inside.get  # whether compiled code has called the conversion that is being decided
@@ -84,14 +84,14 @@ def inside(function: Callable[..., Any], /, *args: Any, **options: Any) -> Any:
         _inside.reset(before)
 
 
-def told(function: _F) -> _F:
+def noticing(function: _F) -> _F:
     """Hide a function, and decide in it as for compiled code where compiled code has called it."""
     hidden = eager(function)
 
     @wraps(function)
     def call(*args: Any, **options: Any) -> Any:
-        if unmarked:
-            mark()
+        if unhidden:
+            hide_all()
         return hidden(*args, **options) if compiling() is None else inside(hidden, *args, **options)
 
     return outermost(call)  # type: ignore[return-value]

@@ -47,7 +47,7 @@ def open(adapter: Adapter) -> None:
     _intercepted = facts.is_intercepted
     _forward_ad, _from_numpy, _host = facts.forward_ad, facts.from_numpy, facts.HOST
     _dense, _increment_version = facts.dense, facts.increment_version
-    _eager.mark()
+    _eager.hide_all()
     _compiling = _eager.compiling
     _common, _plain_dtypes, _plain_numpy = facts.COMMON, facts.PLAIN, facts.PLAIN_NUMPY
     _float32, _Tensor = np.dtype("float32"), facts.Tensor  # last: other threads may be in a lane
@@ -84,8 +84,8 @@ def plain_tensor_to_numpy(full: _F) -> _F:
                             return a
                 except (RuntimeError, TypeError, ValueError, AssertionError):  # lazy bits, FakeTensorMode ...: too rare
                     pass
-        if _eager.unmarked:
-            _eager.mark()
+        if _eager.unhidden:
+            _eager.hide_all()
         return full(x, **options) if _eager.compiling() is None else _eager.inside(full, x, **options)
 
     return _eager.outermost(to_numpy)  # type: ignore[return-value]
@@ -127,8 +127,8 @@ def plain_array_to_torch(full: _F) -> _F:
                     return made
             except (ValueError, TypeError):  # a negative stride on an axis of length 1; C's unsigned long long
                 pass
-        if _eager.unmarked:
-            _eager.mark()
+        if _eager.unhidden:
+            _eager.hide_all()
         return full(x, **options) if _eager.compiling() is None else _eager.inside(full, x, **options)
 
     return _eager.outermost(to_torch)  # type: ignore[return-value]

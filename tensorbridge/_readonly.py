@@ -12,13 +12,13 @@ from typing import Any
 marked: dict[int, weakref.ref[Any]] = {}  # by address: of a tensor's object, or of a storage
 
 
-def mark(t: Any) -> Any:
+def remember(t: Any) -> Any:
     """The same tensor, from now on known to be an alias of something read-only."""
     _keep(id(t), t)
     return t
 
 
-def mark_memory(t: Any) -> Any:
+def remember_memory(t: Any) -> Any:
     """The same tensor, its memory from now on known to be read-only."""
     storage = t.untyped_storage()  # torch keeps the object for as long as it keeps the storage
     _keep(storage._cdata, storage)

@@ -270,7 +270,7 @@ def test_a_cast_is_done_in_the_callers_own_context():
         seen.append(mine.get())
         return a.astype("float32")
 
-    assert [text for text, *_ in warned(lambda: _casting.told(cast, "float64", "float32")(HUGE))] == [OVERFLOW]
+    assert [text for text, *_ in warned(lambda: _casting.with_warnings(cast, "float64", "float32")(HUGE))] == [OVERFLOW]
     assert seen == ["the caller's"]
 
 
@@ -293,7 +293,7 @@ def test_a_cast_that_fails_says_nothing_in_the_next():
             raise MemoryError
         return made
 
-    tell = _casting.told(cast, "float64", "float32")
+    tell = _casting.with_warnings(cast, "float64", "float32")
     with pytest.raises(MemoryError):
         tell(HUGE)
     assert warned(lambda: tell(np.ones(2))) == []

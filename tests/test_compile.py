@@ -95,9 +95,9 @@ def test_another_thread_may_take_the_last_mark(monkeypatch):
                 self.pop()
             return there
 
-    monkeypatch.setattr(_eager, "unmarked", Shared([((lambda: 1).__code__, True), ((lambda: 2).__code__, True)]))
-    _eager.mark()
-    assert len(_eager.unmarked) == 0
+    monkeypatch.setattr(_eager, "unhidden", Shared([((lambda: 1).__code__, True), ((lambda: 2).__code__, True)]))
+    _eager.hide_all()
+    assert len(_eager.unhidden) == 0
 
 
 def listed_ahead(x):

@@ -218,7 +218,7 @@ def performer(step: Step, before: Traits, want: Want) -> Callable[..., Any]:
     order: Literal["C", "K"] = "C" if before.overlap else "K"
     if op in (Op.CAST, Op.BYTESWAP):
         dtype: Any = _dtypes.DTYPES[after.dtype].numpy
-        return _casting.told(lambda a: np.asarray(a).astype(dtype, order=order), before.dtype, after.dtype)
+        return _casting.with_warnings(lambda a: np.asarray(a).astype(dtype, order=order), before.dtype, after.dtype)
     if op in (Op.COPY, Op.PACK):
         return lambda a: np.array(a, order=order, copy=True, subok=False)
     if op == Op.STACK:
@@ -264,7 +264,7 @@ def filler(source: str, wanted: str) -> Callable[[Array, Array], Array]:
         np.copyto(_base(out), a, casting="unsafe")
         return out
 
-    return _casting.told(filled, source, wanted)
+    return _casting.with_warnings(filled, source, wanted)
 
 
 class _Bytes(ctypes.c_char * sys.maxsize):  # type: ignore[misc]

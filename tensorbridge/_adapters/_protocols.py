@@ -47,7 +47,7 @@ def open(x: Any, want: Want) -> tuple[Any, Traits]:
         cure = "Give it a __dlpack_device__ that says where its memory is: (1, 0) is the host."
         raise Obstacle("not an array", cls.__name__, detail).cured(cure)
     else:
-        raise Obstacle(_strangers.told(x), cls.__name__)
+        raise Obstacle(_strangers.obstacle_of(x), cls.__name__)
     return _read(found, via, x)
 
 

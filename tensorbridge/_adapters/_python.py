@@ -178,5 +178,5 @@ def describe(handle: Any, traits: Traits) -> ArrayInfo:
 
 def performer(step: Step, before: Traits, want: Want) -> Callable[[Any], Any]:
     dtype, wanted = _dtypes.DTYPES[before.dtype].numpy, _dtypes.DTYPES[step.after.dtype].numpy
-    cast = _casting.told(lambda a: a.astype(wanted, copy=False), before.dtype, step.after.dtype)
+    cast = _casting.with_warnings(lambda a: a.astype(wanted, copy=False), before.dtype, step.after.dtype)
     return lambda x: cast(np.array(x, dtype=dtype))

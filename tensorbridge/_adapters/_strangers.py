@@ -13,7 +13,7 @@ from tensorbridge._adapters import _missing, _numpy
 from tensorbridge._refuse import Obstacle
 
 
-def told(x: Any) -> str:
+def obstacle_of(x: Any) -> str:
     """What it is that offers no array."""
     cls = type(x)
     if isinstance(x, (Mapping, deque)) or hasattr(cls, "__dataclass_fields__") or hasattr(cls, "__attrs_attrs__"):

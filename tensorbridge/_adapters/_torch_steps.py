@@ -99,8 +99,8 @@ def _from_numpy(before: Traits) -> Callable[[Any], Tensor]:
 def _shared(before: Traits) -> Callable[[Any], Tensor]:
     """A tensor over the memory of an array, which remembers that it came read-only."""
     as_alias = before.origin in ON_A_TENSOR
-    share, mark = (_alias, _readonly.mark) if as_alias else (_from_numpy(before), _readonly.mark_memory)
-    return share if before.writable else lambda a: mark(share(a))
+    share, remember = (_alias, _readonly.remember) if as_alias else (_from_numpy(before), _readonly.remember_memory)
+    return share if before.writable else lambda a: remember(share(a))
 
 
 def _alias(a: Any) -> Tensor:

@@ -21,7 +21,7 @@ import numpy as np
 from tensorbridge import _api, _dtypes, _forks, _watch, tree
 from tensorbridge._array import CPU, ArrayInfo
 from tensorbridge._cuda import _staging, _stream_order, _streams
-from tensorbridge._eager import eager, told
+from tensorbridge._eager import eager, noticing
 from tensorbridge._errors import DeviceError
 from tensorbridge._loaded import loaded
 from tensorbridge._trees._containers import ARRAY, OTHER, kind_of
@@ -94,7 +94,7 @@ class Transfer:
         return f"<tensorbridge.Transfer: {'done' if self.done() else 'under way'}>"
 
 
-@told
+@noticing
 def to_numpy_async(x: Any, *, pinned: bool = False) -> Transfer:
     """Start to bring `x` to the host, and return at once.
 

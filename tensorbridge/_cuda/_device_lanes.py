@@ -43,8 +43,8 @@ def plain_tensor_to_cupy(full: _F) -> _F:
         if type(x) is _Tensor and not options and not _watch.watching and x.is_cuda:
             if _forward_ad._current_level < 0 and not _intercepted() and (made := _from_torch(x)) is not None:
                 return made
-        if _eager.unmarked:
-            _eager.mark()
+        if _eager.unhidden:
+            _eager.hide_all()
         return full(x, **options)
 
     return _eager.outermost(to_cupy)  # type: ignore[return-value]

@@ -1,6 +1,6 @@
 """prefetch: a worker thread reads and converts batches ahead, while the consumer computes.
 
-The thread is `_prefetch_worker`'s. On CUDA its stream is the device's side stream, and host arrays go through pinned
+The thread is `_worker`'s. On CUDA its stream is the device's side stream, and host arrays go through pinned
 memory (`_staging`, `_pack`). The consumer's current stream waits for its batch by an event; the memory is kept for that
 stream too (`_lease`).
 """
@@ -14,7 +14,7 @@ from typing import Any, Literal, NoReturn, TypeVar
 
 from tensorbridge import _options, _watch
 from tensorbridge._array import CPU, Device, Traits
-from tensorbridge._eager import eager, is_inside, told
+from tensorbridge._eager import eager, is_inside, noticing
 from tensorbridge._prefetching._roads import Host, road_for
 from tensorbridge._prefetching._worker import Failure, Worker, dropped, end_readers_of
 from tensorbridge._step import Want
@@ -24,7 +24,7 @@ _T = TypeVar("_T")
 _USUAL = Device("cuda")  # by its identity told from a "cuda" that is given
 
 
-@told
+@noticing
 def prefetch(
     batches: Iterable[_T],
     *,

@@ -130,10 +130,10 @@ def check_known(tree: Any, framework: str, call: str = "") -> None:
     """Refuse what is left as it is at the root, though it may hold arrays: nothing at all would be converted."""
     if isinstance(kind_of(tree), Kind) or is_array(tree) or not may_hold_arrays(tree):
         return
-    cls, told = type(tree), _strangers.told(tree)
+    cls, found = type(tree), _strangers.obstacle_of(tree)
     module = sys.modules.get("torch.nn.modules.module")
-    if told in ("rows", "dataset", "lazy"):
-        cure = OBSTACLES[told].cure.replace("{framework}", framework)
+    if found in ("rows", "dataset", "lazy"):
+        cure = OBSTACLES[found].cure.replace("{framework}", framework)
     elif module is not None and isinstance(tree, module.Module):
         cure = "Give x.state_dict(), or dict(x.named_parameters())."
     elif hasattr(cls, "__iter__"):

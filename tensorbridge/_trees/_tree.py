@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from tensorbridge._options import PlanOptions
 
 
-@_eager.told
+@_eager.noticing
 def to_numpy(
     tree: Any,
     *,
@@ -81,7 +81,7 @@ def to_numpy(
     return converted(tree, want, out=out, pack=pack)
 
 
-@_eager.told
+@_eager.noticing
 def to_torch(
     tree: Any,
     *,
@@ -262,7 +262,7 @@ def _some(names: list[str]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
-@_eager.told
+@_eager.noticing
 def plan(
     tree: Any, to: Literal["numpy", "torch", "cupy"], *, pack: bool = True, **options: Unpack[PlanOptions]
 ) -> TreePlan:
