@@ -348,6 +348,48 @@ def test_many_views_of_one_block_are_told_apart_and_twins_kept():
         assert all(np.array_equal(t.numpy(), leaves[i]) for i, t in result.items())
 
 
+ODD_ONES = {
+    "none": lambda x: x,
+    "another dtype": lambda x: x.astype("int16"),
+    "a dtype of two names": lambda x: x.astype(np.ulonglong),
+    "one that torch lacks": lambda x: x.astype(np.longdouble),
+    "F order": lambda x: np.asfortranarray(x),
+    "read-only": lambda x: protected(x.copy()),
+    "four MiB": lambda x: np.ones((1024, 1024), "f4"),
+    "nothing in it": lambda x: np.empty((0, 3), "f4"),
+}
+
+
+def protected(x: Any) -> Any:
+    x.setflags(write=False)
+    return x
+
+
+@pytest.mark.parametrize("count", [2, 40])
+@pytest.mark.parametrize("place", [0, -1])
+@pytest.mark.parametrize("name", ODD_ONES)
+def test_copies_of_many_arrays_are_those_of_each(name, place, count):
+    arrays = [np.random.default_rng(i).random((2, 3)).astype("f4") for i in range(count)]
+    arrays[place] = ODD_ONES[name](arrays[place])
+    try:
+        alone = [tb.to_torch(a, copy=True) for a in arrays]
+    except tb.UnsupportedArrayError:
+        with pytest.raises(tb.UnsupportedArrayError, match="longdouble"):
+            tree.to_torch(arrays, copy=True)
+        return
+    for source, made, expected in zip(arrays, tree.to_torch(arrays, copy=True), alone, strict=True):
+        assert (made.dtype, made.shape, made.stride()) == (expected.dtype, expected.shape, expected.stride())
+        assert torch.equal(made, expected)
+        assert not tb.shares_memory(source, made)
+
+
+def test_copies_of_many_arrays_keep_twins_one():
+    arrays = [np.full(3, float(i)) for i in range(40)]
+    made = tree.to_torch([*arrays, arrays[7]], copy=True)
+    assert made[40] is made[7]
+    assert len({t.data_ptr() for t in made}) == 40
+
+
 def test_container_that_occurs_twice_occurs_twice_in_the_result(a):
     inner = {"w": a}
     result = tree.to_torch([inner, inner, (inner,)])

@@ -8,6 +8,7 @@ memory are told apart as objects, and only where one is a view its address is as
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -62,28 +63,37 @@ def _shared_arrays(leaves: list[Any], results: list[Any]) -> list[int]:
     return rest
 
 
-_DENSE = 0x101  # C-contiguous and aligned, of NumPy's flags
+_MANY = 16  # arrays, from which on it pays to ask all of them before the first is copied
 
 
 def _copied_arrays(leaves: list[Any], results: list[Any]) -> list[int]:
     """Arrays that all own their memory: two are the same memory only if they are the same object."""
     from_numpy, plain = _lanes._from_numpy, _lanes._plain_numpy
-    rest: list[int] = []
     first = _first_of(leaves)
-    last = None
+    if first is None and len(leaves) >= _MANY and _are_alike(leaves) and not [a for a in leaves if a.nbytes >= LARGE]:
+        with suppress(ValueError, TypeError):  # as in _lanes
+            results[:] = [from_numpy(a.copy()) for a in leaves]
+            return []
+    rest: list[int] = []
     for i, a in enumerate(leaves):
-        if a.flags.num & _DENSE == _DENSE and a.nbytes < LARGE and ((dtype := a.dtype) is last or dtype in plain):
-            last = dtype
+        if a.flags.c_contiguous and a.nbytes < LARGE and a.dtype in plain:
             if first is not None and results[first[id(a)]] is not None:
                 results[i] = results[first[id(a)]]
                 continue
             try:
                 results[i] = from_numpy(a.copy())
                 continue
-            except (ValueError, TypeError):  # as in _lanes
+            except (ValueError, TypeError):
                 pass
         rest.append(i)
     return rest
+
+
+def _are_alike(arrays: list[Any]) -> bool:
+    """Whether all are in C's order and of one plain dtype."""
+    dtypes = [a.dtype for a in arrays]
+    alike = dtypes.count(dtypes[0]) == len(dtypes) and dtypes[0] in _lanes._plain_numpy
+    return alike and not [a for a in arrays if not a.flags.c_contiguous]
 
 
 def _readonly_arrays(leaves: list[Any], results: list[Any], rest: list[int]) -> list[int]:
