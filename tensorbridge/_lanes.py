@@ -7,19 +7,20 @@ every kind of array. Everything else, and everything while a guard or a trace is
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import wraps
 from typing import Any, TypeVar
 
 import numpy as np
 
 from tensorbridge import _eager, _readonly, _watch
-from tensorbridge._adapters import Adapter
+from tensorbridge._adapters import Adapter, _numpy
 from tensorbridge._array import HUGE, layout
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 _ndarray = np.ndarray
 _may_share_memory = np.may_share_memory
+_address = _numpy.address
 
 # Set by `open` when torch shows up. Until then no object is of type `_Tensor`, and no array has a lane to torch.
 _Tensor: Any = None
@@ -28,6 +29,7 @@ _float32: Any = None  # NumPy's
 _plain_dtypes: frozenset[Any] = frozenset()  # torch dtypes that NumPy has as themselves
 _plain_numpy: frozenset[Any] = frozenset()
 _host: frozenset[Any] = frozenset()  # its names, as `device`
+_in_numpy: Mapping[Any, Any] = {}  # NumPy's dtype for one of torch's
 _forward_ad: Any  # torch's module: inside a dual level a plain-looking tensor may carry a tangent
 _from_numpy: Callable[[Any], Any]
 _dense: Callable[[Any], Any]
@@ -41,7 +43,7 @@ opened: Callable[[], None] = lambda: None  # called once, when torch has shown u
 
 
 def open(adapter: Adapter) -> None:
-    global _Tensor, _common, _float32, _plain_dtypes, _plain_numpy, _host
+    global _Tensor, _common, _float32, _plain_dtypes, _plain_numpy, _host, _in_numpy
     global _forward_ad, _from_numpy, _dense, _increment_version, _compiling, _intercepted
     facts: Any = adapter
     _intercepted = facts.is_intercepted
@@ -49,7 +51,7 @@ def open(adapter: Adapter) -> None:
     _dense, _increment_version = facts.dense, facts.increment_version
     _eager.hide_all()
     _compiling = _eager.compiling
-    _common, _plain_dtypes, _plain_numpy = facts.COMMON, facts.PLAIN, facts.PLAIN_NUMPY
+    _common, _plain_dtypes, _plain_numpy, _in_numpy = facts.COMMON, facts.PLAIN, facts.PLAIN_NUMPY, facts.IN_NUMPY
     _float32, _Tensor = np.dtype("float32"), facts.Tensor  # last: other threads may be in a lane
     opened()
 
@@ -99,8 +101,7 @@ def _is_forward(a: Any) -> bool:
 
 def _is_whole(a: Any, base: Any) -> bool:
     """Whether this array is all of the tensor behind it, as `Tensor.numpy` made it."""
-    t: Any = _from_numpy(a)
-    same = t.data_ptr() == base.data_ptr() and t.dtype is base.dtype and t.shape == base.shape
+    same = _in_numpy.get(base.dtype) is a.dtype and _address(a) == base.data_ptr() and base.shape == a.shape
     return same and base.is_contiguous() and not base.requires_grad
 
 
