@@ -19,14 +19,28 @@ MOST, MOST_AXES = 2**63 - 1, 64  # bytes and axes: a tensor may claim more (a hu
 
 
 class Device(str):
-    """A device under the name that the field gives it: "cpu", "cuda:0". Compares and hashes as that string."""
+    """A device under the name that the field gives it: "cpu", "cuda:0", "mps:0". Compares and hashes as that string.
+
+    torch has more kinds than two. Of those beside the host and CUDA nothing is known here but what torch does for all:
+    it copies to the host and back, and waits.
+    """
 
     __slots__ = ()
 
     @property
     def type(self) -> str:
-        """The kind: "cpu" or "cuda"."""
+        """The kind: "cpu", "cuda", or another one of torch's: "mps", "xpu" ..."""
         return self.partition(":")[0]
+
+    @property
+    def is_cuda(self) -> bool:
+        """Whether streams, page-locked memory, CuPy and addresses that can be compared are to be had there."""
+        return self.type == "cuda"
+
+    @property
+    def is_other(self) -> bool:
+        """Whether torch alone knows this kind: Apple's and Intel's GPUs, and what torch's backends add."""
+        return self.type not in ("cpu", "cuda")
 
     @property
     def index(self) -> int:  # type: ignore[override]
@@ -74,7 +88,8 @@ class ArrayInfo(NamedTuple):
     """One array, described. No element was read, unless an object of another library had to compute its array.
 
     Bytes for strides and sizes, as NumPy counts them; `stream` is the CUDA stream current for the array's framework,
-    None off the GPU; `address` is the first element's, on its device, 0 where there is no memory to share.
+    None elsewhere; `address` is the first element's, on its device, 0 where there is no memory to share. On the devices
+    that only torch knows ("mps:0" ...) it may be a handle, and means something only inside one `storage`.
     """
 
     framework: str
@@ -92,6 +107,7 @@ class ArrayInfo(NamedTuple):
     stream: int | None
     address: int = 0  # of the first element
     overlap: bool = False  # two indices may lead to one element: a broadcast, a sliding window
+    storage: int = 0  # inside which `address` can be compared; 0 on the host and CUDA, where any two can be
 
     @eager
     def __str__(self) -> str:

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from tensorbridge import _casting, _lanes, _options, _watch
 from tensorbridge import _words as words
 from tensorbridge._adapters import Adapter, adapter_of, named, performer
-from tensorbridge._array import CPU, ArrayInfo, Traits
+from tensorbridge._array import ArrayInfo, Traits
 from tensorbridge._cuda import _device_lanes, _stream_order, _streams
 from tensorbridge._eager import is_inside
 from tensorbridge._errors import BridgeError, UnsupportedArrayError
@@ -208,15 +208,16 @@ def moment(traits: Traits, want: Want) -> Here:
         on_host = on_host._replace(heard=True)
     if is_inside():
         on_host = on_host._replace(compiled=True)
-    if traits.device == CPU and (want.device is None or want.device == CPU):
+    lies_there = traits.device.is_cuda
+    if not lies_there and (want.device is None or not want.device.is_cuda):
         return on_host
     forked = _streams.forked()
-    if forked or (traits.device == CPU and not _streams.usable(want.framework)):
+    if forked or (not lies_there and not _streams.usable(want.framework)):
         return on_host._replace(forked=forked)
     sides = {holder(traits, want, HERE), want.framework}
     crosses = sides == {"torch", "cupy"} and all(map(loaded, sides))
-    index = traits.device.index
-    lent = crosses or (traits.framework != "cupy" and "cupy" in sides and traits.device != CPU)
+    index = traits.device.index if lies_there else 0
+    lent = crosses or (traits.framework != "cupy" and "cupy" in sides and lies_there)
     return Here(
         same_stream=not (crosses and _streams.usable("torch")) or _streams.same(index),
         capturing=_streams.capturing(),

@@ -18,7 +18,7 @@ _BOUND: Any = 10_000  # candidate solutions that NumPy may try
 
 def infos_share(a: ArrayInfo, b: ArrayInfo) -> bool:
     """Intervals first, then NumPy's exact test on the addresses: no element is touched, device addresses too."""
-    if a.device != b.device or not (a.nbytes and b.nbytes and a.address and b.address):
+    if (a.device, a.storage) != (b.device, b.storage) or not (a.nbytes and b.nbytes and a.address and b.address):
         return False
     low_a, high_a = _bounds(a)
     low_b, high_b = _bounds(b)

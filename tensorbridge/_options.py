@@ -59,10 +59,9 @@ def _check_place(call: str, framework: str, where: Device, flags: Mapping[str, A
     if where == CPU and framework == "cupy":
         raise ValueError(f'{call}(device="cpu"): CuPy arrays live on CUDA devices; use to_numpy for the host')
     if where != CPU and flags.get("pin_memory"):
-        raise ValueError(
-            f"{call}(pin_memory=True, device={str(where)!r}): pinned memory is host memory; "
-            "leave pin_memory out, transfers are staged through pinned memory already"
-        )
+        staged = ", transfers are staged through pinned memory already" if where.is_cuda else ""
+        text = f"{call}(pin_memory=True, device={str(where)!r}): pinned memory is host memory"
+        raise ValueError(f"{text}; leave pin_memory out{staged}")
 
 
 def check_target(call: str, to: Any) -> None:
@@ -87,7 +86,7 @@ def of_plan(
 
 
 def device_named(device: Any, framework: str) -> Device:
-    """A caller's `device` by name; "cuda" without an index stays open until the array is known."""
+    """A caller's `device` by name; one without an index stays open until the array is known."""
     if isinstance(device, bool) or not isinstance(device, (str, int)):
         if type(device).__module__.startswith("cupy") and hasattr(device, "id"):
             return Device(f"cuda:{device.id}")
@@ -97,28 +96,37 @@ def device_named(device: Any, framework: str) -> Device:
             raise TypeError(f"device={device!r}: give a name, a CUDA index, torch.device or cupy.cuda.Device")
     name = f"cuda:{device}" if isinstance(device, int) else device
     kind = name.partition(":")[0]
-    if not re.fullmatch("(cpu|cuda)(:(0|[1-9][0-9]*))?", name):
+    known = kind in ("cpu", "cuda") or (framework == "torch" and _is_kind_of_torch(kind))
+    if not (known and re.fullmatch("[a-z0-9_]+(:(0|[1-9][0-9]*))?", name)):
         hint = _device_hint(device, kind, framework) if isinstance(device, str) else ""
         raise ValueError(f'device={device!r}: choose "cpu", "cuda", "cuda:0" ... or a CUDA index from 0{hint}')
     return CPU if kind == "cpu" else Device(name)
 
 
+_KINDS_OF_TORCH = ("mps", "xpu", "hpu", "mtia", "xla")  # where torch is not loaded, for a plan; else it is asked
+
+
+def _is_kind_of_torch(kind: str) -> bool:
+    """Whether torch has devices of this kind, beside the host and CUDA; on "meta" nothing has a value."""
+    torch = loaded("torch")
+    if torch is None:
+        return kind in _KINDS_OF_TORCH
+    try:
+        return bool(torch.device(kind).type == kind != "meta")
+    except RuntimeError:
+        return False
+
+
 def _device_hint(device: str, kind: str, framework: str) -> str:
-    if framework == "torch":
-        torch = sys.modules["torch"]
-        try:
-            torch.device(device)
-        except RuntimeError:  # torch has no such kind either
-            pass
-        else:
-            return f"; other devices are torch's own matter: to_torch(x).to({device!r})"
+    if framework == "torch" and kind == "meta":
+        return f"; other devices are torch's own matter: to_torch(x).to({device!r})"
     return nearest("cuda" if kind == "gpu" else kind, ("cpu", "cuda"))
 
 
 def placed(want: Want, traits: Traits, *, planning: bool = False) -> Want:
     """`device` with its index, which exists (a plan is also made for a device that does not)."""
     device = want.device
-    if device is None and want.framework == "cupy" and traits.device == CPU:
+    if device is None and want.framework == "cupy" and not traits.device.is_cuda:
         device = Device("cuda")
     if device is None or device == CPU:
         if want.pin_memory and _streams.forked():
@@ -131,19 +139,31 @@ def placed(want: Want, traits: Traits, *, planning: bool = False) -> Want:
                 f"{words.call(want)}: pinned memory needs a CUDA device, and torch sees none here.\nLeave it out."
             )
         return want
-    if _streams.forked():  # the driver would see no device here
+    if device.is_cuda and _streams.forked():  # the driver would see no device here
         raise DeviceError(f"{words.call(want)}: {FORKED.why}.\n{FORKED.cure}")
-    count, current, why = _cuda(want.framework)
-    if device == "cuda":
-        inherits = traits.device != CPU
-        device = traits.device if inherits else Device(f"cuda:{current}")
+    kind = device.type
+    count, current, why = _cuda(want.framework) if device.is_cuda else _others(kind)
+    if device == kind:
+        inherits = traits.device.type == kind
+        device = traits.device if inherits else Device(f"{kind}:{current}")
     if device.index >= count and not planning:
-        seen = f"{count} CUDA device{'s' * (count != 1)}" if count else "no usable CUDA device"
+        name = kind.upper() if device.is_cuda else kind
+        seen = f"{count} {name} device{'s' * (count != 1)}" if count else f"no usable {name} device"
+        check = (
+            "CUDA_VISIBLE_DEVICES and the driver" if device.is_cuda else "that the package of its backend is imported"
+        )
         raise DeviceError(
             f"{words.call(want)}: {device} does not exist: {want.framework} sees {seen} here{why}.\n"
-            "Check CUDA_VISIBLE_DEVICES and the driver; plan() shows the steps without a device."
+            f"Check {check}; plan() shows the steps without a device."
         )
     return want._replace(device=device)
+
+
+def _others(kind: str) -> tuple[int, int, str]:
+    """The same of a kind of device that torch alone knows: asked of the module, torch.mps ..., that such a kind has."""
+    module: Any = getattr(loaded("torch"), kind, None)
+    count = module.device_count() if module is not None and module.is_available() else 0
+    return count, module.current_device() if count and hasattr(module, "current_device") else 0, ""
 
 
 def _cuda(framework: str) -> tuple[int, int, str]:

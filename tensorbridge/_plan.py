@@ -21,7 +21,7 @@ def decide(traits: Traits, want: Want, here: Here = HERE) -> Decision:
         return Decision((), refusal)
     steps = _steps(traits, want, here)
     _rules.order_back(steps)
-    refusal = _refuse.after(steps, here)
+    refusal = _refuse.after(traits, steps, here)
     if refusal is None and want.copy is False:
         moving = [step for step in steps if step.kind]
         if moving:
@@ -43,21 +43,14 @@ def _steps(traits: Traits, want: Want, here: Here) -> _rules.Steps:
         steps.then(Op.PACK, "a kernel faults at an address that is no multiple of the item size: packed byte by byte")
     if want.out is not None:
         return _into_out(steps, want.out, want, here, where)
-    giver, source = steps.now.framework, steps.now.dtype.lstrip(">")
+    source = steps.now.dtype.lstrip(">")
     crossing = where != steps.now.device
     _rules.make_native(steps, want, here, wanted, crossing)
     late_cast = steps.now.dtype.lstrip(">") != wanted
     if steps.now.lazy and receiver != "torch":  # a cast has resolved it already
         _rules.resolve(steps)
-    if crossing and where == CPU:
-        if steps.now.spacing != "dense":
-            steps.then(Op.PACK, "packed on the device, so that one block crosses the bus")
-        road = _roads.down(steps.now, pinned=want.pin_memory and not late_cast)
-        steps.then(
-            Op.TO_HOST, f"{traits.device} to the host{road.why}", by=road.by,
-            cure="stay on the device with to_torch or to_cupy" if receiver == "numpy" else "leave device= out",
-            framework="numpy" if giver == "cupy" else giver, device=CPU, pinned=road.by == _roads.PINNED or None,
-        )  # fmt: skip
+    if _rules.leaves(steps.now, where):
+        _rules.to_host(steps, want, pinned=want.pin_memory and not late_cast)
     pins = want.pin_memory and (steps.now.pinned is not True or (bool(want.copy) and not steps.fresh) or late_cast)
 
     # -- A layout that the receiver can hold; a promise that it can keep.
@@ -73,9 +66,12 @@ def _steps(traits: Traits, want: Want, here: Here) -> _rules.Steps:
     elif not (steps.now.framework == "numpy" and receiver == "cupy"):  # there the upload is the crossing
         _rules.share(steps, receiver, here)
     if where != steps.now.device:
+        if late_cast and receiver == "torch" and _rules.narrows(steps.now, wanted):
+            _rules.cast_late(steps, wanted, source, here, bus="before")
+            late_cast = pinned = False
         _rules.to_device(steps, receiver, where, pinned, f"keep it on {traits.device}")
     if late_cast:
-        _rules.cast_late(steps, wanted, source, here, crossing)
+        _rules.cast_late(steps, wanted, source, here, bus="after" if crossing else "")
     if pins:
         steps.then(Op.PIN, "pin_memory=True", pinned=True, cure="leave pin_memory out")
     if receiver == "numpy":
@@ -91,6 +87,9 @@ def _into_out(steps: _rules.Steps, out: Traits, want: Want, here: Here, where: D
         _rules.resolve(steps)
     if "neg" in out.lazy and name != out.dtype and _dtypes.can_cast(steps.now.framework, name, out.dtype):
         _rules.copy(steps, Op.CAST, "torch cannot cast into a negative view", here, dtype=out.dtype)
+    casts_there = name != out.dtype and steps.now.device.is_other
+    if _rules.leaves(steps.now, where) and (where != CPU or casts_there):
+        _rules.to_host(steps, want)
     if steps.now.framework == "cupy" and receiver == "numpy":
         plain = steps.now.dtype == out.dtype and steps.now.order == out.order and out.spacing == "dense"
         if steps.now.spacing != "dense":

@@ -68,7 +68,6 @@ OBSTACLES: dict[str, Refusal] = {
         "",
         "Convert what is there, torch.empty(0, dtype=x.dtype).set_(x.untyped_storage()), or have it filled again.",
     ),
-    "elsewhere": _unsupported("only the host and CUDA devices are known here", "Convert x.cpu()."),
     "functional": _unsupported(
         "a tensor inside functionalization has no memory of its own", "Convert outside the functionalized function."
     ),
@@ -172,7 +171,11 @@ def plain_dict(nested: bool) -> tuple[str, str]:
     return "plain(x)", f", plain = lambda x: {meaning}"
 
 
+# Elements that a kind of device does not have, where torch raises a TypeError when it is asked for them.
+_LACKING = {"mps": frozenset({"float64", "complex128"})}
 _CURE_DTYPE = {
+    "float64": "float32",
+    "complex128": "complex64",
     "complex32": "complex64",
     "longdouble": "float64",
     "clongdouble": "complex128",
@@ -220,6 +223,9 @@ def before(traits: Traits, want: Want, here: Here) -> Refusal | None:
         cure = "numpy.real(x), or numpy.abs(x)" if traits.framework == "numpy list" else "x.real, or abs(x)"
         return _unsupported(f"{source} to {wanted} would drop the imaginary part", f"Convert {cure}.")
     target = want.device or traits.device
+    if want.framework == "torch" and wanted in _LACKING.get(target.type, ()):
+        cure = _CURE_DTYPE[wanted]
+        return Refusal(UnsupportedArrayError, f"{target.type} devices have no {wanted}", f'Use dtype="{cure}"', cure)
     if "cuda" in (target.type, traits.device.type) and here.forked:
         return FORKED
     if here.per_thread:
@@ -234,6 +240,12 @@ def before(traits: Traits, want: Want, here: Here) -> Refusal | None:
             ValueError,
             "non_blocking=True off the device hands out memory that is not filled yet",
             "Leave it out, or use to_numpy_async, which cannot be read too early.",
+        )
+    if want.non_blocking and target != traits.device and (target.is_other or traits.device.is_other):
+        return Refusal(
+            ValueError,
+            "non_blocking=True is CUDA's: on other devices nobody tells when the source has been read",
+            "Leave it out.",
         )
     if want.pin_memory and target != CPU:
         return Refusal(
@@ -263,13 +275,13 @@ def askew(traits: Traits) -> bool:
     return traits.spacing == "odd" or not traits.aligned
 
 
-def after(steps: Sequence[Step], here: Here) -> Refusal | None:
+def after(traits: Traits, steps: Sequence[Step], here: Here) -> Refusal | None:
     """What can be refused only when the steps are known: work that a CUDA graph capture would not survive."""
     if not here.capturing:
         return None
-    on_device = any(step.after.device != CPU for step in steps) or any("d" in step.kind for step in steps)
+    on_device = traits.device.is_cuda or any(step.after.device.is_cuda for step in steps)
     # Nobody knows which stream the work of a foreign producer is on.
-    foreign = any(step.op in ("import", "export") and step.after.device != CPU for step in steps)
+    foreign = any(step.op in ("import", "export") and step.after.device.is_cuda for step in steps)
     if on_device and (not here.same_stream or foreign or any(step.kind for step in steps)):
         return CAPTURING
     return None

@@ -2,7 +2,8 @@
 
 A whole block of plain bytes goes through the ring of pinned slots from 4 MiB on, and straight where the host side is
 page-locked already. Everything else takes the framework's own road: small blocks, where the ring costs more than it
-gains, and tensors in a graph or with lazy bits, which only torch can move with what hangs on them.
+gains, tensors in a graph or with lazy bits, which only torch can move with what hangs on them, and other devices than
+CUDA's, which torch alone knows.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from tensorbridge._array import FROM_LARGE
 
 if TYPE_CHECKING:
-    from tensorbridge._array import Traits
+    from tensorbridge._array import Device, Traits
 
 PLAIN, RING, PINNED = "", "ring", "pinned"  # names of roads
 CAPTURED = "captured"  # a crossing inside a graph capture, where nothing is recorded
@@ -29,16 +30,16 @@ _RING = Road(RING, ", through the ring of pinned slots")
 
 def down(now: Traits, *, pinned: bool) -> Road:
     """From the device; `pinned` asks for a page-locked result."""
-    if not _plain_bytes(now):
+    if not (now.device.is_cuda and _plain_bytes(now)):
         return Road(PLAIN)
     if pinned and now.framework == "torch":
         return Road(PINNED, ", straight into pinned memory")
     return _RING if now.size in FROM_LARGE else Road(PLAIN)
 
 
-def up(now: Traits, *, pinned: bool) -> Road:
+def up(now: Traits, where: Device, *, pinned: bool) -> Road:
     """To the device, from host memory that is known to be `pinned` or not."""
-    if not _plain_bytes(now):
+    if not (where.is_cuda and _plain_bytes(now)):
         return Road(PLAIN)
     if pinned:
         return Road(PINNED, ", straight from pinned memory")
@@ -47,7 +48,7 @@ def up(now: Traits, *, pinned: bool) -> Road:
 
 def into(now: Traits, out: Traits) -> str:
     """What the plan adds where `out` is filled over the bus; whether that is pinned, the driver is asked then."""
-    crosses = (now.device.type == "cpu") != (out.device.type == "cpu")
+    crosses = {now.device.type, out.device.type} == {"cpu", "cuda"}
     block = _plain_bytes(now) and out.spacing == "dense" and now.dtype == out.dtype
     return f"{_RING.why}, or directly where it is pinned" if crosses and block and now.size in FROM_LARGE else ""
 

@@ -86,15 +86,25 @@ def make_native(steps: Steps, want: Want, here: Here, wanted: str, crossing: boo
     """A cast on the side where fewer bytes cross, or on the one that knows it; native byte order."""
     giver, receiver, source = steps.now.framework, want.framework, steps.now.dtype.lstrip(">")
     if source != wanted and _dtypes.can_cast(giver, source, wanted):
-        narrows = _dtypes.DTYPES[wanted].itemsize <= _dtypes.DTYPES[source].itemsize
-        late = (crossing and not narrows) or _is_cast_shared(steps.now, receiver, wanted, here)
+        narrow = narrows(steps.now, wanted)
+        late = (crossing and not narrow) or _is_cast_shared(steps.now, receiver, wanted, here)
         if not (late and _dtypes.can_cast(receiver, source, wanted)):
-            bus = ", before the bus: fewer bytes cross" if crossing and narrows else ""
+            if late and leaves(steps.now, CPU) and steps.now.device.is_other:
+                to_host(steps, want)  # where torch has all dtypes
+            bus = ", before the bus: fewer bytes cross" if crossing and narrow else ""
             copy(steps, Op.CAST, f"dtype={wanted} was asked for{bus}", here, dtype=wanted, cure=f"keep {source}")
     if steps.now.dtype.startswith(">") and (receiver != "numpy" or want.dtype):
         why = f"{receiver} has native byte order only" if receiver != "numpy" else f"dtype={wanted} is native"
         cure = "swap once where the data is read: x.astype(x.dtype.newbyteorder('='))"
         steps.then(Op.BYTESWAP, why, dtype=source, cure=cure)
+
+
+def narrows(now: Traits, wanted: str) -> bool:
+    """Whether a cast comes before the bus: fewer bytes cross. A device that only torch knows need not have every dtype,
+    so that there a cast has to gain something (int64 to float64, which Apple's GPU has not, gains nothing).
+    """
+    saved = _dtypes.DTYPES[now.dtype.lstrip(">")].itemsize - _dtypes.DTYPES[wanted].itemsize
+    return saved > 0 or (saved == 0 and not now.device.is_other)
 
 
 def _is_cast_shared(now: Traits, receiver: str, wanted: str, here: Here) -> bool:
@@ -104,10 +114,10 @@ def _is_cast_shared(now: Traits, receiver: str, wanted: str, here: Here) -> bool
     return _engine.kernel(now, wanted, now.order, here).by == "torch"
 
 
-def cast_late(steps: Steps, wanted: str, source: str, here: Here, crossing: bool) -> None:
-    """A cast on the receiving side."""
+def cast_late(steps: Steps, wanted: str, source: str, here: Here, *, bus: str) -> None:
+    """A cast on the receiving side, "before" the bus, "after" it, or where there is none."""
     on_host = _engine.kernel(steps.now, wanted, steps.now.order, here).said
-    why = f"dtype={wanted} was asked for{', after the bus: fewer bytes cross' if crossing else on_host}"
+    why = f"dtype={wanted} was asked for{f', {bus} the bus: fewer bytes cross' if bus else on_host}"
     copy(steps, Op.CAST, why, here, dtype=wanted, cure=f"keep {source}")
 
 
@@ -158,9 +168,27 @@ def to_device(steps: Steps, receiver: str, where: Device, pinned: bool, cure: st
         pinned = False
     origin, road = steps.now.device, _roads.Road(_roads.PLAIN)
     if origin == CPU:
-        road = _roads.up(steps.now, pinned=pinned)
+        road = _roads.up(steps.now, where, pinned=pinned)
     why = f"{'the host' if origin == CPU else origin} to {where}{road.why}"
     steps.then(Op.TO_DEVICE, why, by=road.by, cure=cure, framework=receiver, device=where, pinned=None)
+
+
+def to_host(steps: Steps, want: Want, *, pinned: bool = False) -> None:
+    """One block over the bus to the host, where every device can be reached from."""
+    if steps.now.spacing != "dense":
+        steps.then(Op.PACK, "packed on the device, so that one block crosses the bus")
+    road, giver, device = _roads.down(steps.now, pinned=pinned), steps.now.framework, steps.now.device
+    on_device = "to_torch or to_cupy" if device.is_cuda else "to_torch"
+    cures = {"numpy": f"stay on the device with {on_device}", "torch": "leave device= out"}
+    steps.then(
+        Op.TO_HOST, f"{device} to the host{road.why}", by=road.by, cure=cures.get(want.framework, ""),
+        framework="numpy" if giver == "cupy" else giver, device=CPU, pinned=road.by == _roads.PINNED or None,
+    )  # fmt: skip
+
+
+def leaves(now: Traits, where: Device) -> bool:
+    """Whether a device is left for the host, or by way of the host: one kind of device does not reach another."""
+    return now.device != CPU and now.device.type != where.type
 
 
 def target_device(traits: Traits, want: Want) -> Device:
@@ -168,7 +196,7 @@ def target_device(traits: Traits, want: Want) -> Device:
         return CPU
     if want.device is not None:
         return want.device
-    return traits.device if want.framework == "torch" or traits.device != CPU else Device("cuda:0")
+    return traits.device if want.framework == "torch" or traits.device.is_cuda else Device("cuda:0")
 
 
 def make_holdable(steps: Steps) -> None:

@@ -6,12 +6,13 @@ import itertools
 from collections.abc import Iterator
 
 from hypothesis import strategies as st
-from oracle import HAS
+from oracle import HAS, LACKS
 
 from tensorbridge import Device, Traits
 from tensorbridge._step import Want
 
 CPU, CUDA0, CUDA1 = Device("cpu"), Device("cuda:0"), Device("cuda:1")
+MPS0, XPU0, XPU1 = Device("mps:0"), Device("xpu:0"), Device("xpu:1")
 
 LAYOUTS = {
     "C": {},
@@ -61,7 +62,7 @@ def tensors(device: Device) -> Iterator[Traits]:
     for facts, graph in itertools.product(LAYOUTS.values(), (False, True)):
         yield Traits("torch", device, "float32", graph=graph, **facts)
     for dtype, size, graph in itertools.product(TORCH_DTYPES, ("small", "large", "empty"), (False, True)):
-        if not graph or dtype != "uint8":
+        if (not graph or dtype != "uint8") and dtype not in LACKS.get(device.type, ()):
             yield Traits("torch", device, dtype, size=size, graph=graph)
     for lazy, graph, facts in itertools.product(
         ("conj", "neg", "conj neg", "zero"), (False, True), (LAYOUTS["C"], LAYOUTS["strided-F"], LAYOUTS["overlap"])
@@ -95,6 +96,7 @@ SOURCES = {
     "numpy": list(numpy_arrays()),
     "torch on the host": list(tensors(CPU)),
     "torch on a GPU": list(tensors(CUDA0)),
+    "torch on another device": [*tensors(MPS0), *tensors(XPU1)],
     "cupy": [*cupy_arrays(CUDA0), *cupy_arrays(CUDA1)],
     "foreign on the host": [
         *host_arrays("dlpack"),
@@ -124,6 +126,7 @@ SOURCES = {
         *(traits._replace(origin="its columns are joined") for traits in lists("table", CPU, ["int64"])),
         *lists("torch list", CPU, ["float32", "complex64", "float8_e4m3fn", "complex32"]),
         *lists("torch list", CUDA0, ["float32", "float8_e4m3fn"]),
+        *lists("torch list", MPS0, ["float32"]),
         *lists("cupy list", CUDA0, ["float32", "bfloat16"]),
     ],
 }
@@ -131,7 +134,7 @@ SOURCES = {
 COPIES = (None, True, False)
 DTYPES = (None, "float32", "float16", "complex128", "int8", "float8_e4m3fn", "longdouble", "complex32",
           "float8_e8m0fnu", "float4_e2m1fn_x2")  # fmt: skip
-DEVICES = (None, CPU, CUDA0, CUDA1)
+DEVICES = (None, CPU, CUDA0, CUDA1, MPS0, XPU0)
 
 
 def wants(source: Device) -> Iterator[Want]:
@@ -146,10 +149,10 @@ def wants(source: Device) -> Iterator[Want]:
         (None, CPU), COPIES, (False, True), (False, True), (False, True), (False, True)
     ):
         yield Want("torch", device, None, copy, None, share, detach, pin, non_blocking)
-    for copy, share, non_blocking in itertools.product(COPIES, (False, True), (False, True)):
-        yield Want("torch", CUDA0, None, copy, None, share, False, False, non_blocking)
+    for device, copy, share, non_blocking in itertools.product((CUDA0, MPS0), COPIES, (False, True), (False, True)):
+        yield Want("torch", device, None, copy, None, share, False, False, non_blocking)
     for device, dtype, copy, share in itertools.product((None, CUDA0, CUDA1), DTYPES, COPIES, (False, True)):
-        yield Want("cupy", device or (CUDA0 if source == CPU else None), dtype, copy, None, share)
+        yield Want("cupy", device or (None if source.is_cuda else CUDA0), dtype, copy, None, share)
     for detach, non_blocking in itertools.product((False, True), (False, True)):
         yield Want("cupy", CUDA0, detach=detach, non_blocking=non_blocking)
 
@@ -164,7 +167,7 @@ def outs() -> Iterator[Want]:
         out = Traits("numpy", CPU, dtype, **facts)
         yield Want("numpy", None, dtype.lstrip(">"), None, writable, out=out)
     for device, dtype, facts, non_blocking in itertools.product(
-        (CPU, CUDA0, CUDA1),
+        (CPU, CUDA0, CUDA1, MPS0, XPU0),
         ("float32", "float16", "complex32", "float8_e4m3fn"),
         ({}, LAYOUTS["strided-F"]),
         (False, True),
@@ -182,7 +185,7 @@ def outs() -> Iterator[Want]:
 KINDS = st.builds(
     Traits,
     framework=st.sampled_from(["numpy", "torch", "cupy", "dlpack", "cuda_array_interface", "torch list", "numpy list"]),
-    device=st.sampled_from([CPU, CUDA0, CUDA1]),
+    device=st.sampled_from([CPU, CUDA0, CUDA1, MPS0, XPU1]),
     dtype=st.sampled_from([*sorted(HAS["numpy"] | HAS["torch"]), ">int16", ">float64", ">complex64"]),
     order=st.sampled_from("CFK"),
     spacing=st.sampled_from(["dense", "strided", "reversed", "odd"]),
@@ -201,6 +204,8 @@ KINDS = st.builds(
 def possible(traits: Traits) -> Traits:
     """The nearest kind of array that exists."""
     name, dtype = traits.framework.removesuffix(" list"), traits.dtype
+    if traits.device.is_other and name != "torch":
+        traits = traits._replace(device=CUDA0)
     if name == "numpy" or traits.framework == "cuda_array_interface":
         traits = traits._replace(device=CPU if name == "numpy" else CUDA0)
     if name == "cupy" and traits.device == CPU:
@@ -208,6 +213,8 @@ def possible(traits: Traits) -> Traits:
     if name in ("torch", "cupy") or traits.device != CPU:
         dtype = dtype.lstrip(">")
     if dtype.lstrip(">") not in HAS.get(name, HAS["numpy"] if traits.device == CPU else HAS["cupy"]):
+        dtype = "float32"
+    if dtype in LACKS.get(traits.device.type, ()):
         dtype = "float32"
     if name != "torch":
         traits = traits._replace(graph=False, lazy="", pinned=None)

@@ -54,6 +54,8 @@ HAS = {
 }
 WIDTH = HAS["numpy"] | HAS["torch"]
 COMPLEX = {"complex32", "complex64", "complex128", "clongdouble"}
+# What Metal has no number for, and torch refuses on "mps" (pytorch/pytorch#79019).
+LACKS = {"mps": {"float64", "complex128"}}
 DIFFERENTIABLE = {name for name in HAS["torch"] if name.startswith(("float", "bfloat", "complex"))}
 
 HOST_PROTOCOLS = {"dlpack", "array_interface", "buffer", "__array__"}
@@ -83,7 +85,10 @@ def expect(traits: Traits, want: Want, here: Here) -> Verdict:
     source, native = traits.dtype.lstrip(">"), not traits.dtype.startswith(">")
     target = want.dtype or source
     where = place(traits, want)
-    crosses = (traits.device == CPU) != (where == CPU)
+    # torch copies between the host and any device, and between devices of one kind; CuPy has CUDA's alone.
+    kinds = traits.device.type, where.type
+    crossings = 0 if kinds[0] == kinds[1] else sum(kind != "cpu" for kind in kinds)
+    crosses = bool(crossings)
     hops = not crosses and traits.device != where
     staying = want.framework == holder
     cast = target != source
@@ -94,11 +99,15 @@ def expect(traits: Traits, want: Want, here: Here) -> Verdict:
         errors.add(GraphError)
     if not can_become(holder, source, want.framework, target):
         errors.add(UnsupportedArrayError)
+    if want.framework == "torch" and target in LACKS.get(where.type, ()):
+        errors.add(UnsupportedArrayError)
     if want.non_blocking and traits.device != CPU and where == CPU:
         errors.add(ValueError)
+    if want.non_blocking and traits.device != where and not set(kinds) <= {"cpu", "cuda"}:
+        errors.add(ValueError)  # such a device has no stream of ours on which the source could be kept
     if want.pin_memory and where != CPU:
         errors.add(ValueError)
-    if here.forked and (traits.device != CPU or where != CPU):
+    if here.forked and "cuda" in kinds:
         errors.add(DeviceError)
 
     if is_scalar and casts("numpy", source, target):
@@ -118,9 +127,9 @@ def expect(traits: Traits, want: Want, here: Here) -> Verdict:
     reasons = [cast, swapped, is_list, resolves, not fits, pins, fresh, not kept, want.out is not None, crosses, hops]
     reasons.append(askew)
     moves = any(reasons)
-    if here.capturing and (traits.device != CPU or where != CPU) and moves and traits.size != "empty":
+    if here.capturing and "cuda" in kinds and moves and traits.size != "empty":
         errors.add(DeviceError)
-    switches = {holder, want.framework} == {"torch", "cupy"} and traits.device != CPU and where != CPU
+    switches = {holder, want.framework} == {"torch", "cupy"} and kinds == ("cuda", "cuda")
     if here.capturing and switches and not here.same_stream:
         errors.add(DeviceError)
     if here.capturing and traits.device != CPU and traits.framework in ("dlpack", "cuda_array_interface"):
@@ -137,6 +146,7 @@ def expect(traits: Traits, want: Want, here: Here) -> Verdict:
         high += (cast or swapped) + is_list + resolves + (traits.spacing != "dense") + (not traits.aligned)
         high += traits.overlap + (swapped and cast) + pins + (want.out is not None) + (not kept)
         low += (cast or swapped) and want.out is None
+        low, high = low + (crossings > 1), high + (crossings > 1)
     elif want.out is not None or pins or (is_list and cast):
         high = min(1 + is_list + cast + swapped + resolves + (not fits), 2 + is_list)
     elif cast and not casts(holder, source, target):
@@ -148,9 +158,9 @@ def expect(traits: Traits, want: Want, here: Here) -> Verdict:
         frozenset(),
         shares=shares,
         passes=(int(low), int(high)),
-        crossings=int(crosses),
+        crossings=crossings,
         hops=int(hops),
-        bus_width=bus_width(holder, source, want.framework, target) if crosses else None,
+        bus_width=bus_width(traits.device, holder, source, want.framework, target) if crosses else None,
         writable=is_writable(traits, want, shares or not (moves or is_scalar or own)),
         dtypes=frozenset({target, traits.dtype} if want.framework == "numpy" and not want.dtype else {target}),
         device=where,
@@ -250,11 +260,14 @@ def is_writable(traits: Traits, want: Want, bound: bool) -> bool:
     return not bound or (traits.writable and not traits.overlap and not traits.graph)
 
 
-def bus_width(holder: str, source: str, framework: str, target: str) -> int:
+def bus_width(device: Device, holder: str, source: str, framework: str, target: str) -> int:
     """The narrower of the two dtypes, where the side before the bus, or the one behind it, can make or take it."""
     if source == target:
         return WIDTH[source]
-    widths = [WIDTH[source]] if casts(framework, source, target) else []
-    if casts(holder, source, target):
+    # What comes from a device that only torch knows is a tensor on the host first.
+    after = casts(framework, source, target) or device.type not in ("cpu", "cuda")
+    widths = [WIDTH[source]] if after else []
+    from_host = device == CPU and framework == "torch" and casts("torch", source, target)  # torch is on the host too
+    if casts(holder, source, target) or from_host:
         widths.append(WIDTH[target])
     return min(widths)

@@ -7,7 +7,7 @@ import itertools
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kinds import CPU, CUDA0, CUDA1, KINDS, SOURCES, outs, possible, wants
+from kinds import CPU, CUDA0, CUDA1, KINDS, MPS0, SOURCES, XPU0, XPU1, outs, possible, wants
 from oracle import HAS, WIDTH, expect, holder_of, place
 
 from tensorbridge import CopyRequiredError, Device, GraphError, Traits
@@ -88,6 +88,30 @@ SPECIFICATION = [
     ("narrow on the device", torch_on(CUDA0), Want("numpy", dtype="float16"), "detach cast to_host share"),
     ("widen on the host", torch_on(CUDA0), Want("numpy", dtype="float64"), "detach to_host share cast"),
     ("from device to device", torch_on(CUDA0), Want("torch", CUDA1), "share to_device"),
+    ("down from Apple's GPU", torch_on(MPS0), Want("numpy"), "detach to_host share"),
+    ("widen on the host", torch_on(MPS0), Want("numpy", dtype="float64"), "detach to_host share cast"),
+    ("or as wide", torch_on(MPS0, dtype="int64"), Want("numpy", dtype="float64"), "detach to_host share cast"),
+    ("narrow on it", torch_on(MPS0), Want("numpy", dtype="float16"), "detach cast to_host share"),
+    (
+        "a bit is resolved there",
+        torch_on(XPU0, dtype="complex64", lazy="conj"),
+        Want("numpy"),
+        "detach resolve to_host share",
+    ),
+    ("up to it", numpy_like(), Want("torch", MPS0), "share to_device"),
+    (
+        "what it has not stays behind",
+        numpy_like(dtype="float64"),
+        Want("torch", MPS0, "float32"),
+        "cast share to_device",
+    ),
+    ("it is shared where it is", torch_on(MPS0), Want("torch", MPS0), "share"),
+    ("to another of its kind", torch_on(XPU0), Want("torch", XPU1), "share to_device"),
+    ("to CUDA by the host", torch_on(XPU0), Want("torch", CUDA0), "to_host share to_device"),
+    ("and back", cupy_on(CUDA0), Want("torch", XPU0), "to_host share to_device"),
+    ("to CuPy too", torch_on(XPU0), Want("cupy", CUDA0), "detach to_host share to_device"),
+    ("into an array, as it is", torch_on(MPS0), Want("torch", CPU, out=torch_on(CPU)), "fill"),
+    ("or cast on the host", torch_on(MPS0), Want("torch", CPU, out=torch_on(CPU, dtype="float64")), "to_host fill"),
     ("into the caller's array", numpy_like(spacing="reversed"), Want("torch", CPU, out=torch_on(CPU)), "fill"),
 ]
 
@@ -247,6 +271,12 @@ def test_every_source_and_option_inside_compiled_code_is_decided_as_the_oracle_s
             assert_as_expected(traits, want, HERE._replace(compiled=True))
 
 
+def test_what_torch_casts_for_numpy_is_cast_before_the_bus_too():
+    """With torch loaded, its kernels are the better ones for some casts: they run on the host as well."""
+    want = Want("torch", CUDA0, "float16", detach=False)
+    assert ops(decide(numpy_like(), want, HERE._replace(torch=True))) == ["share", "cast", "to_device"]
+
+
 @pytest.mark.parametrize("source", SOURCES)
 def test_every_out_is_decided_as_the_oracle_says(source):
     for traits in SOURCES[source]:
@@ -257,7 +287,7 @@ def test_every_out_is_decided_as_the_oracle_says(source):
 @pytest.mark.parametrize("source", SOURCES)
 def test_capture_fork_and_streams_are_decided_as_the_oracle_says(source):
     for traits, want, here in itertools.product(SOURCES[source], WANTED_IN_ANY_MOMENT, HERES):
-        on_device = CPU not in (traits.device, place(traits, want))
+        on_device = traits.device.is_cuda and place(traits, want).is_cuda
         crosses = on_device and {holder_of(traits, want, here), want.framework} == {"torch", "cupy"}
         if (want.device is not None or traits.device != CPU) and (crosses or here.same_stream):  # else one stream only
             assert_as_expected(traits, want, here)
@@ -266,7 +296,7 @@ def test_capture_fork_and_streams_are_decided_as_the_oracle_says(source):
 # -- The rest of the product, by chance
 
 
-WISHES = {on_host: [*wants(CPU if on_host else CUDA0), *outs()] for on_host in (True, False)}
+WISHES = {device.type: [*wants(device), *outs()] for device in (CPU, CUDA0, MPS0, XPU0)}
 MOMENTS = st.sampled_from(
     [
         HERE,
@@ -282,7 +312,7 @@ MOMENTS = st.sampled_from(
 @settings(max_examples=1000, deadline=None)
 @given(KINDS.map(possible), st.data())
 def test_any_kind_of_array_and_any_wish_is_decided_as_the_oracle_says(traits, data):
-    assert_as_expected(traits, data.draw(st.sampled_from(WISHES[traits.device == CPU])), data.draw(MOMENTS))
+    assert_as_expected(traits, data.draw(st.sampled_from(WISHES[traits.device.type])), data.draw(MOMENTS))
 
 
 # -- Once is enough

@@ -32,12 +32,6 @@ def shrunk():
     return view
 
 
-class Elsewhere(torch.Tensor):
-    """What a tensor on Apple's GPU says of itself."""
-
-    device = property(lambda self: torch.device("mps", 0))
-
-
 SHORT = "(a resize_ that failed leaves it so, or a storage that was freed)"
 OWN_STORAGE = "Convert what is there, torch.empty(0, dtype=x.dtype).set_(x.untyped_storage()), or have it filled again."
 
@@ -66,12 +60,6 @@ REFUSED = {
         "UninitializedParameter float32",
         "a lazy module has not given it a shape yet",
         "Run a forward pass of its module first.",
-    ),
-    "another device": (
-        lambda: torch.ones(3).as_subclass(Elsewhere),
-        "Elsewhere float32 (3,) on mps:0",
-        "only the host and CUDA devices are known here",
-        "Convert x.cpu().",
     ),
 }
 CALLS = {

@@ -80,9 +80,17 @@ def test_the_plan_names_the_road(name):
 def test_gaps_are_no_plain_bytes():
     """The planner packs before it asks; a tensor in a graph it does not pack."""
     strided = ON_TORCH._replace(spacing="strided")
-    assert _roads.down(strided, pinned=True) == _roads.up(strided, pinned=True) == _roads.Road(_roads.PLAIN)
+    assert _roads.down(strided, pinned=True) == _roads.up(strided, CUDA0, pinned=True) == _roads.Road(_roads.PLAIN)
     overlapping = ON_TORCH._replace(overlap=True)
     assert _roads.down(overlapping, pinned=False) == _roads.Road(_roads.PLAIN)
+
+
+@pytest.mark.parametrize("size", ["small", "large"])
+def test_the_roads_of_cuda_are_not_taken_to_or_from_a_device_that_only_torch_knows(size):
+    there, here = Traits("torch", Device("mps:0"), size=size), Traits("torch", CPU, size=size, pinned=True)
+    plain = _roads.Road(_roads.PLAIN)
+    assert _roads.down(there, pinned=True) == _roads.up(here, there.device, pinned=True) == plain
+    assert _roads.into(there, here) == _roads.into(here, there) == ""
 
 
 @pytest.mark.parametrize(

@@ -26,6 +26,7 @@ from tensorbridge._step import Want, bytes_text
 
 DENSE = Layout()
 _functorch: Any = torch._C._functorch
+_has_storage = torch._C._has_storage
 _modes, _FAKE = torch._C._len_torch_dispatch_stack, torch._C._TorchDispatchModeKey.FAKE
 _devices: dict[torch.device, Device] = {}
 
@@ -46,8 +47,9 @@ _itself = torch._C.DisableTorchFunctionSubclass
 
 
 def _crosses_bus(t: Tensor, want: Want) -> bool:
+    """The one of CUDA, for which host memory can be page-locked."""
     target = CPU if want.framework == "numpy" else want.device
-    return want.pin_memory or (target is not None and t.is_cpu != (target == CPU))
+    return want.pin_memory or (target is not None and t.is_cuda != target.is_cuda)
 
 
 # The keys by which torch dispatches tell at once what `refuse` asks for one by one (functorch's, functional, sparse,
@@ -117,13 +119,14 @@ def _traits(t: Tensor, plain: bool, *, ask_pinned: bool) -> Traits:
         lazy = "zero" if t._is_zerotensor() else " ".join(["conj"] * t.is_conj() + ["neg"] * t.is_neg())
     itemsize, count = t.element_size(), t.numel()
     lay, span = (DENSE, count) if t.is_contiguous() else _layout(t.shape, t.stride(), itemsize)
-    if count:
+    stored = _has_storage(t)
+    if count and stored:
         _check_storage(t, span, itemsize)
     return _of_kind(
         device,
         name,
         lay,
-        not count or t.data_ptr() % itemsize == 0,
+        not (count and stored) or device.is_other or t.data_ptr() % itemsize == 0,
         not (_readonly.marked and _readonly.is_marked(t)),
         t.requires_grad or (forward_ad._current_level >= 0 and _has_tangent(t)),
         lazy,
@@ -199,10 +202,6 @@ def device_of(t: Tensor) -> Device:
     device = t.device
     found = _devices.get(device)
     if found is None:
-        if device.type not in ("cpu", "cuda"):
-            raise Obstacle(
-                "elsewhere", f"{_kind(t, '')} {_dtypes.of_torch(t.dtype)} {shape_text(tuple(t.shape))} on {device}"
-            )
         found = _devices[device] = CPU if device.type == "cpu" else Device(str(device))
     return found
 
@@ -270,10 +269,11 @@ def describe(t: Tensor, traits: Traits) -> ArrayInfo:
 
 def _described(t: Tensor, traits: Traits) -> ArrayInfo:
     itemsize = t.element_size()
-    shape, node = tuple(t.shape), t.grad_fn
+    shape, node, device = tuple(t.shape), t.grad_fn, traits.device
+    stored = _has_storage(t)  # what torch computes when it is asked for (torch_xla's) has none
     return ArrayInfo(
         "torch",
-        traits.device,
+        device,
         traits.dtype,
         shape,
         tuple(s * itemsize for s in t.stride()),
@@ -284,9 +284,10 @@ def _described(t: Tensor, traits: Traits) -> ArrayInfo:
         None if node is None else type(node).__name__,
         traits.lazy,
         traits.pinned,
-        _streams.current("torch", traits.device.index) if traits.device.type == "cuda" else None,
-        t.data_ptr(),
+        _streams.current("torch", device.index) if device.is_cuda else None,
+        t.data_ptr() if stored else 0,
         traits.overlap,
+        t.untyped_storage().data_ptr() if stored and device.is_other else 0,
     )
 
 

@@ -189,10 +189,10 @@ def _done_with(source: Tensor, index: int, want: Want) -> None:
 
 
 def filler(before: Traits, want: Want) -> Callable[[Tensor, Tensor], object] | None:
-    """Fill a tensor on the other side of the bus; None where no bus is crossed."""
+    """Fill a tensor on the other side of CUDA's bus; None where torch's own copy does."""
     out = want.out
     assert out is not None
-    if (before.device == CPU) == (out.device == CPU):
+    if {before.device.type, out.device.type} != {"cpu", "cuda"}:
         return None
     same = before.dtype == out.dtype and before.spacing == out.spacing == "dense" and not before.lazy
     index = (out if before.device == CPU else before).device.index

@@ -130,7 +130,9 @@ _lock = threading.RLock()  # a block may end in the garbage collector, while thi
 @contextlib.contextmanager
 def _edit_copy(torch: Any, tensor: torch.Tensor) -> Iterator[NDArray[Any]]:
     alias = _alias(torch, tensor)
-    key = (alias.device, alias.data_ptr(), alias.dtype, tuple(alias.shape), alias.stride())
+    # Off CUDA an address may be a handle, which is told from others by its storage alone.
+    where = (alias.device, alias.untyped_storage().data_ptr(), alias.data_ptr())
+    key = (*where, alias.dtype, tuple(alias.shape), alias.stride())
     with _lock:
         copy = _open_copies.get(key) or _HostCopy(alias)
         _open_copies[key] = copy

@@ -1,4 +1,4 @@
-"""Where prefetched batches go, and what that needs: nothing on the host; on CUDA a stream, marks and kept memory."""
+"""Where prefetched batches go, and what that needs: on CUDA a stream, marks and kept memory; else nothing."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from typing import Any, NamedTuple
 
-from tensorbridge._array import CPU
 from tensorbridge._cuda import _lease, _stream_order, _streams
 from tensorbridge._errors import DeviceError, UnsupportedArrayError
 from tensorbridge._step import Want
@@ -22,14 +21,14 @@ class Batch(NamedTuple):
 
 
 class Host:
-    """Batches stay on the host: nothing is to be ordered."""
+    """Batches stay on the host, or are done when torch has moved them: nothing is to be ordered."""
 
     def entered(self) -> AbstractContextManager[Any]:
         """What the worker runs in."""
         return nullcontext()
 
     def on_device(self, batch: Any) -> list[Any]:
-        """The arrays of a batch that lie on a device."""
+        """The arrays of a batch that lie on a CUDA device."""
         return []
 
     def converted(self, batch: Any, want: Want, read: list[Any]) -> Batch:
@@ -106,6 +105,6 @@ def _current_stream(framework: str, index: int) -> Any:
 
 
 def road_for(want: Want) -> Host:
-    if want.device is None or want.device == CPU:
+    if want.device is None or not want.device.is_cuda:
         return Host()
     return Cuda(want.framework, want.device.index)

@@ -143,5 +143,6 @@ def identity(info: ArrayInfo, x: Any) -> Any:
         return None
     node = x.grad_fn if info.grad_fn else None
     strides = None if info.order == "C" else info.strides
-    who = (info.device, info.address, info.dtype, info.shape, strides)
+    address = (info.storage, info.address) if info.storage else info.address
+    who = (info.device, address, info.dtype, info.shape, strides)
     return (*who, info.writable, info.requires_grad, info.lazy, node)

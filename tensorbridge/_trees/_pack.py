@@ -72,7 +72,7 @@ def route(traits: Traits, steps: Sequence[Step]) -> Route | None:
     """How arrays of a kind cross the bus, if they may do so in a block with others.
 
     They must be small, lie in C order (a block knows no strides), cross once, leave no graph behind that is wanted, and
-    not be wanted in page-locked memory.
+    not be wanted in page-locked memory. Blocks are CUDA's: of another device nobody says how a block is cut there.
     """
     moves = [i for i, step in enumerate(steps) if step.kind in ("h2d", "d2h")]
     if traits.size != "small" or len(moves) != 1 or steps[moves[0]].op not in (Op.TO_DEVICE, Op.TO_HOST):
@@ -88,6 +88,8 @@ def route(traits: Traits, steps: Sequence[Step]) -> Route | None:
         return None
     up = step.op == Op.TO_DEVICE
     device = step.after.device if up else before.device
+    if not device.is_cuda:
+        return None
     giver = "" if up else before.framework
     return Route(moves[0], step.kind, giver, step.after.framework, device, before.dtype)
 
