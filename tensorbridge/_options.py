@@ -149,12 +149,14 @@ def placed(want: Want, traits: Traits, *, planning: bool = False) -> Want:
     if device.index >= count and not planning:
         name = kind.upper() if device.is_cuda else kind
         seen = f"{count} {name} device{'s' * (count != 1)}" if count else f"no usable {name} device"
-        check = (
-            "CUDA_VISIBLE_DEVICES and the driver" if device.is_cuda else "that the package of its backend is imported"
-        )
+        cure = "Check CUDA_VISIBLE_DEVICES and the driver"
+        if device.is_other:
+            cure = (
+                "Give a lower index" if count else "Import the package that adds it to torch, if it is not torch's own"
+            )
         raise DeviceError(
             f"{words.call(want)}: {device} does not exist: {want.framework} sees {seen} here{why}.\n"
-            f"Check {check}; plan() shows the steps without a device."
+            f"{cure}; plan() shows the steps without a device."
         )
     return want._replace(device=device)
 

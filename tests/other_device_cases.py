@@ -13,6 +13,7 @@ import torch
 from torch.utils.data import DataLoader, TensorDataset
 
 import tensorbridge as tb
+from tensorbridge._autograd import _graph
 
 
 def register():
@@ -267,13 +268,13 @@ REFUSED = {
         tb.DeviceError,
         lambda: tb.to_torch(VALUES, device="other:2"),
         "to_torch(device='other:2'): other:2 does not exist: torch sees 2 other devices here.\n"
-        "Check that the package of its backend is imported; plan() shows the steps without a device.",
+        "Give a lower index; plan() shows the steps without a device.",
     ),
     "no such backend": (
         tb.DeviceError,
         lambda: tb.to_torch(VALUES, device="hpu"),
         "to_torch(device='hpu'): hpu:0 does not exist: torch sees no usable hpu device here.\n"
-        "Check that the package of its backend is imported; plan() shows the steps without a device.",
+        "Import the package that adds it to torch, if it is not torch's own; plan() shows the steps without a device.",
     ),
     "non_blocking up": (
         ValueError,
@@ -302,6 +303,12 @@ REFUSED = {
         ValueError,
         lambda: tb.plan(VALUES, "cupy", device="other"),
         'device=\'other\': choose "cpu", "cuda", "cuda:0" ... or a CUDA index from 0',
+    ),
+    "a dtype of no tensor": (
+        tb.UnsupportedArrayError,
+        lambda: tb.to_torch(np.zeros(2, "longdouble"), device="other"),
+        "to_torch(device='other:0'): numpy longdouble (2,) on cpu cannot be converted: torch has no longdouble.\n"
+        'Use dtype="float64": a copy of 16 B.',
     ),
     "CUDA, which is not here": (
         tb.DeviceError,
@@ -337,7 +344,8 @@ def test_a_dtype_that_the_device_lacks_is_refused_before_anything_moves(monkeypa
             tb.to_torch(np.zeros(3), device="other")
         assert DEVICE.copies() == []
         assert str(raised.value) == (
-            "to_torch(device='other:0'): numpy float64 (3,) on cpu cannot be converted: other devices have no float64.\n"
+            "to_torch(device='other:0'): numpy float64 (3,) on cpu cannot be converted: "
+            "other devices have no float64.\n"
             'Use dtype="float32": a copy of 12 B.'
         )
         assert tb.to_torch(np.zeros(3), device="other", dtype="float32").dtype == torch.float32
@@ -386,6 +394,8 @@ def test_leaves_of_two_storages_are_not_taken_for_one():
     result = tb.tree.to_numpy([view, b])
     assert np.array_equal(result[0], view.cpu().numpy())
     assert np.array_equal(result[1], VALUES)
+    assert not _graph._overlap(_graph._memory(view), _graph._memory(b))
+    assert _graph._overlap(_graph._memory(view), _graph._memory(a))
     with tb.editing(view) as first, tb.editing(b) as second:
         first[:] = -1
         second[:] = -2

@@ -222,6 +222,34 @@ Leave it out.""",
 }
 
 
+ELSEWHERE = """does not exist: torch sees no usable {} device here.
+Import the package that adds it to torch, if it is not torch's own; plan() shows the steps without a device."""
+
+
+@pytest.mark.parametrize(
+    ("device", "named"), [("mps", "mps:0"), ("mps:0", "mps:0"), ("xpu:1", "xpu:1"), ("hpu", "hpu:0")]
+)
+def test_a_device_of_torch_that_is_not_there_is_said_before_anything_moves(device, named, monkeypatch):
+    for module in (torch.mps, torch.xpu):
+        monkeypatch.setattr(module, "is_available", lambda: False)
+    text = f"to_torch(device={device!r}): {named} {ELSEWHERE.format(named.partition(':')[0])}"
+    assert_raises(tb.DeviceError, lambda: tb.to_torch(six(), device=device), text)
+    assert_raises(tb.DeviceError, lambda: tb.to_torch(six(), device=torch.device(device)), text)
+    assert tb.plan(six(), "torch", device=device, dtype="float32").target.device == named
+
+
+def test_a_dtype_that_a_device_lacks_is_refused_in_the_plan_with_one_that_it_has():
+    text = """to_torch(device='mps:0'): numpy float64 (6,) on cpu cannot be converted: mps devices have no float64.
+Use dtype="float32": a copy of 24 B."""
+    assert_raises(tb.UnsupportedArrayError, lambda: tb.plan(np.zeros(6), "torch", device="mps"), text)
+    text = """to_torch(device='mps:0', dtype='complex128'): numpy float32 (6,) on cpu cannot be converted: \
+mps devices have no complex128.
+Use dtype="complex64": a copy of 48 B."""
+    wide = lambda: tb.plan(np.zeros(6, "f4"), "torch", device="mps", dtype="complex128")
+    assert_raises(tb.UnsupportedArrayError, wide, text)
+    assert [step.op for step in tb.plan(np.zeros(6), "torch", device="mps", dtype="float32").steps][-1] == "to_device"
+
+
 @pytest.mark.parametrize("what", DEVICES)
 def test_device_that_is_not_there_is_said_before_anything_moves(what, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)

@@ -288,6 +288,20 @@ def test_import_loads_what_a_conversion_needs_and_the_rest_when_it_is_asked_for(
         )
 
 
+def test_a_device_is_planned_for_by_its_name_where_torch_is_not_loaded():
+    said = run_fresh("""import sys
+import numpy as np, tensorbridge as tb
+print([tb.plan(np.ones(3, "f4"), "torch", device=name).target.device for name in ("cuda:1", "mps", "xpu:1")])
+try:
+    tb.plan(np.ones(3), "torch", device="gpu")
+except ValueError as error:
+    print(error, "torch" in sys.modules)""")
+    assert said.splitlines() == [
+        "['cuda:1', 'mps:0', 'xpu:1']",
+        'device=\'gpu\': choose "cpu", "cuda", "cuda:0" ... or a CUDA index from 0; did you mean \'cuda\'? False',
+    ]
+
+
 def test_every_name_is_there_for_a_star_import():
     assert (
         run_fresh("from tensorbridge import *; print(tree.to_numpy.__name__, prefetch.__name__)") == "to_numpy prefetch"

@@ -337,6 +337,7 @@ class _Extent(NamedTuple):
     """Where a tensor's elements lie: addresses for NumPy's overlap test, never read from."""
 
     device: str
+    storage: int  # inside which addresses can be compared, where they may be handles: off the host and CUDA
     addresses: Any
 
 
@@ -345,15 +346,16 @@ def _memory(tensor: torch.Tensor) -> _Extent | None:
         return None
     try:
         address, strides, size = tensor.data_ptr(), tensor.stride(), tensor.element_size()
+        storage = 0 if tensor.is_cpu or tensor.is_cuda else tensor.untyped_storage().data_ptr()
     except RuntimeError:  # sparse, nested, functorch: no memory with strides
         return None
     if not address:  # empty, or meta
         return None
     strides = tuple(step * size for step in strides)
-    return _Extent(str(tensor.device), elements(address, tuple(tensor.shape), strides, size))
+    return _Extent(str(tensor.device), storage, elements(address, tuple(tensor.shape), strides, size))
 
 
 def _overlap(one: _Extent | None, other: _Extent | None) -> bool:
-    if one is None or other is None or one.device != other.device:
+    if one is None or other is None or one[:2] != other[:2]:
         return False
     return overlap(one.addresses, other.addresses)
