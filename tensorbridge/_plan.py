@@ -68,7 +68,7 @@ def _steps(traits: Traits, want: Want, here: Here) -> _rules.Steps:
     if where != steps.now.device:
         if late_cast and receiver == "torch" and _rules.narrows(steps.now, wanted):
             _rules.cast_late(steps, wanted, source, here, bus="before")
-            late_cast = pinned = False
+            late_cast = False
         _rules.to_device(steps, receiver, where, pinned, f"keep it on {traits.device}")
     if late_cast:
         _rules.cast_late(steps, wanted, source, here, bus="after" if crossing else "")

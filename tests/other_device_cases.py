@@ -13,7 +13,10 @@ import torch
 from torch.utils.data import DataLoader, TensorDataset
 
 import tensorbridge as tb
+from tensorbridge import Traits, _options
 from tensorbridge._autograd import _graph
+from tensorbridge._cuda import _streams
+from tensorbridge._step import Want
 
 
 def register():
@@ -81,6 +84,23 @@ def test_memory_is_the_same_inside_one_storage_alone():
     handle_in_the_middle = a[(b.data_ptr() - a.data_ptr()) // 4 :]
     assert handle_in_the_middle.data_ptr() == b.data_ptr()
     assert not tb.shares_memory(handle_in_the_middle, b)
+
+
+def test_what_has_no_storage_has_no_address(monkeypatch):
+    """As tensors of torch_xla, which are computed when they are asked for."""
+    from tensorbridge._adapters import _torch
+
+    def refuse(t):
+        raise RuntimeError("Cannot access data pointer of Tensor that doesn't have storage")
+
+    x = there()
+    monkeypatch.setattr(_torch, "_has_storage", lambda t: t.is_cpu)
+    monkeypatch.setattr(torch.Tensor, "data_ptr", refuse)
+    monkeypatch.setattr(torch.Tensor, "untyped_storage", refuse)
+    info = tb.describe(x)
+    assert (info.device, info.address, info.storage) == ("other:0", 0, 0)
+    assert not tb.shares_memory(x, x)
+    assert tb.plan(x, "numpy").bytes_moved == x.nbytes
 
 
 # -- Down
@@ -354,7 +374,20 @@ def test_a_dtype_that_the_device_lacks_is_refused_before_anything_moves(monkeypa
         _convert._recipes.clear()
 
 
+def test_streams_are_no_matter_here(monkeypatch):
+    """Nor is whether a CUDA graph is being captured, or who would move CUDA's memory."""
+
+    def refuse(*args):
+        raise AssertionError("streams were asked")
+
+    for name in ("usable", "capturing", "same", "mover", "current"):
+        monkeypatch.setattr(_streams, name, refuse)
+    assert np.array_equal(tb.to_numpy(tb.to_torch(VALUES, device="other")), VALUES)
+    assert np.array_equal(tb.to_numpy(tb.to_torch(there(), dtype="float64", copy=True)), VALUES)
+
+
 def test_cuda_is_reached_by_the_host():
+    assert _options.placed(Want("cupy"), Traits("torch", tb.Device("other:1")), planning=True).device == "cuda:0"
     assert ops(tb.plan(there(), "torch", device="cuda:0")) == ["to_host", "share", "to_device"]
     assert ops(tb.plan(there(), "cupy")) == ["detach", "to_host", "share", "to_device"]
 
@@ -459,6 +492,22 @@ def test_the_current_device_is_as_it_was():
         assert DEVICE.current_device() == 1
     finally:
         DEVICE.set_device(0)
+
+
+def test_a_fork_after_cuda_is_no_matter_here(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "_is_in_bad_fork", lambda: True)
+    assert np.array_equal(tb.to_numpy(tb.to_torch(VALUES, device="other")), VALUES)
+
+
+def test_whether_memory_is_page_locked_is_not_asked(monkeypatch):
+    def refuse(t):
+        raise AssertionError("the driver was asked")
+
+    monkeypatch.setattr(torch.Tensor, "is_pinned", refuse)
+    tb.to_torch(torch.tensor(VALUES), device="other")
+    tb.to_torch(there(), out=torch.empty(3, 4))
+    tb.to_torch(torch.tensor(VALUES), out=there())
+    assert tb.describe(tb.to_torch(there(), device="cpu")).pinned is None
 
 
 def test_a_parameter_and_a_subclass_come_as_on_the_host():

@@ -109,7 +109,7 @@ SPECIFICATION = [
     ("to another of its kind", torch_on(XPU0), Want("torch", XPU1), "share to_device"),
     ("to CUDA by the host", torch_on(XPU0), Want("torch", CUDA0), "to_host share to_device"),
     ("and back", cupy_on(CUDA0), Want("torch", XPU0), "to_host share to_device"),
-    ("to CuPy too", torch_on(XPU0), Want("cupy", CUDA0), "detach to_host share to_device"),
+    ("to CuPy too", torch_on(XPU0), Want("cupy"), "detach to_host share to_device"),
     ("into an array, as it is", torch_on(MPS0), Want("torch", CPU, out=torch_on(CPU)), "fill"),
     ("or cast on the host", torch_on(MPS0), Want("torch", CPU, out=torch_on(CPU, dtype="float64")), "to_host fill"),
     ("into the caller's array", numpy_like(spacing="reversed"), Want("torch", CPU, out=torch_on(CPU)), "fill"),

@@ -126,7 +126,7 @@ def _traits(t: Tensor, plain: bool, *, ask_pinned: bool) -> Traits:
         device,
         name,
         lay,
-        not (count and stored) or device.is_other or t.data_ptr() % itemsize == 0,
+        not (count and stored) or t.data_ptr() % itemsize == 0,
         not (_readonly.marked and _readonly.is_marked(t)),
         t.requires_grad or (forward_ad._current_level >= 0 and _has_tangent(t)),
         lazy,
