@@ -79,8 +79,8 @@ def to_numpy(
     Parameters
     ----------
     x : array of any framework, shape ``(*s)``
-        NumPy, torch, CuPy; anything with DLPack, an array interface, the buffer protocol or ``__array__``; a number;
-        a list of numbers or of equal-shaped arrays.
+        NumPy, torch on any of its devices, CuPy; anything with DLPack, an array interface, the buffer protocol or
+        ``__array__``; a number; a list of numbers or of equal-shaped arrays.
     dtype : dtype of any framework, or its name, optional
         Cast to it, on the side where fewer bytes cross a bus, with the values that the framework of `x` gives (float8
         overflows to nan from NumPy, to the largest number from torch). NumPy warns of overflow as it always does, but
@@ -158,8 +158,9 @@ def to_torch(
         As for `to_numpy`. A NumPy view of a tensor comes back as an alias of that tensor, with its version counter; if
         the view was read-only, `to_numpy` of that alias is. A view of such a view that was made read-only, or to
         overlap (`broadcast_to`, sliding windows), is copied as any read-only array is.
-    device : "cpu", "cuda", "cuda:1", torch.device, cupy.cuda.Device or int (CUDA index), optional
-        Default: where `x` is.
+    device : "cpu", "cuda", "cuda:1", "mps", torch.device, cupy.cuda.Device or int (CUDA index), optional
+        Default: where `x` is. Those that only torch knows ("mps", "xpu", a backend's) are reached by torch's own copy,
+        from CUDA by way of the host.
     dtype : dtype of any framework, or its name, optional
         Default: the dtype of `x`, never torch's default dtype.
     copy : bool or None
@@ -175,7 +176,7 @@ def to_torch(
         The result lies in page-locked host memory, which torch has where it sees a CUDA device. It goes with no CUDA
         `device` and no `out`.
     non_blocking : bool
-        To a device, return before the transfer is done; then leave `x` alone until it is.
+        To a CUDA device, return before the transfer is done; then leave `x` alone until it is.
     out : torch.Tensor, shape ``(*s)``, optional
         Filled and returned; it fixes dtype and device. It joins the graph of a tensor, as with ``out.copy_(x)``, unless
         `detach`: say so where one `out` is filled again and again.
@@ -192,7 +193,7 @@ def to_torch(
     MissingFrameworkError, DeviceError
         torch is not installed; the device does not exist or cannot be used from this process.
     UnsupportedArrayError, ProducerError
-        torch has no such dtype or layout; a foreign object described itself wrongly.
+        torch, or the device, has no such dtype (float64 on "mps") or layout; a foreign object described itself wrongly.
     ValueError, TypeError
         As for `to_numpy`.
 
@@ -309,7 +310,8 @@ def describe(x: Any) -> ArrayInfo:
     -------
     ArrayInfo
         framework, device, dtype, shape, strides in bytes, nbytes, order, writable, requires_grad, grad_fn, lazy bits,
-        pinned (None: not asked), stream (None off the GPU), address.
+        pinned (None: not asked), stream (None off CUDA), address, overlap, storage. On a device that only torch knows
+        ("mps:0", "xpu:1") the address may be a handle, which means something inside one storage alone.
 
     Raises
     ------

@@ -35,7 +35,7 @@ class Device(str):
     @property
     def is_cuda(self) -> bool:
         """Whether streams, page-locked memory, CuPy and addresses that can be compared are to be had there."""
-        return self.type == "cuda"
+        return self.startswith("cuda")
 
     @property
     def is_other(self) -> bool:

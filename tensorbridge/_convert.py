@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from tensorbridge import _casting, _lanes, _options, _watch
 from tensorbridge import _words as words
 from tensorbridge._adapters import Adapter, adapter_of, named, performer
-from tensorbridge._array import ArrayInfo, Traits
+from tensorbridge._array import CPU, ArrayInfo, Traits
 from tensorbridge._cuda import _device_lanes, _stream_order, _streams
 from tensorbridge._eager import is_inside
 from tensorbridge._errors import BridgeError, UnsupportedArrayError
@@ -208,7 +208,7 @@ def moment(traits: Traits, want: Want) -> Here:
         on_host = on_host._replace(heard=True)
     if is_inside():
         on_host = on_host._replace(compiled=True)
-    lies_there = traits.device.is_cuda
+    lies_there = traits.device != CPU and traits.device.is_cuda
     if not lies_there and (want.device is None or not want.device.is_cuda):
         return on_host
     forked = _streams.forked()

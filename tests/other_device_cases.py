@@ -420,6 +420,22 @@ def test_trees_cross_leaf_by_leaf_and_keep_the_same_memory_one():
     assert all(np.array_equal(a, VALUES) for a in tb.tree.to_numpy(many))
 
 
+def test_trees_fill_trees_there():
+    """Handles of two storages lie closer than their bytes: they are not the same array given twice."""
+    source = {"a": VALUES, "b": [LARGE, VALUES + 1]}
+    for _ in range(2):
+        out = {"a": torch.zeros(3, 4).to("other"), "b": [torch.zeros(LARGE.size).to("other"), there()]}
+        assert tb.tree.to_torch(source, out=out)["b"] is out["b"]
+        assert np.array_equal(out["a"].cpu(), VALUES)
+        assert np.array_equal(out["b"][0].cpu(), LARGE)
+        back = {"a": np.empty_like(VALUES), "b": [np.empty_like(LARGE), np.empty((3, 4), "f8")]}
+        assert tb.tree.to_numpy(out, out=back)["a"] is back["a"]
+        assert np.array_equal(back["b"][1], VALUES + 1)
+        assert np.array_equal(back["b"][0], LARGE)
+    with pytest.raises(ValueError, match="out"):
+        tb.tree.to_torch([VALUES, VALUES + 1], out=[out["a"], out["a"]])
+
+
 def test_leaves_of_two_storages_are_not_taken_for_one():
     a, b = there(LARGE), there(VALUES)
     view = a[(b.data_ptr() - a.data_ptr()) // 4 :][:12].view(3, 4)

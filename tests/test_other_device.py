@@ -52,9 +52,11 @@ def build(folder: Path) -> Path:
 def outcomes(request, tmp_path_factory):
     """What became of each case: its name and the text of its failure, if any."""
     report = tmp_path_factory.mktemp("other_device") / "report.xml"
+    cache = getattr(request.config, "cache", None)  # pytest's own, where it is not switched off
+    library = build(report.parent if cache is None else cache.mkdir("other_device"))
     environment = {
         **os.environ,
-        "OTHER_DEVICE": str(build(request.config.cache.mkdir("other_device"))),
+        "OTHER_DEVICE": str(library),
         "PYTHONPATH": os.pathsep.join([str(HERE.parent), str(HERE)]),
     }
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junitxml={report}", str(CASES)]

@@ -44,7 +44,8 @@ def prefetch(
         serves one loop at a time: an earlier one that has been left is waited for.
     to : "torch", "cupy" or "numpy"
     device : as for `to_torch` and `to_cupy`
-        "cpu" converts on the host, which is the only choice for NumPy, and taken there.
+        "cpu" converts on the host, which is the only choice for NumPy, and taken there. On a device that only torch
+        knows ("mps", "xpu") the thread converts as `to_torch` does, on that device's current stream: the default one.
     depth : int
         How many batches may be ahead of the consumer, at most. They are all in memory at once, on the device too.
     transform : callable, optional
