@@ -159,8 +159,7 @@ def to_torch(
         the view was read-only, `to_numpy` of that alias is. A view of such a view that was made read-only, or to
         overlap (`broadcast_to`, sliding windows), is copied as any read-only array is.
     device : "cpu", "cuda", "cuda:1", "mps", torch.device, cupy.cuda.Device or int (CUDA index), optional
-        Default: where `x` is. Those that only torch knows ("mps", "xpu", a backend's) are reached by torch's own copy,
-        from CUDA by way of the host.
+        Default: where `x` is. Another one that torch has ("xpu", a backend's) is reached by torch's own copy.
     dtype : dtype of any framework, or its name, optional
         Default: the dtype of `x`, never torch's default dtype.
     copy : bool or None
@@ -310,8 +309,7 @@ def describe(x: Any) -> ArrayInfo:
     -------
     ArrayInfo
         framework, device, dtype, shape, strides in bytes, nbytes, order, writable, requires_grad, grad_fn, lazy bits,
-        pinned (None: not asked), stream (None off CUDA), address, overlap, storage. On a device that only torch knows
-        ("mps:0", "xpu:1") the address may be a handle, which means something inside one storage alone.
+        pinned (None: not asked), stream (None off CUDA), address, overlap, storage.
 
     Raises
     ------
