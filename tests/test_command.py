@@ -6,8 +6,10 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 import tensorbridge as tb
 from tensorbridge.__main__ import main
@@ -51,6 +53,20 @@ def test_the_demo_names_what_it_lacks_as_pip_knows_it(missing, said):
 def test_info_asks_installed_metadata_and_imports_nothing():
     code = "import sys, tensorbridge as tb; tb.info(); sys.exit('torch' in sys.modules or 'cupy' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
+
+
+def test_info_names_the_devices_that_torch_has_in_place_of_cudas(monkeypatch):
+    names = {"is_available": True, "device_count": 2, "current_accelerator": torch.device("xpu")}
+    there = SimpleNamespace(**{name: (lambda value=value: value) for name, value in names.items()})
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch, "accelerator", there)
+    found = tb.info()
+    assert found.devices == ("xpu:0", "xpu:1")
+    assert "  devices    xpu:0, xpu:1\n" in str(found)
+    assert found.pools == ()
+    there.is_available = lambda: False
+    assert tb.info().devices == ()
+    assert "  devices    none seen\n" in str(tb.info())
 
 
 def test_table_in_the_readme_is_the_planners():

@@ -32,7 +32,7 @@ class Info(NamedTuple):
     tensorbridge: str
     python: str
     frameworks: tuple[Framework, ...]
-    devices: tuple[str, ...]  # CUDA devices, as a loaded framework sees them; () also if none is loaded
+    devices: tuple[str, ...]  # as a loaded framework sees them, CUDA's first of all; () also if none is loaded
     routes: tuple[_matrix.Cell, ...]
     pools: tuple[str, ...] = ()  # the CUDA memory pools of the loaded frameworks
 
@@ -47,7 +47,7 @@ class Info(NamedTuple):
             lines.append(f"  {f.name:<10} {f.version or 'not installed':<16} {state}".rstrip())
         asked = any(f.loaded for f in self.frameworks if f.name in ("torch", "cupy"))
         none = "none seen" if asked else "not asked: neither torch nor CuPy is loaded"
-        lines += ["", f"  CUDA       {', '.join(self.devices) or none}"]
+        lines += ["", f"  devices    {', '.join(self.devices) or none}"]
         lines += [f"  pool       {pool}" for pool in self.pools]
         lines += ["", "  Routes, without options (plan() tells for one array):", ""]
         sources = list(dict.fromkeys(route.source for route in self.routes))
@@ -68,7 +68,7 @@ class Info(NamedTuple):
 
 @eager
 def info() -> Info:
-    """Return what is installed, which CUDA devices are seen, and which routes share memory.
+    """Return what is installed, which devices are seen, and which routes share memory.
 
     Returns
     -------
@@ -103,6 +103,16 @@ def _version(name: str) -> str:
 
 
 def _devices() -> tuple[str, ...]:
+    """CUDA's, or else those of the accelerator that torch has in its place: Apple's, Intel's, a backend's."""
+    found = _cuda_devices()
+    accelerator: Any = getattr(loaded("torch"), "accelerator", None)
+    if found or _streams.forked() or accelerator is None or not accelerator.is_available():
+        return found
+    kind = accelerator.current_accelerator().type
+    return tuple(f"{kind}:{i}" for i in range(accelerator.device_count()))
+
+
+def _cuda_devices() -> tuple[str, ...]:
     torch: Any = loaded("torch")
     if _streams.forked():
         return ()
@@ -126,7 +136,7 @@ def _pools() -> tuple[str, ...]:
     if torch is not None and not _streams.forked() and torch.cuda.is_available() and torch.cuda.is_initialized():
         used, held = torch.cuda.memory_allocated(), torch.cuda.memory_reserved()
         found.append(f"torch: {used} B in use, {held} B held")
-    if cupy is not None and _devices():
+    if cupy is not None and _cuda_devices():
         pool = cupy.get_default_memory_pool()
         found.append(f"CuPy: {pool.used_bytes()} B in use, {pool.total_bytes()} B held")
     return tuple(found)
