@@ -25,11 +25,11 @@ if TYPE_CHECKING:
     from tensorbridge import tree
     from tensorbridge._autograd._editing import editing
     from tensorbridge._autograd._graph import Graph, autograd_graph
+    from tensorbridge._background._async import Transfer, to_numpy_async
+    from tensorbridge._background._prefetch import Prefetch, prefetch
     from tensorbridge._commands._info import Info, info
-    from tensorbridge._cuda._async import Transfer, to_numpy_async
     from tensorbridge._cuda._lease import used_on
     from tensorbridge._cuda._pool import share_memory_pool
-    from tensorbridge._prefetching._prefetch import Prefetch, prefetch
     from tensorbridge._trees._collate import collate
 
 __version__ = "0.1.0"
@@ -78,15 +78,15 @@ __all__ = [
 _LATER = {
     "Graph": "_autograd._graph",
     "Info": "_commands._info",
-    "Prefetch": "_prefetching._prefetch",
-    "Transfer": "_cuda._async",
+    "Prefetch": "_background._prefetch",
+    "Transfer": "_background._async",
     "autograd_graph": "_autograd._graph",
     "collate": "_trees._collate",
     "editing": "_autograd._editing",
     "info": "_commands._info",
-    "prefetch": "_prefetching._prefetch",
+    "prefetch": "_background._prefetch",
     "share_memory_pool": "_cuda._pool",
-    "to_numpy_async": "_cuda._async",
+    "to_numpy_async": "_background._async",
     "tree": "",
     "used_on": "_cuda._lease",
 }

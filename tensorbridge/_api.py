@@ -7,10 +7,9 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar, overload
 
 import numpy as np
 
-from tensorbridge import _lanes, _options
+from tensorbridge import _device_lanes, _lanes, _options
 from tensorbridge._array import ArrayInfo
 from tensorbridge._convert import convert, described, planned
-from tensorbridge._cuda import _device_lanes
 from tensorbridge._eager import eager, noticing
 from tensorbridge._memory import infos_share
 from tensorbridge._remember import remembering

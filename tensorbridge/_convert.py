@@ -8,11 +8,11 @@ import threading
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from tensorbridge import _casting, _lanes, _options, _watch
+from tensorbridge import _casting, _device_lanes, _lanes, _options, _watch
 from tensorbridge import _words as words
 from tensorbridge._adapters import Adapter, adapter_of, named, performer
 from tensorbridge._array import CPU, ArrayInfo, Traits
-from tensorbridge._cuda import _device_lanes, _stream_order, _streams
+from tensorbridge._cuda import _stream_order, _streams
 from tensorbridge._eager import is_inside
 from tensorbridge._errors import BridgeError, UnsupportedArrayError
 from tensorbridge._loaded import loaded

@@ -14,7 +14,8 @@ import numpy as np
 from fake_cuda import LEGACY, PER_THREAD, Event, Machine, at
 
 import tensorbridge._adapters as adapters
-from tensorbridge._cuda import _device_lanes, _lease, _staging, _stream_order, _streams
+from tensorbridge import _device_lanes
+from tensorbridge._cuda import _lease, _staging, _stream_order, _streams
 
 
 def installed(monkeypatch, *, devices=1, without=()):

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 import tensorbridge as tb
-from tensorbridge._cuda import _async, _lease, _staging, _stream_order, _streams
+from tensorbridge._background import _async
+from tensorbridge._cuda import _lease, _staging, _stream_order, _streams
 
 MINE = 0x50
 

@@ -6,9 +6,10 @@ from fake_frameworks import cupy_adapter
 from races import ON_CUPY, ON_TORCH, SHAPE, Race, address, plays, with_adapters
 
 import tensorbridge as tb
+from tensorbridge import _device_lanes
 from tensorbridge._adapters import _torch_cuda
 from tensorbridge._convert import moment
-from tensorbridge._cuda import _device_lanes, _lease, _streams
+from tensorbridge._cuda import _lease, _streams
 from tensorbridge._plan import decide
 from tensorbridge._step import Want
 

@@ -23,8 +23,9 @@ from tensorbridge import _convert, _copiers
 from tensorbridge._adapters import named
 from tensorbridge._array import Device, Traits
 from tensorbridge._autograd import _editing
-from tensorbridge._cuda import _async, _lease, _staging, _stream_order
-from tensorbridge._prefetching import _roads as _prefetch_roads
+from tensorbridge._background import _async
+from tensorbridge._background import _roads as _prefetch_roads
+from tensorbridge._cuda import _lease, _staging, _stream_order
 from tensorbridge._step import Here, Step, Want
 
 named("torch")  # of the real torch: read before a fake stands in its place
@@ -238,7 +239,7 @@ def test_a_transfer_of_the_parent_is_not_waited_for_in_a_child():
     code = """
 import os
 from concurrent.futures import Future
-from tensorbridge._cuda._async import Transfer
+from tensorbridge._background._async import Transfer
 transfer = Transfer(Future())
 pid = os.fork()
 if not pid:

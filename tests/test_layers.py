@@ -16,7 +16,7 @@ ROOT = Path(tensorbridge.__file__).parent
 
 # From the ground up. A module imports modules of the rows below its own, and none of its own row.
 LAYERS = [
-    {"_eager", "_autograd", "_commands", "_cuda", "_prefetching", "_trees"},
+    {"_eager", "_autograd", "_background", "_commands", "_cuda", "_trees"},
     {"_array", "_errors", "_forks", "_loaded", "_trees._rebuild", "_readonly", "_autograd._svg"},
     {"_copiers", "_dtypes", "_reentrant", "_roads", "_cuda._streams"},
     {"_step", "_engine", "_autograd._picture", "_cuda._stream_order"},
@@ -35,7 +35,7 @@ LAYERS = [
     },
     {"_adapters._columns", "_adapters._foreign", "_adapters._torch_steps"},
     {"_adapters._protocols", "_adapters._torch"},
-    {"_memory", "_lanes", "_cuda._device_lanes", "_autograd._editing"},
+    {"_memory", "_lanes", "_device_lanes", "_autograd._editing"},
     {"_options", "_autograd._graph"},
     {"_convert", "_cuda._pool"},
     {"_remember"},
@@ -46,11 +46,11 @@ LAYERS = [
     {"_trees._leaf", "_trees._collate"},
     {"_trees._fill"},
     {"_trees._leaves"},
-    {"_prefetching._roads"},
-    {"_prefetching._worker"},
-    {"_trees._tree", "_prefetching._prefetch"},
+    {"_background._roads"},
+    {"_background._worker"},
+    {"_trees._tree", "_background._prefetch"},
     {"tree"},
-    {"_cuda._async", "_commands._matrix"},
+    {"_background._async", "_commands._matrix"},
     {"_commands._info"},
     {"__init__"},
 ]

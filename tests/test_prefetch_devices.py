@@ -13,8 +13,8 @@ import torch
 from sources import SOON, on_host
 
 import tensorbridge as tb
+from tensorbridge._background import _prefetch, _roads
 from tensorbridge._cuda import _lease, _stream_order, _streams
-from tensorbridge._prefetching import _prefetch, _roads
 
 pytestmark = pytest.mark.usefixtures("no_thread_is_left")
 

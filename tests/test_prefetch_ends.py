@@ -22,7 +22,7 @@ import torch
 from sources import SOON, Source, eventually, on_host
 
 import tensorbridge as tb
-from tensorbridge._prefetching import _worker
+from tensorbridge._background import _worker
 
 pytestmark = pytest.mark.usefixtures("no_thread_is_left")
 

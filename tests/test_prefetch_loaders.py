@@ -14,7 +14,7 @@ from sources import on_host
 from torch.utils.data import DataLoader, Dataset
 
 import tensorbridge as tb
-from tensorbridge._prefetching import _worker
+from tensorbridge._background import _worker
 
 pytestmark = pytest.mark.usefixtures("no_thread_is_left")
 

@@ -137,7 +137,7 @@ def test_where_cupy_cannot_use_the_driver_torch_orders_streams_and_tells_capture
 
 def test_a_lane_leaves_a_tensor_to_be_refused_while_a_mode_answers_for_torch(machine, monkeypatch):
     """Under FakeTensorMode an alias of a real tensor is a fake, and keeps no memory."""
-    from tensorbridge._cuda import _device_lanes
+    from tensorbridge import _device_lanes
 
     lane = _device_lanes.plain_tensor_to_cupy(lambda x: "the full road")
     t = machine.torch.full(SHAPE, 1.0)

@@ -86,7 +86,7 @@ SIDE = 2048  # of the matrices whose product is the work
 
 def _loop(nbytes: int) -> Case:
     try:
-        prefetch = import_module("tensorbridge._prefetching._prefetch").prefetch
+        prefetch = import_module("tensorbridge._background._prefetch").prefetch
     except ModuleNotFoundError as error:
         raise Unavailable(f"not built yet: {error.name}") from error
     import torch

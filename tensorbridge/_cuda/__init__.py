@@ -1,1 +1,1 @@
-"""What only a GPU asks for: streams in order, lifetime across them, the ring of pinned slots, one memory pool."""
+"""What CUDA alone asks for: streams in order, lifetime across them, the ring of pinned slots, one memory pool."""

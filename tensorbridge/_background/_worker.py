@@ -19,8 +19,8 @@ from queue import Empty, SimpleQueue
 from typing import Any, NamedTuple
 
 from tensorbridge import _watch
+from tensorbridge._background._roads import Batch, Host
 from tensorbridge._loaded import loaded
-from tensorbridge._prefetching._roads import Batch, Host
 from tensorbridge._step import Want
 from tensorbridge._trees._walk import flatten
 

@@ -14,9 +14,9 @@ from typing import Any, Literal, NoReturn, TypeVar
 
 from tensorbridge import _options, _watch
 from tensorbridge._array import CPU, Device, Traits
+from tensorbridge._background._roads import Host, road_for
+from tensorbridge._background._worker import Failure, Worker, dropped, end_readers_of
 from tensorbridge._eager import eager, is_inside, noticing
-from tensorbridge._prefetching._roads import Host, road_for
-from tensorbridge._prefetching._worker import Failure, Worker, dropped, end_readers_of
 from tensorbridge._step import Want
 from tensorbridge._trees import _tables
 
