@@ -183,8 +183,7 @@ def pieces(torch: Any, cupy: Any) -> str:
 
 def ring(torch: Any, cupy: Any) -> str:
     """GB/s of 256 MiB through rings of other shapes, by as many threads: down into fresh memory, and up."""
-    from tensorbridge import _copiers
-    from tensorbridge._cuda import _staging
+    from tensorbridge._cuda import _copiers, _staging
 
     nbytes = 256 * MIB
     link, block = _staging.link_of("torch", 0), torch.zeros(nbytes, dtype=torch.uint8, device="cuda")

@@ -19,13 +19,13 @@ from races import SHAPE, Race, crossings, with_adapters
 from sources import on_host
 
 import tensorbridge as tb
-from tensorbridge import _convert, _copiers
+from tensorbridge import _convert
 from tensorbridge._adapters import named
 from tensorbridge._array import Device, Traits
 from tensorbridge._autograd import _editing
 from tensorbridge._background import _async
 from tensorbridge._background import _roads as _prefetch_roads
-from tensorbridge._cuda import _lease, _staging, _stream_order
+from tensorbridge._cuda import _copiers, _lease, _staging, _stream_order
 from tensorbridge._step import Here, Step, Want
 
 named("torch")  # of the real torch: read before a fake stands in its place
@@ -139,7 +139,7 @@ def test_the_first_transfer_may_be_made_in_an_atexit_handler():
     """Where concurrent.futures can no longer be imported."""
     code = """
 import atexit, numpy as np
-from tensorbridge import _copiers
+from tensorbridge._cuda import _copiers
 def late():
     target = np.zeros(2 * _copiers.PART, np.uint8)
     for copy in _copiers.copying(target, np.ones(2 * _copiers.PART, np.uint8)):
@@ -258,7 +258,7 @@ os.waitpid(pid, 0)
 def test_a_lock_that_another_thread_held_at_the_fork_is_free_in_the_child():
     code = """
 import os, threading
-from tensorbridge import _copiers
+from tensorbridge._cuda import _copiers
 with _copiers._lock:  # as another thread would
     pid = os.fork()
     if not pid:

@@ -18,7 +18,7 @@ ROOT = Path(tensorbridge.__file__).parent
 LAYERS = [
     {"_eager", "_autograd", "_background", "_commands", "_cuda", "_trees"},
     {"_array", "_errors", "_forks", "_loaded", "_trees._rebuild", "_readonly", "_autograd._svg"},
-    {"_copiers", "_dtypes", "_reentrant", "_roads", "_cuda._streams"},
+    {"_cuda._copiers", "_dtypes", "_reentrant", "_roads", "_cuda._streams"},
     {"_step", "_engine", "_autograd._picture", "_cuda._stream_order"},
     {"_refuse", "_words", "_events", "_cuda._lease"},
     {"_rules", "_cuda._staging"},

@@ -12,8 +12,8 @@ import fake_frameworks
 import numpy as np
 import pytest
 
-from tensorbridge import DeviceError, _copiers
-from tensorbridge._cuda import _lease, _staging, _streams
+from tensorbridge import DeviceError
+from tensorbridge._cuda import _copiers, _lease, _staging, _streams
 
 SLOT, SLOTS, PART = 1024, 4, 256
 SIZES = [1, 255, SLOT - 1, SLOT, SLOT + 1, 3 * SLOT, 4 * SLOT, 4 * SLOT + 1, 23 * SLOT + 17]

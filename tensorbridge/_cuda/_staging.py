@@ -26,10 +26,10 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from tensorbridge import _copiers, _forks
+from tensorbridge import _forks
 from tensorbridge._array import LARGE
-from tensorbridge._copiers import Bytes
-from tensorbridge._cuda import _lease, _stream_order, _streams
+from tensorbridge._cuda import _copiers, _lease, _stream_order, _streams
+from tensorbridge._cuda._copiers import Bytes
 from tensorbridge._errors import DeviceError
 
 if TYPE_CHECKING:
