@@ -413,3 +413,24 @@ def test_group_of_stored_arrays_is_a_table(module, cls, a, monkeypatch):
 def test_module_is_public():
     assert tb.tree is tree
     assert set(tree.__all__) == {"LeafPlan", "LeftPart", "TreePlan", "plan", "to_cupy", "to_numpy", "to_torch"}
+
+
+# -- An option is for every leaf, and an error that asks for one says so
+
+
+def test_a_cure_by_dtype_says_that_it_is_for_every_array():
+    batch = {"x": np.zeros((2, 3)), "labels": np.arange(2)}
+    with pytest.raises(tb.UnsupportedArrayError) as caught:
+        tree.plan(batch, "torch", device="mps")
+    assert str(caught.value) == (
+        "batch['x']: to_torch(device='mps:0'): numpy float64 (2, 3) on cpu cannot be converted: "
+        'mps devices have no float64.\nUse dtype="float32": a copy of 24 B.\n'
+        "In a tree dtype is for every array: to keep the others as they are, convert this one first."
+    )
+    first = {**batch, "x": tb.to_torch(batch["x"], dtype="float32")}
+    assert [leaf.plan.target.dtype for leaf in tree.plan(first, "torch", device="mps").leaves] == ["float32", "int64"]
+
+
+def test_a_cure_by_dtype_of_the_only_array_says_no_more():
+    with pytest.raises(tb.UnsupportedArrayError, match=r'Use dtype="float32": a copy of 24 B\.$'):
+        tree.plan([np.zeros(6)], "torch", device="mps")

@@ -24,7 +24,10 @@ NAMED = (BridgeError, ValueError, TypeError)
 def name(error: Exception, flat: Flat, place: int) -> None:
     """Let an error begin with the leaf that it is about."""
     if len(error.args) == 1:
-        error.args = (f"{flat.path(place)}: {error}",)
+        text = f"{flat.path(place)}: {error}"
+        if "\nUse dtype=" in text and len(flat.leaves) > 1:
+            text += "\nIn a tree dtype is for every array: to keep the others as they are, convert this one first."
+        error.args = (text,)
 
 
 class Leaf:
