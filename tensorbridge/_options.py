@@ -99,7 +99,8 @@ def device_named(device: Any, framework: str) -> Device:
     known = kind in ("cpu", "cuda") or (framework == "torch" and _is_kind_of_torch(kind))
     if not (known and re.fullmatch("[a-z0-9_]+(:(0|[1-9][0-9]*))?", name)):
         hint = _device_hint(device, kind, framework) if isinstance(device, str) else ""
-        raise ValueError(f'device={device!r}: choose "cpu", "cuda", "cuda:0" ... or a CUDA index from 0{hint}')
+        others = ', "mps"' if framework == "torch" else ""
+        raise ValueError(f'device={device!r}: choose "cpu", "cuda", "cuda:0"{others} ... or a CUDA index from 0{hint}')
     return CPU if kind == "cpu" else Device(name)
 
 
@@ -119,8 +120,8 @@ def _is_kind_of_torch(kind: str) -> bool:
 
 def _device_hint(device: str, kind: str, framework: str) -> str:
     if framework == "torch" and kind == "meta":
-        return f"; other devices are torch's own matter: to_torch(x).to({device!r})"
-    return nearest("cuda" if kind == "gpu" else kind, ("cpu", "cuda"))
+        return "; a tensor on it has no values: torch.empty(x.shape, device='meta') makes one"
+    return nearest("cuda" if kind == "gpu" else kind, ("cpu", "cuda", *_KINDS_OF_TORCH * (framework == "torch")))
 
 
 def placed(want: Want, traits: Traits, *, planning: bool = False) -> Want:
@@ -139,9 +140,11 @@ def placed(want: Want, traits: Traits, *, planning: bool = False) -> Want:
                 f"{words.call(want)}: pinned memory needs a CUDA device, and torch sees none here.\nLeave it out."
             )
         return want
+    kind = device.type
     if device.is_cuda and _streams.forked():  # the driver would see no device here
         raise DeviceError(f"{words.call(want)}: {FORKED.why}.\n{FORKED.cure}")
-    kind = device.type
+    if device.is_other and _is_forked(kind):
+        raise DeviceError(f"{words.call(want)}: {kind} cannot be used in a forked process.\n{FORKED.cure}")
     count, current, why = _cuda(want.framework) if device.is_cuda else _others(kind)
     if device == kind:
         inherits = traits.device.type == kind
@@ -151,9 +154,9 @@ def placed(want: Want, traits: Traits, *, planning: bool = False) -> Want:
         seen = f"{count} {name} device{'s' * (count != 1)}" if count else f"no usable {name} device"
         cure = "Check CUDA_VISIBLE_DEVICES and the driver"
         if device.is_other:
-            cure = (
-                "Give a lower index" if count else "Import the package that adds it to torch, if it is not torch's own"
-            )
+            own = hasattr(loaded("torch"), kind)
+            lacks = f"This build of torch, or this machine, has no {kind}" if own else "Import the package that adds it to torch"
+            cure = "Give a lower index" if count else lacks
         raise DeviceError(
             f"{words.call(want)}: {device} does not exist: {want.framework} sees {seen} here{why}.\n"
             f"{cure}; plan() shows the steps without a device."
@@ -161,11 +164,23 @@ def placed(want: Want, traits: Traits, *, planning: bool = False) -> Want:
     return want._replace(device=device)
 
 
+def _is_forked(kind: str) -> bool:
+    """Whether torch has used devices of this kind before this process was forked; its Apple's and Intel's tell."""
+    return bool(getattr(getattr(loaded("torch"), kind, None), "_is_in_bad_fork", lambda: False)())
+
+
 def _others(kind: str) -> tuple[int, int, str]:
-    """The same of a kind of device that torch alone knows: asked of the module, torch.mps ..., that such a kind has."""
-    module: Any = getattr(loaded("torch"), kind, None)
-    count = module.device_count() if module is not None and module.is_available() else 0
-    return count, module.current_device() if count and hasattr(module, "current_device") else 0, ""
+    """The same of a kind of device that torch alone knows: asked of its module, torch.mps ..., where it has one."""
+    torch: Any = loaded("torch")
+    module: Any = getattr(torch, kind, None)
+    if hasattr(module, "is_available") and hasattr(module, "device_count"):
+        count = module.device_count() if module.is_available() else 0
+        started = getattr(module, "is_initialized", lambda: True)  # XPU starts when it is asked for its current device
+        return count, module.current_device() if count and hasattr(module, "current_device") and started() else 0, ""
+    try:  # torch_xla brings no such module
+        return (sys.maxsize if torch is not None and torch.empty(0, device=kind) is not None else 0), 0, ""
+    except (RuntimeError, AssertionError, ImportError):
+        return 0, 0, ""
 
 
 def _cuda(framework: str) -> tuple[int, int, str]:

@@ -45,6 +45,8 @@ def _steps(traits: Traits, want: Want, here: Here) -> _rules.Steps:
         return _into_out(steps, want.out, want, here, where)
     source = steps.now.dtype.lstrip(">")
     crossing = where != steps.now.device
+    if "neg" in steps.now.lazy and steps.now.device.is_other and (crossing or want.copy or source != wanted):
+        _rules.resolve(steps)  # Apple's copies do not see that mark
     _rules.make_native(steps, want, here, wanted, crossing)
     late_cast = steps.now.dtype.lstrip(">") != wanted
     if steps.now.lazy and receiver != "torch":  # a cast has resolved it already
@@ -83,13 +85,16 @@ def _into_out(steps: _rules.Steps, out: Traits, want: Want, here: Here, where: D
     """Every element is written into `out`, once where one copy can do it; casts happen on the way."""
     then, receiver = steps.then, want.framework
     name = steps.now.dtype.lstrip(">")
-    if "neg" in steps.now.lazy and name != out.dtype:  # Tensor.copy_ loses that bit where it casts, on either side
-        _rules.resolve(steps)
+    if "neg" in steps.now.lazy and (name != out.dtype or steps.now.device.is_other):
+        _rules.resolve(steps)  # Tensor.copy_ loses that bit where it casts, on either side; Apple's, always
     if "neg" in out.lazy and name != out.dtype and _dtypes.can_cast(steps.now.framework, name, out.dtype):
         _rules.copy(steps, Op.CAST, "torch cannot cast into a negative view", here, dtype=out.dtype)
     casts_there = name != out.dtype and steps.now.device.is_other
     if _rules.leaves(steps.now, where) and (where != CPU or casts_there):
         _rules.to_host(steps, want)
+    elif _rules.leaves(steps.now, where) and steps.now.device.is_other and steps.now.spacing != "dense":
+        # Apple's copy, up to torch 2.13, takes gaps of the same strides for one block, and writes between them.
+        then(Op.PACK, "packed on the device, so that one block crosses the bus")
     if steps.now.framework == "cupy" and receiver == "numpy":
         plain = steps.now.dtype == out.dtype and steps.now.order == out.order and out.spacing == "dense"
         if steps.now.spacing != "dense":

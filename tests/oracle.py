@@ -127,6 +127,8 @@ def expect(traits: Traits, want: Want, here: Here) -> Verdict:
     reasons = [cast, swapped, is_list, resolves, not fits, pins, fresh, not kept, want.out is not None, crosses, hops]
     reasons.append(askew)
     moves = any(reasons)
+    # Apple's copies do not see that mark (pytorch#184403), so that it is made true there before anything is copied.
+    unseen = moves and "neg" in traits.lazy and kinds[0] not in ("cpu", "cuda") and not resolves
     if here.capturing and "cuda" in kinds and moves and traits.size != "empty":
         errors.add(DeviceError)
     switches = {holder, want.framework} == {"torch", "cupy"} and kinds == ("cuda", "cuda")
@@ -151,7 +153,7 @@ def expect(traits: Traits, want: Want, here: Here) -> Verdict:
         high = min(1 + is_list + cast + swapped + resolves + (not fits), 2 + is_list)
     elif cast and not casts(holder, source, target):
         high += resolves or not fits  # what the receiver is to cast, it must be able to hold
-    high += askew
+    high += askew + unseen
     low, high = low + exported, high + exported
     shares = not moves and not is_scalar and not exported
     return Verdict(

@@ -4,6 +4,7 @@
 
 #include <sys/mman.h>
 
+#include <cstring>
 #include <mutex>
 #include <unordered_map>
 #include <vector>
@@ -124,7 +125,14 @@ at::Tensor& copy_(at::Tensor& self, const at::Tensor& source, bool non_blocking)
     copies.push_back(non_blocking ? kind + " async" : kind);
   }
   auto to = seen(self);
-  to.copy_(seen(source));
+  if (self.is_cpu() && !source.is_cpu() && self.strides() == source.strides() && self.numel() > 1 &&
+      !source.is_non_overlapping_and_dense()) {  // as Apple's up to torch 2.13: one block, whatever lies between
+    std::memcpy(self.data_ptr(), seen(source).contiguous().data_ptr(), self.nbytes());
+    return self;
+  }
+  auto from = seen(source);
+  if (!self.is_cpu() && !source.is_cpu()) from._set_neg(false);  // as Apple's: the bit is not seen
+  to.copy_(from);
   return self;
 }
 

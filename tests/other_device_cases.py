@@ -53,6 +53,12 @@ def there(values=VALUES, index=0):
     return torch.tensor(values).to(f"other:{index}")
 
 
+def on_host(t):
+    """The values of a tensor, by hand. A copy from there would not see a negative bit, nor one there."""
+    t = t.detach()
+    return -torch._neg_view(t).cpu().resolve_conj() if t.is_neg() else t.cpu().resolve_conj()
+
+
 def ops(plan):
     return [step.op for step in plan.steps]
 
@@ -135,7 +141,7 @@ def test_down_to_numpy(name):
     plan = tb.plan(x, "numpy", **options)
     assert expected is None or ops(plan) == expected.split()
     result = tb.to_numpy(x, **options)
-    by_hand = (torch.stack(x) if isinstance(x, list) else x).detach().cpu().resolve_conj().resolve_neg()
+    by_hand = on_host(torch.stack(x) if isinstance(x, list) else x)
     assert result.dtype.name == options.get("dtype", str(by_hand.dtype).removeprefix("torch."))
     assert result.shape == tuple(by_hand.shape)
     wide = torch.complex128 if by_hand.is_complex() else torch.float64
@@ -170,6 +176,51 @@ def test_into_the_caller_s_array():
         out = torch.empty((4, 3), dtype=torch.from_numpy(out).dtype).t()
         assert tb.to_torch(there(), out=out) is out
         assert np.array_equal(out.numpy(), VALUES)
+
+
+def test_into_gaps_of_the_same_strides():
+    """Apple's GPU, up to torch 2.13, copies one block there and writes between the elements (pytorch#189961)."""
+    for dtype in ("f4", "f8"):
+        parent = np.full(20, -1, dtype)
+        x = there(LARGE[:20])[::2]
+        tb.to_numpy(x, out=parent[::2])
+        assert np.array_equal(parent[::2], LARGE[:20:2])
+        assert set(parent[1::2]) == {-1}
+        columns = torch.full((3, 4), -1.0, dtype=torch.from_numpy(parent).dtype)
+        tb.to_torch(there()[:, 2], out=columns[:, 2])
+        assert np.array_equal(columns[:, 2], VALUES[:, 2])
+        assert set(columns[:, [0, 1, 3]].ravel().tolist()) == {-1.0}
+
+
+NEGATIVE = {
+    "to NumPy": lambda x: tb.to_numpy(x),
+    "to the host": lambda x: tb.to_torch(x, device="cpu"),
+    "to the other": lambda x: tb.to_torch(x, device="other:1"),
+    "copied": lambda x: tb.to_torch(x, copy=True),
+    "cast": lambda x: tb.to_torch(x, dtype="float16"),
+    "cast, to NumPy": lambda x: tb.to_numpy(x, dtype="float64"),
+    "into an array": lambda x: tb.to_numpy(x, out=np.empty(x.shape, "f4")),
+    "into a tensor": lambda x: tb.to_torch(x, out=torch.empty(x.shape)),
+    "into one there": lambda x: tb.to_torch(x, out=torch.empty(x.shape, device="other")),
+    "in a tree": lambda x: tb.tree.to_numpy([x])[0],
+}
+
+
+@pytest.mark.parametrize("way", NEGATIVE)
+@pytest.mark.parametrize("kind", ["negative", "conjugate too", "strided"])
+def test_a_negative_bit_is_not_lost(way, kind):
+    """Apple's copies do not see it (pytorch#184403), nor do those of the stand-in."""
+    x = there(VALUES + 1j).conj().imag
+    expected = -np.ones_like(VALUES)
+    if kind == "strided":
+        x, expected = x[:, 1::2], expected[:, 1::2]
+    elif kind == "conjugate too":
+        if way in ("cast", "cast, to NumPy", "into an array", "into a tensor", "into one there"):
+            return  # to another dtype: a complex one
+        x, expected = torch._neg_view(there(VALUES + 2j)).conj(), -(VALUES - 2j).astype("c8")
+    assert x.is_neg()
+    made = NEGATIVE[way](x)
+    assert np.array_equal(made if isinstance(made, np.ndarray) else on_host(made).numpy(), expected)
 
 
 # -- Up, and there
@@ -294,7 +345,7 @@ REFUSED = {
         tb.DeviceError,
         lambda: tb.to_torch(VALUES, device="hpu"),
         "to_torch(device='hpu'): hpu:0 does not exist: torch sees no usable hpu device here.\n"
-        "Import the package that adds it to torch, if it is not torch's own; plan() shows the steps without a device.",
+        "Import the package that adds it to torch; plan() shows the steps without a device.",
     ),
     "non_blocking up": (
         ValueError,
@@ -487,6 +538,41 @@ def test_batches_are_read_ahead(to):
     assert np.array_equal(np.concatenate(found), np.arange(12.0).reshape(6, 2))
 
 
+def test_only_the_thread_that_asks_gives_the_device_work(monkeypatch):
+    """Two threads at once may end the process on Apple's GPU (pytorch#197805)."""
+    seen, move = [], torch.Tensor.to
+    monkeypatch.setattr(
+        torch.Tensor, "to", lambda t, *to, **how: (seen.append(threading.get_ident()), move(t, *to, **how))[1]
+    )
+    batches = [{"x": VALUES + i, "y": torch.tensor([i]), "n": i} for i in range(3)]
+    for i, batch in enumerate(tb.prefetch(batches, device="other")):
+        assert batch["x"].device == batch["y"].device == torch.device("other:0")
+        assert np.array_equal(batch["x"].cpu(), VALUES + i)
+        assert batch["n"] == i
+    assert len(seen) >= 6
+    assert set(seen) == {threading.get_ident()}
+
+
+def test_a_source_may_fill_its_buffer_again():
+    def source():
+        buffer = np.empty(3, "f4")
+        for i in range(4):
+            buffer.fill(i)
+            yield buffer
+
+    assert [t.tolist() for t in tb.prefetch(source(), device="other", depth=3)] == [[i] * 3 for i in range(4)]
+
+
+def test_what_lies_there_already_stays_and_what_may_not_move_is_refused():
+    x = there()
+    (same,) = tb.prefetch([x], device="other")
+    assert tb.shares_memory(same, x)
+    ready = tb.prefetch([VALUES, VALUES], device="other", copy=False)
+    with pytest.raises(tb.CopyRequiredError, match=r"to_torch\(device='other:0', copy=False\)"):
+        next(ready)
+    assert list(ready) == []
+
+
 def test_a_batch_that_is_missing_its_device_is_refused_at_the_call():
     with pytest.raises(tb.DeviceError, match="other:7 does not exist: torch sees 2 other devices"):
         tb.prefetch([VALUES], device="other:7")
@@ -497,6 +583,37 @@ def test_samples_are_stacked_where_they_are():
     assert batch["x"].device.type == "other"
     assert batch["x"].shape == (2, 3, 4)
     assert batch["y"].tolist() == [1, 2]
+
+
+def test_a_backend_without_a_module_is_known_by_its_tensors(monkeypatch):
+    """torch_xla registers none; who registers it by hand gives one that has neither question."""
+    x = there()
+    for module in (None, types.ModuleType("torch.other")):
+        monkeypatch.setattr(torch, "other", module)
+        assert tb.to_torch(x, device=x.device) is x
+        assert tb.to_torch(VALUES, device="other").device == x.device
+        assert tb.plan(VALUES, "torch", device="other:1").target.device == "other:1"
+
+
+def test_a_device_that_has_not_started_is_not_started_to_plan(monkeypatch):
+    """As XPU's, whose current device cannot be asked in a forked child."""
+
+    def refuse():
+        raise RuntimeError("Cannot re-initialize XPU in forked subprocess.")
+
+    monkeypatch.setattr(torch.other, "current_device", refuse)
+    monkeypatch.setattr(torch.other, "is_initialized", lambda: False, raising=False)
+    assert tb.plan(VALUES, "torch", device="other").target.device == "other:0"
+
+
+def test_a_process_that_was_forked_after_its_use_is_refused(monkeypatch):
+    monkeypatch.setattr(torch.other, "_is_in_bad_fork", lambda: True, raising=False)
+    with pytest.raises(tb.DeviceError) as refused:
+        tb.to_torch(VALUES, device="other")
+    assert str(refused.value) == (
+        "to_torch(device='other'): other cannot be used in a forked process.\n"
+        "Start workers with the spawn method, or convert in the main process (tensorbridge.prefetch does)."
+    )
 
 
 def test_the_current_device_is_as_it_was():

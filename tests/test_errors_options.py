@@ -58,33 +58,38 @@ OPTIONS = {
     "device": (
         ValueError,
         lambda: tb.to_torch(six(), device="gpu"),
-        'device=\'gpu\': choose "cpu", "cuda", "cuda:0" ... or a CUDA index from 0; did you mean \'cuda\'?',
+        'device=\'gpu\': choose "cpu", "cuda", "cuda:0", "mps" ... or a CUDA index from 0; did you mean \'cuda\'?',
     ),
     "device with a slip": (
         ValueError,
         lambda: tb.to_torch(six(), device="cdua:0"),
-        'device=\'cdua:0\': choose "cpu", "cuda", "cuda:0" ... or a CUDA index from 0; did you mean \'cuda\'?',
+        'device=\'cdua:0\': choose "cpu", "cuda", "cuda:0", "mps" ... or a CUDA index from 0; did you mean \'cuda\'?',
     ),
     "device in capitals": (
         ValueError,
         lambda: tb.plan(six(), "torch", device="CPU"),
-        'device=\'CPU\': choose "cpu", "cuda", "cuda:0" ... or a CUDA index from 0; did you mean \'cpu\'?',
+        'device=\'CPU\': choose "cpu", "cuda", "cuda:0", "mps" ... or a CUDA index from 0; did you mean \'cpu\'?',
     ),
     "device of torch alone": (
         ValueError,
         lambda: tb.to_torch(six(), device=torch.device("meta")),
-        'device=\'meta\': choose "cpu", "cuda", "cuda:0" ... or a CUDA index from 0; other devices are torch\'s own '
-        "matter: to_torch(x).to('meta')",
+        'device=\'meta\': choose "cpu", "cuda", "cuda:0", "mps" ... or a CUDA index from 0; a tensor on it '
+        "has no values: torch.empty(x.shape, device='meta') makes one",
     ),
     "device by an index that torch refuses": (
         ValueError,
         lambda: tb.plan(six(), "torch", device="cuda:01"),
-        'device=\'cuda:01\': choose "cpu", "cuda", "cuda:0" ... or a CUDA index from 0; did you mean \'cuda\'?',
+        'device=\'cuda:01\': choose "cpu", "cuda", "cuda:0", "mps" ... or a CUDA index from 0; did you mean \'cuda\'?',
     ),
     "negative device": (
         ValueError,
         lambda: tb.to_torch(six(), device=-1),
-        'device=-1: choose "cpu", "cuda", "cuda:0" ... or a CUDA index from 0',
+        'device=-1: choose "cpu", "cuda", "cuda:0", "mps" ... or a CUDA index from 0',
+    ),
+    "device in capitals, of torch alone": (
+        ValueError,
+        lambda: tb.plan(six(), "torch", device="MPS"),
+        'device=\'MPS\': choose "cpu", "cuda", "cuda:0", "mps" ... or a CUDA index from 0; did you mean \'mps\'?',
     ),
     "device that is none": (
         TypeError,

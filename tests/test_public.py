@@ -298,7 +298,7 @@ except ValueError as error:
     print(error, "torch" in sys.modules)""")
     assert said.splitlines() == [
         "['cuda:1', 'mps:0', 'xpu:1']",
-        'device=\'gpu\': choose "cpu", "cuda", "cuda:0" ... or a CUDA index from 0; did you mean \'cuda\'? False',
+        'device=\'gpu\': choose "cpu", "cuda", "cuda:0", "mps" ... or a CUDA index from 0; did you mean \'cuda\'? False',
     ]
 
 

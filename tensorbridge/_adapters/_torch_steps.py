@@ -60,9 +60,15 @@ def performer(step: Step, before: Traits, want: Want) -> Callable[[Any], Any]:
         return lambda parts: parts.stacked(torch.stack)
     return {
         Op.DETACH: lambda t: t.detach(),
-        Op.RESOLVE: lambda t: t.clone() if before.lazy == "zero" else t.resolve_conj().resolve_neg(),
+        Op.RESOLVE: (lambda t: t.clone()) if before.lazy == "zero" else _resolved(before),
         Op.PIN: lambda t: torch.empty_like(t, pin_memory=True).copy_(t),  # pin_memory() returns a pinned one as it is
     }[op]
+
+
+def _resolved(before: Traits) -> Callable[[Tensor], Tensor]:
+    if before.device.is_other and "neg" in before.lazy:  # by a copy, torch would; Apple's does not see that mark
+        return lambda t: torch._neg_view(t).neg().resolve_conj()
+    return lambda t: t.resolve_conj().resolve_neg()
 
 
 def _same(t: Tensor) -> Tensor:

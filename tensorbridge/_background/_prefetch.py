@@ -44,8 +44,9 @@ def prefetch(
         serves one loop at a time: an earlier one that has been left is waited for.
     to : "torch", "cupy" or "numpy"
     device : as for `to_torch` and `to_cupy`
-        "cpu" converts on the host, which is the only choice for NumPy, and taken there. On a device that only torch
-        knows ("mps", "xpu") the thread converts as `to_torch` does, on that device's current stream: the default one.
+        "cpu" converts on the host, which is the only choice for NumPy, and taken there. To a device that only torch
+        knows ("mps", "xpu") a batch is moved when it is asked for, by the thread that asks: the one that reads ahead
+        leaves it on the host, in memory of its own.
     depth : int
         How many batches may be ahead of the consumer, at most. They are all in memory at once, on the device too.
     transform : callable, optional
@@ -154,7 +155,11 @@ class Prefetch(Iterator[Any]):
                 raise item.error
             finally:
                 del item  # the traceback holds this frame
-        return self._road.handed_over(item)
+        try:
+            return self._road.handed_over(item)
+        except Exception:  # as one of the worker's
+            self.close()
+            raise
 
     def __len__(self) -> int:
         """How many batches there are in all, read or not: as for an iterator over a DataLoader."""

@@ -1,4 +1,6 @@
-"""Where prefetched batches go, and what that needs: on CUDA a stream, marks and kept memory; else nothing."""
+"""Where prefetched batches go, and what that needs: on CUDA a stream, marks and kept memory; on another device of
+torch's the consumer's own thread; on the host nothing.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +9,7 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from typing import Any, NamedTuple
 
+from tensorbridge._array import CPU
 from tensorbridge._cuda import _lease, _stream_order, _streams
 from tensorbridge._errors import DeviceError, UnsupportedArrayError
 from tensorbridge._step import Want
@@ -21,7 +24,7 @@ class Batch(NamedTuple):
 
 
 class Host:
-    """Batches stay on the host, or are done when torch has moved them: nothing is to be ordered."""
+    """Batches stay on the host: nothing is to be ordered."""
 
     def entered(self) -> AbstractContextManager[Any]:
         """What the worker runs in."""
@@ -41,6 +44,26 @@ class Host:
     def handed_over(self, batch: Batch) -> Any:
         """Called by the consumer."""
         return batch.value
+
+
+class Elsewhere(Host):
+    """Batches go to a device that only torch knows, when they are asked for. What the worker makes lies on the host.
+
+    Two threads must not give Apple's GPU work at once: the process may die of it (pytorch#197805).
+    """
+
+    def __init__(self, want: Want) -> None:
+        self.want = want
+
+    def converted(self, batch: Any, want: Want, read: list[Any]) -> Batch:
+        copy = want.copy
+        if copy is None and all(getattr(leaf, "is_cpu", True) for leaf in flatten(batch).leaves):
+            copy = True  # the source may fill a buffer again before the batch is asked for
+        return Batch(_leaves.converted(batch, want._replace(device=None, copy=copy)))
+
+    def handed_over(self, batch: Batch) -> Any:
+        copy = False if self.want.copy is False else None
+        return _leaves.converted(batch.value, self.want._replace(copy=copy))
 
 
 class Cuda(Host):
@@ -105,6 +128,6 @@ def _current_stream(framework: str, index: int) -> Any:
 
 
 def road_for(want: Want) -> Host:
-    if want.device is None or not want.device.is_cuda:
+    if want.device is None or want.device == CPU:
         return Host()
-    return Cuda(want.framework, want.device.index)
+    return Cuda(want.framework, want.device.index) if want.device.is_cuda else Elsewhere(want)
