@@ -43,6 +43,11 @@ class Device(str):
         return self.type not in ("cpu", "cuda")
 
     @property
+    def has_addresses(self) -> bool:
+        """Whether what torch gives as an address is known to be one. Apple's is a handle: see ``ArrayInfo.storage``."""
+        return self.type in ("cpu", "cuda", "xpu")
+
+    @property
     def index(self) -> int:  # type: ignore[override]
         """Which one of its kind; 0 for the host."""
         return int(self.partition(":")[2] or 0)
@@ -88,8 +93,8 @@ class ArrayInfo(NamedTuple):
     """One array, described. No element was read, unless an object of another library had to compute its array.
 
     Bytes for strides and sizes, as NumPy counts them; `stream` is the CUDA stream current for the array's framework,
-    None elsewhere; `address` is the first element's, on its device, 0 where there is no memory to share. On the devices
-    that only torch knows ("mps:0" ...) it may be a handle, and means something only inside one `storage`.
+    None elsewhere; `address` is the first element's, on its device, 0 where there is no memory to share. On a device
+    that has no addresses ("mps:0" ...) it may be a handle, and means something only inside one `storage`.
     """
 
     framework: str
@@ -107,7 +112,7 @@ class ArrayInfo(NamedTuple):
     stream: int | None
     address: int = 0  # of the first element
     overlap: bool = False  # two indices may lead to one element: a broadcast, a sliding window
-    storage: int = 0  # inside which `address` can be compared; 0 on the host and CUDA, where any two can be
+    storage: int = 0  # inside which `address` can be compared; 0 where any two can be: on the host, "cuda" and "xpu"
 
     @eager
     def __str__(self) -> str:

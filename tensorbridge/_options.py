@@ -155,7 +155,11 @@ def placed(want: Want, traits: Traits, *, planning: bool = False) -> Want:
         cure = "Check CUDA_VISIBLE_DEVICES and the driver"
         if device.is_other:
             own = hasattr(loaded("torch"), kind)
-            lacks = f"This build of torch, or this machine, has no {kind}" if own else "Import the package that adds it to torch"
+            lacks = (
+                f"This build of torch, or this machine, has no {kind}"
+                if own
+                else "Import the package that adds it to torch"
+            )
             cure = "Give a lower index" if count else lacks
         raise DeviceError(
             f"{words.call(want)}: {device} does not exist: {want.framework} sees {seen} here{why}.\n"

@@ -101,10 +101,13 @@ def make_native(steps: Steps, want: Want, here: Here, wanted: str, crossing: boo
 
 def narrows(now: Traits, wanted: str) -> bool:
     """Whether a cast comes before the bus: fewer bytes cross. A device that only torch knows need not have every dtype,
-    so that there a cast has to gain something (int64 to float64, which Apple's GPU has not, gains nothing).
+    so that there a cast has to gain something (int64 to float64, which Apple's GPU has not, gains nothing), and is of
+    no dtype that few devices have.
     """
     saved = _dtypes.DTYPES[now.dtype.lstrip(">")].itemsize - _dtypes.DTYPES[wanted].itemsize
-    return saved > 0 or (saved == 0 and not now.device.is_other)
+    if now.device.is_other:
+        return saved > 0 and not wanted.startswith(("float8", "float4"))
+    return saved >= 0
 
 
 def _is_cast_shared(now: Traits, receiver: str, wanted: str, here: Here) -> bool:
@@ -117,7 +120,8 @@ def _is_cast_shared(now: Traits, receiver: str, wanted: str, here: Here) -> bool
 def cast_late(steps: Steps, wanted: str, source: str, here: Here, *, bus: str) -> None:
     """A cast on the receiving side, "before" the bus, "after" it, or where there is none."""
     on_host = _engine.kernel(steps.now, wanted, steps.now.order, here).said
-    why = f"dtype={wanted} was asked for{f', {bus} the bus: fewer bytes cross' if bus else on_host}"
+    fewer = bus == "before" or _dtypes.DTYPES[wanted].itemsize > _dtypes.DTYPES[source].itemsize
+    why = f"dtype={wanted} was asked for{f', {bus} the bus: fewer bytes cross' if bus and fewer else on_host}"
     copy(steps, Op.CAST, why, here, dtype=wanted, cure=f"keep {source}")
 
 

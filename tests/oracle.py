@@ -266,8 +266,11 @@ def bus_width(device: Device, holder: str, source: str, framework: str, target: 
     """The narrower of the two dtypes, where the side before the bus, or the one behind it, can make or take it."""
     if source == target:
         return WIDTH[source]
-    # What comes from a device that only torch knows is a tensor on the host first.
-    after = casts(framework, source, target) or device.type not in ("cpu", "cuda")
+    # What comes from a device that only torch knows is a tensor on the host first. Few of them have the small floats.
+    other = device.type not in ("cpu", "cuda")
+    after = casts(framework, source, target) or other
+    if other and target.startswith(("float8", "float4")):
+        return WIDTH[source]
     widths = [WIDTH[source]] if after else []
     from_host = device == CPU and framework == "torch" and casts("torch", source, target)  # torch is on the host too
     if casts(holder, source, target) or from_host:

@@ -125,6 +125,7 @@ DOWN = {
     "float8": (lambda: torch.tensor(VALUES).to(torch.float8_e4m3fn).to("other"), {}, "detach to_host share"),
     "empty": (lambda: there(VALUES[:0]), {}, "detach to_host share"),
     "narrowed": (lambda: there(), {"dtype": "float16"}, "detach cast to_host share"),
+    "to what few have": (lambda: there(), {"dtype": "float8_e4m3fn"}, "detach to_host share cast"),
     "widened": (lambda: there(), {"dtype": "float64"}, "detach to_host share cast"),
     "as wide": (lambda: there(VALUES.astype("i8")), {"dtype": "float64"}, "detach to_host share cast"),
     "by torch's cast": (lambda: there(VALUES + 0j).to(torch.complex32), {"dtype": "complex128"}, None),
@@ -149,6 +150,12 @@ def test_down_to_numpy(name):
     assert result.flags.writeable == (options.get("writable") is not False)
     assert plan.blocking == bool(x if isinstance(x, list) else x.numel())
     assert plan.target.device == "cpu"
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float8_e4m3fn"])
+def test_a_reason_says_that_fewer_bytes_cross_where_they_do(dtype):
+    why = {step.op: step.why for step in tb.plan(there(), "numpy", dtype=dtype).steps}["cast"]
+    assert ("fewer bytes cross" in why) == (dtype == "float64")
 
 
 def test_the_bytes_cross_once_and_are_waited_for():

@@ -296,10 +296,10 @@ try:
     tb.plan(np.ones(3), "torch", device="gpu")
 except ValueError as error:
     print(error, "torch" in sys.modules)""")
-    assert said.splitlines() == [
-        "['cuda:1', 'mps:0', 'xpu:1']",
-        'device=\'gpu\': choose "cpu", "cuda", "cuda:0", "mps" ... or a CUDA index from 0; did you mean \'cuda\'? False',
-    ]
+    devices, refusal = said.splitlines()
+    assert devices == "['cuda:1', 'mps:0', 'xpu:1']"
+    assert refusal.startswith("device='gpu': choose ")
+    assert refusal.endswith("; did you mean 'cuda'? False")
 
 
 def test_every_name_is_there_for_a_star_import():

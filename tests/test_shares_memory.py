@@ -86,3 +86,16 @@ def test_first_meeting_is_found_wherever_two_arrays_meet(seed):
     every |= {(i, j, False) for i in written for j in read if i != j and infos_share(written[i], read[j])}
     met = first_meeting(written, read)
     assert met in every if every else met is None
+
+
+@pytest.mark.parametrize(
+    ("device", "has"), [("cpu", True), ("cuda:1", True), ("xpu:0", True), ("mps:0", False), ("other:0", False)]
+)
+def test_addresses_are_compared_across_storages_where_they_are_addresses(device, has):
+    """Intel's are (a storage that came by DLPack begins at the view); Apple's are handles."""
+    assert tb.Device(device).has_addresses is has
+    whole = tb.describe(np.zeros(8))._replace(framework="torch", device=tb.Device(device))
+    part = whole._replace(address=whole.address + 32, shape=(4,), nbytes=32)
+    if not has:
+        whole, part = whole._replace(storage=1), part._replace(storage=2)
+    assert infos_share(whole, part) is has

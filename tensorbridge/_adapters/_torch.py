@@ -287,7 +287,7 @@ def _described(t: Tensor, traits: Traits) -> ArrayInfo:
         _streams.current("torch", device.index) if device.is_cuda else None,
         t.data_ptr() if stored else 0,
         traits.overlap,
-        t.untyped_storage().data_ptr() if stored and device.is_other else 0,
+        0 if device.has_addresses or not stored else t.untyped_storage().data_ptr(),
     )
 
 

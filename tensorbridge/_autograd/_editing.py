@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from tensorbridge import _dtypes, _readonly, _refuse
 from tensorbridge._adapters import adapter_of
-from tensorbridge._array import Traits, shape_text
+from tensorbridge._array import Device, Traits, shape_text
 from tensorbridge._eager import eager
 from tensorbridge._errors import DeviceError, GraphError, UnsupportedArrayError
 from tensorbridge._reentrant import Reentrant
@@ -130,9 +130,9 @@ _lock = threading.RLock()  # a block may end in the garbage collector, while thi
 @contextlib.contextmanager
 def _edit_copy(torch: Any, tensor: torch.Tensor) -> Iterator[NDArray[Any]]:
     alias = _alias(torch, tensor)
-    # Off CUDA an address may be a handle, which is told from others by its storage alone.
-    where = (alias.device, alias.untyped_storage().data_ptr(), alias.data_ptr())
-    key = (*where, alias.dtype, tuple(alias.shape), alias.stride())
+    # Where there are no addresses, a handle is told from others by its storage alone.
+    inside = 0 if Device(str(alias.device)).has_addresses else alias.untyped_storage().data_ptr()
+    key = (alias.device, inside, alias.data_ptr(), alias.dtype, tuple(alias.shape), alias.stride())
     with _lock:
         copy = _open_copies.get(key) or _HostCopy(alias)
         _open_copies[key] = copy

@@ -12,7 +12,7 @@ import sys
 from itertools import islice
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from tensorbridge._array import shape_text
+from tensorbridge._array import Device, shape_text
 from tensorbridge._autograd import _picture
 from tensorbridge._autograd._editing import intercepts, on_host, torch_of
 from tensorbridge._dtypes import of_torch
@@ -337,7 +337,7 @@ class _Extent(NamedTuple):
     """Where a tensor's elements lie: addresses for NumPy's overlap test, never read from."""
 
     device: str
-    storage: int  # inside which addresses can be compared, where they may be handles: off the host and CUDA
+    storage: int  # inside which addresses can be compared, where they may be handles
     addresses: Any
 
 
@@ -346,7 +346,7 @@ def _memory(tensor: torch.Tensor) -> _Extent | None:
         return None
     try:
         address, strides, size = tensor.data_ptr(), tensor.stride(), tensor.element_size()
-        storage = 0 if tensor.is_cpu or tensor.is_cuda else tensor.untyped_storage().data_ptr()
+        storage = 0 if Device(str(tensor.device)).has_addresses else tensor.untyped_storage().data_ptr()
     except RuntimeError:  # sparse, nested, functorch: no memory with strides
         return None
     if not address:  # empty, or meta
