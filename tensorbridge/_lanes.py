@@ -35,6 +35,7 @@ _from_numpy: Callable[[Any], Any]
 _dense: Callable[[Any], Any]
 _increment_version: Callable[[Any], None]
 _intercepted: Callable[[], bool] = lambda: False
+_modes: Callable[[], int]
 _marked, _is_marked = _readonly.marked, _readonly.is_marked
 _compiling: Callable[[], Any] = lambda: None  # not None: compiled code is calling, and nothing is shared with it
 
@@ -44,9 +45,9 @@ opened: Callable[[], None] = lambda: None  # called once, when torch has shown u
 
 def open(adapter: Adapter) -> None:
     global _Tensor, _common, _float32, _plain_dtypes, _plain_numpy, _host, _in_numpy
-    global _forward_ad, _from_numpy, _dense, _increment_version, _compiling, _intercepted
+    global _forward_ad, _from_numpy, _dense, _increment_version, _compiling, _intercepted, _modes
     facts: Any = adapter
-    _intercepted = facts.is_intercepted
+    _intercepted, _modes = facts.is_intercepted, facts.modes
     _forward_ad, _from_numpy, _host = facts.forward_ad, facts.from_numpy, facts.HOST
     _dense, _increment_version = facts.dense, facts.increment_version
     _eager.hide_all()
@@ -122,7 +123,7 @@ def plain_array_to_torch(full: _F) -> _F:
                         flags = x.flags
                         if flags.carray or (flags.behaved and (flags.f_contiguous or _is_forward(x))):
                             return _from_numpy(x)
-                    elif type(base) is _Tensor and x.flags.carray and x.size and _is_whole(x, base):
+                    elif type(base) is _Tensor and x.flags.carray and x.size and not _modes() and _is_whole(x, base):
                         return base.detach()
                 elif (made := array_to_torch(x, options)) is not None:
                     return made

@@ -184,6 +184,23 @@ def test_inside_fake_mode_a_real_tensor_is_refused():
             in_fake_mode(call)
 
 
+@pytest.mark.parametrize("view", ["the whole", "a part", "read-only"])
+def test_inside_fake_mode_a_view_of_a_real_tensor_becomes_what_an_array_becomes(view):
+    a = torch.arange(6.0).numpy()
+    a = {"the whole": a, "a part": a[2:], "read-only": a[:]}[view]
+    options = {}
+    if view == "read-only":
+        a.setflags(write=False)
+        options = {"share_readonly": True}
+    for _ in range(3):
+        with FakeTensorMode():
+            made = tb.to_torch(a, **options)
+            assert type(made) is type(tb.to_torch(np.ones(6)))
+        assert (made.shape, made.dtype) == (a.shape, torch.float32)
+    with Passing():
+        assert tb.shares_memory(tb.to_torch(a, **options), a)
+
+
 @pytest.mark.parametrize("mode", TRANSFORMS)
 def test_what_is_shared_inside_is_shared(mode):
     t = torch.zeros(3)

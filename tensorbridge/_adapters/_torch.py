@@ -26,8 +26,7 @@ from tensorbridge._step import Want, bytes_text
 
 DENSE = Layout()
 _functorch: Any = torch._C._functorch
-_has_storage = torch._C._has_storage
-_modes, _FAKE = torch._C._len_torch_dispatch_stack, torch._C._TorchDispatchModeKey.FAKE
+_has_storage, _modes = torch._C._has_storage, _torch_steps.modes
 _devices: dict[torch.device, Device] = {}
 
 
@@ -224,7 +223,7 @@ def refuse(t: Tensor) -> None:
             name = "quantized"
         elif torch._is_functional_tensor(t):
             name = "functional"
-        elif _modes() and torch._C._get_dispatch_mode(_FAKE) is not None:
+        elif _torch_steps.is_faking():
             name = "fake mode"
         elif t.dtype not in NAMES:
             name = "unknown dtype"
@@ -297,7 +296,7 @@ imported, plain_from_cupy = _torch_cuda.imported, _torch_cuda.plain_from_cupy
 # -- What the fast lanes ask for
 
 
-IN_NUMPY = _torch_steps.IN_NUMPY
+IN_NUMPY, modes = _torch_steps.IN_NUMPY, _modes
 COMMON, HOST = torch.float32, frozenset({"cpu", torch.device("cpu")})
 PLAIN = frozenset(dtype for name, dtype in DTYPES.items() if _dtypes.crosses_plainly(name))
 # Not the complex ones, whose alignment has to be asked.

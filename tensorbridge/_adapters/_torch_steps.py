@@ -104,9 +104,22 @@ def _from_numpy(before: Traits) -> Callable[[Any], Tensor]:
 
 def _shared(before: Traits) -> Callable[[Any], Tensor]:
     """A tensor over the memory of an array, which remembers that it came read-only."""
-    as_alias = before.origin in ON_A_TENSOR
-    share, remember = (_alias, _readonly.remember) if as_alias else (_from_numpy(before), _readonly.remember_memory)
+    share, remember = _from_numpy(before), _readonly.remember_memory
+    if before.origin in ON_A_TENSOR:
+        share, remember = _alias_or(share), _readonly.remember
     return share if before.writable else lambda a: remember(share(a))
+
+
+def _alias_or(plain: Callable[[Any], Tensor]) -> Callable[[Any], Tensor]:
+    """An alias of a tensor; in FakeTensorMode, where no real one may be touched, what a plain array becomes there."""
+    return lambda a: plain(a) if is_faking() else _alias(a)
+
+
+def is_faking() -> bool:
+    return bool(modes()) and torch._C._get_dispatch_mode(_FAKE) is not None
+
+
+modes, _FAKE = torch._C._len_torch_dispatch_stack, torch._C._TorchDispatchModeKey.FAKE
 
 
 def _alias(a: Any) -> Tensor:
