@@ -32,7 +32,7 @@ def train(epochs=4, workers=0):
     images = (digits.images / 16).astype(np.float32)
     cut = len(images) * 4 // 5
     training = Digits(images[:cut], digits.target[:cut])
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = torch.accelerator.current_accelerator(check_available=True) or "cpu"
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 64), torch.nn.ReLU(), torch.nn.Linear(64, 10))
     model.to(device)

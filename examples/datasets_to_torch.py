@@ -30,7 +30,7 @@ dataset = datasets.Dataset.from_dict(
 
 def in_batches():
     """For training: batches of Arrow tables, converted ahead."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = torch.accelerator.current_accelerator(check_available=True) or "cpu"
     total = 0
     for batch in tb.prefetch(dataset.with_format("arrow").iter(batch_size=64), device=device):
         total += batch["image"].sum(dtype=torch.int64)

@@ -331,6 +331,18 @@ def test_missing_device_is_an_error_at_the_call(monkeypatch):
     assert source.read == 0
 
 
+@pytest.mark.parametrize(("there", "said"), [(None, "cpu"), (torch.device("mps"), "mps")])
+def test_where_the_default_is_not_there_one_that_is_is_named(monkeypatch, there, said):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: there)
+    with pytest.raises(tb.DeviceError) as refused:
+        tb.prefetch([np.zeros(3)])
+    assert str(refused.value).splitlines()[2:] == [f'That is where prefetch goes by default: give device="{said}".']
+    with pytest.raises(tb.DeviceError) as refused:
+        tb.prefetch([np.zeros(3)], device="cuda")
+    assert len(str(refused.value).splitlines()) == 2
+
+
 def test_a_forked_process_without_cuda_is_told_at_the_call(monkeypatch):
     monkeypatch.setattr(tb._cuda._streams, "forked", lambda: True)
     with pytest.raises(tb.DeviceError, match="forked process"):

@@ -107,7 +107,8 @@ def to_numpy_async(x: Any, *, pinned: bool = False) -> Transfer:
     pinned : bool
         What comes from a device lies in page-locked memory (views of one block): the fastest road, and as fast back.
         Page-locked memory is scarce and slow to make, and may not be used in a forked child. What is on the host
-        already is shared, as with `to_numpy`, so the same call runs where there is no device.
+        already is shared, as with `to_numpy`, so the same call runs where there is no device. From a device that only
+        torch knows ("mps", "xpu") it comes in ordinary memory, and the call waits for it.
 
     Returns
     -------

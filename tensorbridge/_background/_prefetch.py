@@ -17,6 +17,7 @@ from tensorbridge._array import CPU, Device, Traits
 from tensorbridge._background._roads import Host, road_for
 from tensorbridge._background._worker import Failure, Worker, dropped, end_readers_of
 from tensorbridge._eager import eager, is_inside, noticing
+from tensorbridge._errors import DeviceError
 from tensorbridge._step import Want
 from tensorbridge._trees import _tables
 
@@ -128,8 +129,14 @@ def _want(to: str, device: Any, depth: int, transform: Any, copy: Any) -> Want:
         if device is not _USUAL and device is not None and _options.device_named(device, to) != CPU:
             raise ValueError(f'prefetch(to="numpy", device={device!r}): NumPy arrays are on the host; leave device out')
         return _options.want(to, "prefetch", copy=copy)
-    _options.require(to, "prefetch")
-    return _options.placed(_options.want(to, "prefetch", device=device, copy=copy), Traits("numpy"))
+    framework = _options.require(to, "prefetch")
+    try:
+        return _options.placed(_options.want(to, "prefetch", device=device, copy=copy), Traits("numpy"))
+    except DeviceError as error:
+        if device is _USUAL and to == "torch":
+            there = framework.accelerator.current_accelerator(check_available=True)
+            error.args = (f'{error}\nThat is where prefetch goes by default: give device="{there or CPU}".',)
+        raise
 
 
 class Prefetch(Iterator[Any]):
