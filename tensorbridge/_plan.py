@@ -89,12 +89,10 @@ def _into_out(steps: _rules.Steps, out: Traits, want: Want, here: Here, where: D
         _rules.resolve(steps)  # Tensor.copy_ loses that bit where it casts, on either side; Apple's, always
     if "neg" in out.lazy and name != out.dtype and _dtypes.can_cast(steps.now.framework, name, out.dtype):
         _rules.copy(steps, Op.CAST, "torch cannot cast into a negative view", here, dtype=out.dtype)
-    casts_there = name != out.dtype and steps.now.device.is_other
-    if _rules.leaves(steps.now, where) and (where != CPU or casts_there):
+    # Apple's copy lacks dtypes, and takes gaps of the same strides on both sides for one block (pytorch#189961).
+    plainly = name == out.dtype and steps.now.spacing == "dense"
+    if _rules.leaves(steps.now, where) and (where != CPU or (steps.now.device.is_other and not plainly)):
         _rules.to_host(steps, want)
-    elif _rules.leaves(steps.now, where) and steps.now.device.is_other and steps.now.spacing != "dense":
-        # Apple's copy, up to torch 2.13, takes gaps of the same strides for one block, and writes between them.
-        then(Op.PACK, "packed on the device, so that one block crosses the bus")
     if steps.now.framework == "cupy" and receiver == "numpy":
         plain = steps.now.dtype == out.dtype and steps.now.order == out.order and out.spacing == "dense"
         if steps.now.spacing != "dense":
