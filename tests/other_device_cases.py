@@ -210,6 +210,9 @@ NEGATIVE = {
     "into a tensor": lambda x: tb.to_torch(x, out=torch.empty(x.shape)),
     "into one there": lambda x: tb.to_torch(x, out=torch.empty(x.shape, device="other")),
     "in a tree": lambda x: tb.tree.to_numpy([x])[0],
+    "in a list": lambda x: tb.to_numpy([x, x])[1],
+    "in a list, to the host": lambda x: tb.to_torch([x], device="cpu")[0],
+    "collated": lambda x: tb.collate([{"x": x}, {"x": x}])["x"][1],
 }
 
 
@@ -560,14 +563,70 @@ def test_only_the_thread_that_asks_gives_the_device_work(monkeypatch):
     assert set(seen) == {threading.get_ident()}
 
 
-def test_a_source_may_fill_its_buffer_again():
+@pytest.mark.parametrize("copy", [None, True])
+@pytest.mark.parametrize("beside", ["nothing", "a tensor there"])
+def test_a_source_may_fill_its_buffer_again(beside, copy):
+    x = there()
+
     def source():
         buffer = np.empty(3, "f4")
         for i in range(4):
             buffer.fill(i)
-            yield buffer
+            yield {"y": buffer, "twin": buffer, **({"x": x} if beside != "nothing" else {})}
 
-    assert [t.tolist() for t in tb.prefetch(source(), device="other", depth=3)] == [[i] * 3 for i in range(4)]
+    for i, batch in enumerate(tb.prefetch(source(), device="other", depth=3, copy=copy)):
+        assert batch["y"].tolist() == [i] * 3
+        assert batch["y"] is batch["twin"]
+        assert ("x" in batch) == (beside != "nothing")
+        assert "x" not in batch or tb.shares_memory(batch["x"], x) == (copy is None)
+
+
+def test_a_copy_of_what_lies_there_is_made_by_the_thread_that_asks():
+    x, y, read = there(), there(), threading.Event()
+
+    def source():
+        yield x
+        yield y
+        read.set()
+
+    DEVICE.copies()
+    ready = tb.prefetch(source(), device="other", copy=True, depth=3)
+    assert read.wait(30)
+    assert DEVICE.copies() == []
+    assert not tb.shares_memory(next(ready), x)
+    assert DEVICE.copies() == ["d2d"]
+
+
+def test_guard_and_grad_mode_are_those_of_the_call():
+    w = there().requires_grad_()
+    with tb.copy_guard("error", kinds=("h2d",)):
+        ready = tb.prefetch([VALUES], device="other")
+    with pytest.raises(tb.CopyRequiredError):
+        next(ready)
+    ready = tb.prefetch([{"x": VALUES}], device="other")
+    with tb.copy_guard("error"), tb.trace() as seen:
+        next(ready)
+    assert [(event.kind, event.nbytes) for event in seen.events if event.nbytes] == [("h2d", VALUES.nbytes)]
+    with torch.no_grad():
+        ready = tb.prefetch([w], device="other:1")
+    assert next(ready).grad_fn is None
+    ready = tb.prefetch([w], device="other:1")
+    with torch.no_grad():
+        assert next(ready).grad_fn is not None
+
+
+def test_an_interrupt_while_a_batch_is_moved_ends_the_iteration(monkeypatch):
+    ready = tb.prefetch([VALUES] * 4, device="other")
+    next(ready)
+
+    def interrupted(*args, **how):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(torch.Tensor, "to", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        next(ready)
+    monkeypatch.undo()
+    assert list(ready) == []
 
 
 def test_what_lies_there_already_stays_and_what_may_not_move_is_refused():

@@ -425,7 +425,7 @@ def test_a_cure_by_dtype_says_that_it_is_for_every_array():
     assert str(caught.value) == (
         "batch['x']: to_torch(device='mps:0'): numpy float64 (2, 3) on cpu cannot be converted: "
         'mps devices have no float64.\nUse dtype="float32": a copy of 24 B.\n'
-        "In a tree dtype is for every array: to keep the others as they are, convert this one first."
+        "In a tree dtype is for every array: to change this one alone, convert it before, or in a transform."
     )
     first = {**batch, "x": tb.to_torch(batch["x"], dtype="float32")}
     assert [leaf.plan.target.dtype for leaf in tree.plan(first, "torch", device="mps").leaves] == ["float32", "int64"]

@@ -57,7 +57,7 @@ def performer(step: Step, before: Traits, want: Want) -> Callable[[Any], Any]:
     if op == Op.ORDER:
         return _torch_cuda.ordered(before)
     if op == Op.STACK:
-        return lambda parts: parts.stacked(torch.stack)
+        return lambda parts: parts.stacked(stacked)
     return {
         Op.DETACH: lambda t: t.detach(),
         Op.RESOLVE: (lambda t: t.clone()) if before.lazy == "zero" else _resolved(before),
@@ -69,6 +69,13 @@ def _resolved(before: Traits) -> Callable[[Tensor], Tensor]:
     if before.device.is_other and "neg" in before.lazy:  # by a copy, torch would; Apple's does not see that mark
         return lambda t: torch._neg_view(t).neg().resolve_conj()
     return lambda t: t.resolve_conj().resolve_neg()
+
+
+def stacked(tensors: list[Tensor]) -> Tensor:
+    """As torch stacks; it makes negative bits true by a copy, and Apple's does not see that mark."""
+    if not (tensors[0].is_cpu or tensors[0].is_cuda):
+        tensors = [torch._neg_view(t).neg() if t.is_neg() else t for t in tensors]
+    return torch.stack(tensors)
 
 
 def _same(t: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from tensorbridge import _options, _watch
 from tensorbridge._array import CPU, Device, Traits
 from tensorbridge._background._roads import Host, road_for
 from tensorbridge._background._worker import Failure, Worker, dropped, end_readers_of
+from tensorbridge._cuda import _streams
 from tensorbridge._eager import eager, is_inside, noticing
 from tensorbridge._errors import DeviceError
 from tensorbridge._step import Want
@@ -126,14 +127,14 @@ def _want(to: str, device: Any, depth: int, transform: Any, copy: Any) -> Want:
     if transform is not None and not callable(transform):
         raise TypeError(f"prefetch(transform={transform!r}): a callable or None")
     if to == "numpy":
-        if device is not _USUAL and device is not None and _options.device_named(device, to) != CPU:
+        if device is not _USUAL and device is not None and _options.device_named(device, "torch") != CPU:
             raise ValueError(f'prefetch(to="numpy", device={device!r}): NumPy arrays are on the host; leave device out')
         return _options.want(to, "prefetch", copy=copy)
     framework = _options.require(to, "prefetch")
     try:
         return _options.placed(_options.want(to, "prefetch", device=device, copy=copy), Traits("numpy"))
     except DeviceError as error:
-        if device is _USUAL and to == "torch":
+        if device is _USUAL and to == "torch" and not _streams.forked():
             there = framework.accelerator.current_accelerator(check_available=True)
             error.args = (f'{error}\nThat is where prefetch goes by default: give device="{there or CPU}".',)
         raise
@@ -164,7 +165,7 @@ class Prefetch(Iterator[Any]):
                 del item  # the traceback holds this frame
         try:
             return self._road.handed_over(item)
-        except Exception:  # as one of the worker's
+        except BaseException:  # it ends the iteration, as one of the worker's; none is left out
             self.close()
             raise
 

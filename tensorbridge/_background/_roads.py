@@ -7,6 +7,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
+from contextvars import copy_context
 from typing import Any, NamedTuple
 
 from tensorbridge._array import CPU
@@ -53,17 +54,26 @@ class Elsewhere(Host):
     """
 
     def __init__(self, want: Want) -> None:
-        self.want = want
+        self.want, self.context = want, copy_context()
+        self.grad = sys.modules["torch"].is_grad_enabled()
 
     def converted(self, batch: Any, want: Want, read: list[Any]) -> Batch:
-        copy = want.copy
-        if copy is None and all(getattr(leaf, "is_cpu", True) for leaf in flatten(batch).leaves):
-            copy = True  # the source may fill a buffer again before the batch is asked for
-        return Batch(_leaves.converted(batch, want._replace(device=None, copy=copy)))
+        """What lies on the device stays; the rest gets memory of its own, for the source may fill a buffer again."""
+        made = _leaves.converted(batch, want._replace(device=None, copy=False if want.copy is False else None))
+        if want.copy is False:
+            return Batch(made)
+        flat = flatten(made)
+        each = {id(leaf): leaf for leaf in flat.leaves}
+        own = {key: leaf.clone() if leaf.is_cpu else leaf for key, leaf in each.items()}
+        return Batch(flat.built([own[id(leaf)] for leaf in flat.leaves]))
 
     def handed_over(self, batch: Batch) -> Any:
-        copy = False if self.want.copy is False else None
-        return _leaves.converted(batch.value, self.want._replace(copy=copy))
+        """Under the guard and the grad mode that `prefetch` was called in, as what the worker does."""
+        return self.context.copy().run(self._moved, batch.value)
+
+    def _moved(self, batch: Any) -> Any:
+        with sys.modules["torch"].set_grad_enabled(self.grad):
+            return _leaves.converted(batch, self.want)
 
 
 class Cuda(Host):

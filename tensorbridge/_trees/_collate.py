@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 import numpy as np
 
 from tensorbridge import _api, _convert, _dtypes, _lanes, _options, _watch
-from tensorbridge._adapters import is_scalar
+from tensorbridge._adapters import is_scalar, named
 from tensorbridge._array import shape_text
 from tensorbridge._eager import eager
 from tensorbridge._errors import BridgeError, GraphError, UnsupportedArrayError
@@ -285,7 +285,7 @@ def _plain_tensors(values: list[Any]) -> Tensor | None:
     tensor = _lanes._Tensor
     if _lanes._forward_ad._current_level >= 0 or set(map(type, values)) != {tensor}:
         return None
-    if _in_worker() and any(t.requires_grad for t in values):
+    if not values[0].is_cpu or (_in_worker() and any(t.requires_grad for t in values)):
         return None
     if len(set(map(attrgetter("dtype"), values))) > 1:
         return None
@@ -321,7 +321,10 @@ def _converted(value: Any, asked: str) -> Tensor:
 
 def _stack(tensors: list[Tensor]) -> Tensor:
     torch: Any = sys.modules["torch"]
-    if not tensors[0].is_cpu or _lanes._forward_ad._current_level >= 0 or any(t.requires_grad for t in tensors):
+    if not tensors[0].is_cpu:
+        adapter: Any = named("torch")
+        return adapter.stacked(tensors)  # type: ignore[no-any-return]
+    if _lanes._forward_ad._current_level >= 0 or any(t.requires_grad for t in tensors):
         return torch.stack(tensors)  # type: ignore[no-any-return]
     out = _empty((len(tensors), *tensors[0].shape), tensors[0].dtype)
     return torch.stack(tensors, out=out)  # type: ignore[no-any-return]

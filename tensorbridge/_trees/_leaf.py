@@ -26,7 +26,9 @@ def name(error: Exception, flat: Flat, place: int) -> None:
     if len(error.args) == 1:
         text = f"{flat.path(place)}: {error}"
         if "\nUse dtype=" in text and len(flat.leaves) > 1:
-            text += "\nIn a tree dtype is for every array: to keep the others as they are, convert this one first."
+            text += (
+                "\nIn a tree dtype is for every array: to change this one alone, convert it before, or in a transform."
+            )
         error.args = (text,)
 
 
