@@ -131,7 +131,10 @@ at::Tensor& copy_(at::Tensor& self, const at::Tensor& source, bool non_blocking)
     return self;
   }
   auto from = seen(source);
-  if (!self.is_cpu() && !source.is_cpu()) from._set_neg(false);  // as Apple's: the bit is not seen
+  if (!self.is_cpu()) {  // as Apple's: the bit is not seen; whether it is that of the target, nobody has tried
+    to._set_neg(false);
+    if (!source.is_cpu()) from._set_neg(false);
+  }
   to.copy_(from);
   return self;
 }

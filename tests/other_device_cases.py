@@ -233,6 +233,19 @@ def test_a_negative_bit_is_not_lost(way, kind):
     assert np.array_equal(made if isinstance(made, np.ndarray) else on_host(made).numpy(), expected)
 
 
+@pytest.mark.parametrize("source", ["f4", "f8", "i8", "bool"])
+@pytest.mark.parametrize("place", ["host", "there", "array"])
+def test_a_negative_view_is_filled_with_the_values(source, place):
+    whole = there(VALUES + 1j)
+    out = whole.conj().imag
+    assert out.is_neg()
+    values = (VALUES % 3).astype(source)
+    x = {"host": torch.tensor(values), "there": torch.tensor(values).to("other"), "array": values}[place]
+    assert tb.to_torch(x, out=out) is out
+    assert np.array_equal(on_host(out), values)
+    assert np.array_equal(on_host(whole), VALUES - 1j * values.astype("f4"))  # imag of the conjugate
+
+
 # -- Up, and there
 
 

@@ -208,7 +208,7 @@ def _filler(before: Traits, step: Step, want: Want) -> Callable[..., Any]:
 
         return by_numpy
     share = _from_numpy(before) if before.framework == "numpy" else _same
-    fill: Any = _torch_cuda.filler(before, want) or Tensor.copy_
+    fill: Any = _torch_cuda.filler(before, want) or (_fill_unmarked if _is_marked_there(want) else Tensor.copy_)
     if want.framework == "numpy":
         assert want.out is not None
         view = _from_numpy(want.out)
@@ -224,6 +224,15 @@ def _filler(before: Traits, step: Step, want: Want) -> Callable[..., Any]:
         return out
 
     return into_torch
+
+
+def _is_marked_there(want: Want) -> bool:
+    return want.out is not None and want.out.device.is_other and "neg" in want.out.lazy
+
+
+def _fill_unmarked(out: Tensor, x: Tensor) -> Tensor:
+    """Fill a negative view on a device whose copies need not see that mark."""
+    return torch._neg_view(out).copy_(-x.to(out.dtype))
 
 
 def borrowed(t: Any) -> Any:
