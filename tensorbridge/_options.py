@@ -181,10 +181,13 @@ def _others(kind: str) -> tuple[int, int, str]:
         count = module.device_count() if module.is_available() else 0
         started = getattr(module, "is_initialized", lambda: True)  # XPU starts when it is asked for its current device
         return count, module.current_device() if count and hasattr(module, "current_device") and started() else 0, ""
-    try:  # torch_xla brings no such module
-        return (sys.maxsize if torch is not None and torch.empty(0, device=kind) is not None else 0), 0, ""
+    if torch is None:
+        return 0, 0, ""
+    try:
+        torch.empty(0, device=kind)  # torch_xla brings no such module
     except (RuntimeError, AssertionError, ImportError):
         return 0, 0, ""
+    return sys.maxsize, 0, ""  # how many, torch alone knows
 
 
 def _cuda(framework: str) -> tuple[int, int, str]:
