@@ -152,15 +152,14 @@ def placed(want: Want, traits: Traits, *, planning: bool = False) -> Want:
     if device.index >= count and not planning:
         name = kind.upper() if device.is_cuda else kind
         seen = f"{count} {name} device{'s' * (count != 1)}" if count else f"no usable {name} device"
-        cure = "Check CUDA_VISIBLE_DEVICES and the driver"
-        if device.is_other:
-            own = hasattr(loaded("torch"), kind)
-            lacks = (
-                f"This build of torch, or this machine, has no {kind}"
-                if own
-                else "Import the package that adds it to torch"
-            )
-            cure = "Give a lower index" if count else lacks
+        if device.is_cuda:
+            cure = "Check CUDA_VISIBLE_DEVICES and the driver"
+        elif count:
+            cure = "Give a lower index"
+        elif hasattr(loaded("torch"), kind):
+            cure = f"This build of torch, or this machine, has no {kind}"
+        else:
+            cure = "Import the package that adds it to torch"
         raise DeviceError(
             f"{words.call(want)}: {device} does not exist: {want.framework} sees {seen} here{why}.\n"
             f"{cure}; plan() shows the steps without a device."
