@@ -51,7 +51,9 @@ def test_a_capsule_has_the_layout_of_dlpack_h(name, max_version):
     assert capsule_name(capsule) == ("dltensor_versioned" if max_version == (1, 0) else "dltensor")
     assert (told.major, told.flags) == ((1, 0) if max_version == (1, 0) else (None, None))
     assert (told.device, told.dtype, told.shape) == ((1, 0), dtype, tuple(x.shape))
-    assert (told.strides, told.byte_offset) == (strides, 0)
+    left_out = told.strides is None and isinstance(x, np.ndarray)  # by NumPy 2.2, of arrays in C's order
+    assert left_out or told.strides == strides
+    assert told.byte_offset == 0
     if 0 in x.shape:  # the spec says NULL; NumPy sends an address
         assert (told.data is None) == isinstance(x, torch.Tensor)
     else:
