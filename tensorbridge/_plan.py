@@ -41,12 +41,13 @@ def _steps(traits: Traits, want: Want, here: Here) -> _rules.Steps:
     _rules.leave_graph(steps, want, wanted)
     if steps.now.framework == "cupy" and receiver != traits.framework and _refuse.askew(steps.now):
         steps.then(Op.PACK, "a kernel faults at an address that is no multiple of the item size: packed byte by byte")
-    if want.out is not None:
-        return _into_out(steps, want.out, want, here, where)
     source = steps.now.dtype.lstrip(">")
     crossing = where != steps.now.device
-    if "neg" in steps.now.lazy and steps.now.device.is_other and (crossing or want.copy or source != wanted):
+    copied = crossing or want.copy or source != wanted or want.out is not None
+    if copied and "neg" in steps.now.lazy and steps.now.device.is_other:
         _rules.resolve(steps)  # Apple's copies do not see that mark
+    if want.out is not None:
+        return _into_out(steps, want.out, want, here, where)
     _rules.make_native(steps, want, here, wanted, crossing)
     late_cast = steps.now.dtype.lstrip(">") != wanted
     if steps.now.lazy and receiver != "torch":  # a cast has resolved it already
@@ -85,8 +86,8 @@ def _into_out(steps: _rules.Steps, out: Traits, want: Want, here: Here, where: D
     """Every element is written into `out`, once where one copy can do it; casts happen on the way."""
     then, receiver = steps.then, want.framework
     name = steps.now.dtype.lstrip(">")
-    if "neg" in steps.now.lazy and (name != out.dtype or steps.now.device.is_other):
-        _rules.resolve(steps)  # Tensor.copy_ loses that bit where it casts, on either side; Apple's, always
+    if "neg" in steps.now.lazy and name != out.dtype:  # Tensor.copy_ loses that bit where it casts, on either side
+        _rules.resolve(steps)
     if "neg" in out.lazy and name != out.dtype and _dtypes.can_cast(steps.now.framework, name, out.dtype):
         _rules.copy(steps, Op.CAST, "torch cannot cast into a negative view", here, dtype=out.dtype)
     # Apple's copy lacks dtypes, and takes gaps of the same strides on both sides for one block (pytorch#189961).

@@ -65,16 +65,23 @@ def performer(step: Step, before: Traits, want: Want) -> Callable[[Any], Any]:
     }[op]
 
 
+# On a device that only torch knows, a negative bit is made true without a copy, which torch would make, and which
+# Apple's does not see that bit in (pytorch#184403).
+
+
+def _true_sign(t: Tensor) -> Tensor:
+    return torch._neg_view(t).neg() if t.is_neg() else t
+
+
 def _resolved(before: Traits) -> Callable[[Tensor], Tensor]:
-    if before.device.is_other and "neg" in before.lazy:  # by a copy, torch would; Apple's does not see that mark
-        return lambda t: torch._neg_view(t).neg().resolve_conj()
+    if before.device.is_other:
+        return lambda t: _true_sign(t).resolve_conj()
     return lambda t: t.resolve_conj().resolve_neg()
 
 
 def stacked(tensors: list[Tensor]) -> Tensor:
-    """As torch stacks; it makes negative bits true by a copy, and Apple's does not see that mark."""
     if not (tensors[0].is_cpu or tensors[0].is_cuda):
-        tensors = [torch._neg_view(t).neg() if t.is_neg() else t for t in tensors]
+        tensors = [_true_sign(t) for t in tensors]
     return torch.stack(tensors)
 
 
@@ -208,7 +215,9 @@ def _filler(before: Traits, step: Step, want: Want) -> Callable[..., Any]:
 
         return by_numpy
     share = _from_numpy(before) if before.framework == "numpy" else _same
-    fill: Any = _torch_cuda.filler(before, want) or (_fill_unmarked if _is_marked_there(want) else Tensor.copy_)
+    fill: Any = _torch_cuda.filler(before, want) or Tensor.copy_
+    if want.out is not None and want.out.device.is_other and "neg" in want.out.lazy:
+        fill = _fill_negative
     if want.framework == "numpy":
         assert want.out is not None
         view = _from_numpy(want.out)
@@ -226,12 +235,7 @@ def _filler(before: Traits, step: Step, want: Want) -> Callable[..., Any]:
     return into_torch
 
 
-def _is_marked_there(want: Want) -> bool:
-    return want.out is not None and want.out.device.is_other and "neg" in want.out.lazy
-
-
-def _fill_unmarked(out: Tensor, x: Tensor) -> Tensor:
-    """Fill a negative view on a device whose copies need not see that mark."""
+def _fill_negative(out: Tensor, x: Tensor) -> Tensor:
     return torch._neg_view(out).copy_(-x.to(out.dtype))
 
 
