@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 comma := ,
 
-.PHONY: demo test test-integrations check bench test-gpu clean
+.PHONY: demo test test-integrations check bench test-gpu test-stand-in clean
 
 .venv/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -35,5 +35,22 @@ check: .venv/.installed
 test-gpu:
 	TENSORBRIDGE_REQUIRE_GPU=1 PYTHONPATH=. $(PYTHON) -m pytest -q -m gpu
 
+# Without a CUDA device: the same tests with the CUDA builds of torch and CuPy (5 GB in .venv-cuda) on a stand-in for CUDA, and
+# those for several devices on two of them. See tests/stand_in/README.md.
+STAND_IN_TORCH ?= 2.11.0
+STAND_IN_CUPY ?= 14.2.0
+.venv-cuda/.installed: $(wildcard tests/stand_in/*.* tests/stand_in/include/* tests/stand_in/include/cupy/*)
+	$(PYTHON) -m venv .venv-cuda
+	.venv-cuda/bin/pip install --quiet --disable-pip-version-check 'torch===$(STAND_IN_TORCH)' cupy-cuda13x==$(STAND_IN_CUPY) \
+		ml_dtypes 'pytest>=8,<10' hypothesis scikit-learn matplotlib pytest-benchmark 'setuptools>=77,<82' cython \
+		'nvidia-cuda-crt<14' 'nvidia-cuda-profiler-api<14'
+	CUPY_INSTALL_USE_STUB=1 .venv-cuda/bin/pip download --quiet --disable-pip-version-check --no-deps --no-build-isolation \
+		--no-binary cupy --dest .venv-cuda/stand-in cupy==$(STAND_IN_CUPY)
+	.venv-cuda/bin/python tests/stand_in/build.py .venv-cuda/stand-in/cupy-$(STAND_IN_CUPY).tar.gz
+	touch $@
+
+test-stand-in: .venv-cuda/.installed
+	TENSORBRIDGE_REQUIRE_GPU=1 PYTHONPATH=. .venv-cuda/bin/python -m pytest -q -m gpu
+
 clean:
-	rm -rf .venv build dist *.egg-info
+	rm -rf .venv .venv-cuda build dist *.egg-info

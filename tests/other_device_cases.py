@@ -39,13 +39,14 @@ LARGE = np.arange(2_000_000, dtype="f4")  # beyond what goes through CUDA's ring
 
 @pytest.fixture(autouse=True)
 def no_call_of_cuda(monkeypatch):
-    """No stream is asked for, no page is locked: torch would raise, or start CUDA."""
+    """No stream is asked for, no page is locked: torch would raise, or start CUDA. It is not here, even where it is."""
 
     def refuse(*args, **options):
         raise AssertionError("CUDA was asked")
 
     for name in ("init", "current_stream", "current_device", "synchronize", "Event", "Stream"):
         monkeypatch.setattr(torch.cuda, name, refuse)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     DEVICE.copies()
 
 

@@ -59,6 +59,7 @@ def test_info_names_the_devices_that_torch_has_in_place_of_cudas(monkeypatch):
     names = {"is_available": True, "device_count": 2, "current_accelerator": torch.device("xpu")}
     there = SimpleNamespace(**{name: (lambda value=value: value) for name, value in names.items()})
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setitem(sys.modules, "cupy", None)  # loaded by an earlier test, it may see one
     monkeypatch.setattr(torch, "accelerator", there)
     found = tb.info()
     assert found.devices == ("xpu:0", "xpu:1")
