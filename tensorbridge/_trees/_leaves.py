@@ -298,7 +298,7 @@ def _after(case: Case) -> Sequence[Callable[..., Any]]:
         return rest
     if rest and steps[step + 1].op == Op.SHARE and steps[step + 1].after.framework == "numpy":
         return rest[1:]
-    return (_api.to_torch, *rest) if case.want.framework == "torch" else rest
+    return (_api.to_torch, *rest) if steps[step].after.framework == "torch" else rest
 
 
 def _through(x: Any, functions: Sequence[Callable[..., Any]]) -> Any:
