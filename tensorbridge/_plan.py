@@ -86,8 +86,9 @@ def _into_out(steps: _rules.Steps, out: Traits, want: Want, here: Here, where: D
     """Every element is written into `out`, once where one copy can do it; casts happen on the way."""
     then, receiver = steps.then, want.framework
     name = steps.now.dtype.lstrip(">")
-    if "neg" in steps.now.lazy and name != out.dtype:  # Tensor.copy_ loses that bit where it casts, on either side
-        _rules.resolve(steps)
+    marked = steps.now.lazy not in ("", "zero")
+    if ("neg" in steps.now.lazy and name != out.dtype) or (marked and where != steps.now.device):
+        _rules.resolve(steps)  # Tensor.copy_ loses a mark where it casts, and applies it twice across CUDA's bus
     if "neg" in out.lazy and name != out.dtype and _dtypes.can_cast(steps.now.framework, name, out.dtype):
         _rules.copy(steps, Op.CAST, "torch cannot cast into a negative view", here, dtype=out.dtype)
     # Apple's copy lacks dtypes, and takes gaps of the same strides on both sides for one block (pytorch#189961).

@@ -129,6 +129,8 @@ def expect(traits: Traits, want: Want, here: Here) -> Verdict:
     moves = any(reasons)
     # Apple's copies do not see that mark (pytorch#184403), so that it is made true there before anything is copied.
     unseen = moves and "neg" in traits.lazy and kinds[0] not in ("cpu", "cuda") and not resolves
+    # torch's copy_ across CUDA's bus packs into a temporary, which is true by then, and marks it again (Copy.cu).
+    twice = want.out is not None and traits.lazy not in ("", "zero") and "cuda" in kinds and crosses and not resolves
     if here.capturing and "cuda" in kinds and moves and traits.size != "empty":
         errors.add(DeviceError)
     switches = {holder, want.framework} == {"torch", "cupy"} and kinds == ("cuda", "cuda")
@@ -147,6 +149,7 @@ def expect(traits: Traits, want: Want, here: Here) -> Verdict:
         # copy_ into `out` may do all in one call.
         high += (cast or swapped) + is_list + resolves + (traits.spacing != "dense") + (not traits.aligned)
         high += traits.overlap + (swapped and cast) + pins + (want.out is not None) + (not kept)
+        low, high = low + twice, high + twice
         low += (cast or swapped) and want.out is None
         low, high = low + (crossings > 1), high + (crossings > 1)
     elif want.out is not None or pins or (is_list and cast):

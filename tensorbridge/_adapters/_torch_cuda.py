@@ -198,6 +198,9 @@ def filler(before: Traits, want: Want) -> Callable[[Tensor, Tensor], object] | N
     index = (out if before.device == CPU else before).device.index
 
     def fill(target: Tensor, source: Tensor) -> None:
+        if out.lazy:  # `copy_` across the bus takes no notice of a mark on either side
+            target.copy_(source.to(target.device))
+            return
         block = same and source.stride() == target.stride()
         host = target if out.device == CPU else source
         if not block or (not host.is_pinned() and before.size not in FROM_LARGE):

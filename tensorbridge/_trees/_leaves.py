@@ -15,12 +15,12 @@ from typing import Any
 
 import numpy as np
 
-from tensorbridge import _api, _convert, _lanes, _remember, _watch
+from tensorbridge import _convert, _lanes, _remember, _rules, _watch
 from tensorbridge import _words as words
 from tensorbridge._array import CPU
 from tensorbridge._convert import Case, judged
 from tensorbridge._eager import is_inside
-from tensorbridge._step import Op, Plan, Want, usual
+from tensorbridge._step import Op, Plan, Step, Want, usual
 from tensorbridge._trees import _pack
 from tensorbridge._trees._containers import check_known
 from tensorbridge._trees._fill import aligned, checked
@@ -298,7 +298,11 @@ def _after(case: Case) -> Sequence[Callable[..., Any]]:
         return rest
     if rest and steps[step + 1].op == Op.SHARE and steps[step + 1].after.framework == "numpy":
         return rest[1:]
-    return (_api.to_torch, *rest) if steps[step].after.framework == "torch" else rest
+    made = steps[step].after
+    if made.framework != "torch":
+        return rest
+    share = Step(Op.SHARE, _rules.share_why("numpy", "torch"), 0, "", made)
+    return (*_convert.compiled((share,), made._replace(framework="numpy"), case.want), *rest)
 
 
 def _through(x: Any, functions: Sequence[Callable[..., Any]]) -> Any:

@@ -272,3 +272,28 @@ def test_many_small_arrays_go_in_one_transfer_either_way(torch):
     assert all(bool((there[str(i)] == i).all()) for i in range(0, 1000, 97))
     back = tb.tree.to_numpy(there)
     assert all(np.array_equal(back[name], leaf) for name, leaf in leaves.items())
+
+
+DTYPES = ["float32", "float64", "uint16", "bool", "complex64", "bfloat16"]
+
+
+@pytest.mark.parametrize("options", [{}, {"dtype": "float32"}, {"pin_memory": True}, {"copy": True}], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_small_arrays_of_either_library_come_down_as_tensors(torch, cupy, dtype, options):
+    if options.get("dtype") and dtype == "complex64":
+        pytest.skip("a complex number is no float")
+    there = tb.tree.to_torch([np.arange(n) for n in (3, 4, 5, 6)], device="cuda", dtype=dtype)
+    if dtype != "bfloat16":
+        there += [tb.to_cupy(t, copy=True) for t in there]
+    with tb.trace() as trace:
+        found = tb.tree.to_torch(there, device="cpu", **options)
+    assert [t.tolist() for t in found] == [t.tolist() for t in there]
+    assert all(t.device.type == "cpu" and t.dtype == getattr(torch, options.get("dtype", dtype)) for t in found)
+    assert len(trace.events) == len(there)
+    back = tb.tree.to_numpy(there)
+    assert [a.astype(complex).tolist() for a in back] == [[complex(v) for v in t.tolist()] for t in there]
+
+
+def test_small_cupy_arrays_are_prefetched_to_the_host(cupy):
+    (batch,) = tb.prefetch([[cupy.arange(3.0), cupy.arange(4.0)]], device="cpu")
+    assert [t.tolist() for t in batch] == [[0, 1, 2], [0, 1, 2, 3]]

@@ -5,15 +5,19 @@
 
 static const bool GUARDED = setting("STAND_IN_GUARD", 1);  // 0: the host may read device memory, and much of it costs less
 static int running = 0;
+static bool is_open = !GUARDED;
 
-static void protect(int access) {
-  for (auto& d : world().devices) mprotect(d.memory, CAPACITY, access);
+static void set_open(bool open) {
+  for (auto& d : world().devices) mprotect(d.memory, CAPACITY, open ? PROT_READ | PROT_WRITE : PROT_NONE);
+  is_open = open;
 }
 void open_memory() {
-  if (GUARDED && running++ == 0) protect(PROT_READ | PROT_WRITE);
+  running++;
+  if (!is_open) set_open(true);
 }
+void done_with_memory() { running--; }
 void shut_memory() {
-  if (GUARDED && --running == 0) protect(PROT_NONE);
+  if (GUARDED && is_open && !running) set_open(false);
 }
 
 void start() {
@@ -107,7 +111,9 @@ static cudaError_t copy(Lock& lock, void* dst, const void* src, size_t n, cudaMe
   }
   if (cudaError_t error = put(s, run, {}, &state)) return error;
   bool ends_on_host = to < 0 && !is_pinned(dst);
-  if (ends_on_host || (sync && (to < 0 || from < 0))) wait_for(lock, {state});
+  if (!ends_on_host && !(sync && (to < 0 || from < 0))) return cudaSuccess;
+  wait_for(lock, {state});
+  shut_memory();
   return cudaSuccess;
 }
 

@@ -18,7 +18,7 @@ static void work(Stream* s) {
       task.run();
       task.run = nullptr;
       lock.lock();
-      shut_memory();
+      done_with_memory();
     }
     task.state->at = Clock::now();
     task.state->done = true;
@@ -143,6 +143,7 @@ cudaError_t cudaStreamSynchronize(cudaStream_t handle) {
   SAFE
   if (cudaError_t error = legacy_in_capture(s)) FAIL(error);
   wait_for(lock, all_of(s));
+  shut_memory();
   return cudaSuccess;
 }
 cudaError_t cudaStreamQuery(cudaStream_t handle) {
@@ -157,6 +158,7 @@ cudaError_t cudaDeviceSynchronize() {
   ENTER
   SAFE
   wait_for_device(lock, current);
+  shut_memory();
   return cudaSuccess;
 }
 cudaError_t cudaLaunchHostFunc(cudaStream_t handle, cudaHostFn_t f, void* data) {
@@ -251,6 +253,7 @@ cudaError_t cudaEventSynchronize(cudaEvent_t handle) {
   if (cudaError_t error = captured(event)) FAIL(error);
   SAFE
   if (event->state) wait_for(lock, {event->state});
+  shut_memory();
   return cudaSuccess;
 }
 cudaError_t cudaEventElapsedTime(float* ms, cudaEvent_t first, cudaEvent_t then) {

@@ -142,4 +142,5 @@ cudaError_t legacy_in_capture(Stream* s);
 
 int device_of(uintptr_t address);  // -1: no device's
 void open_memory();                // what runs on a stream may touch it; counted
-void shut_memory();
+void done_with_memory();
+void shut_memory();                // when the host has waited: to do so after each piece of work would cost too much
