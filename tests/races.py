@@ -3,7 +3,7 @@
 import types
 
 import numpy as np
-from fake_frameworks import cupy_adapter, installed
+from fake_frameworks import Tensor, cupy_adapter, installed
 
 from tensorbridge import Device, Traits
 from tensorbridge._adapters import _torch_cuda
@@ -18,6 +18,7 @@ def with_adapters(monkeypatch):
     """For a fixture. torch itself is the real one in its adapter; only what it makes of a capsule is replaced."""
     for machine in installed(monkeypatch):
         monkeypatch.setattr(_torch_cuda, "_imported", lambda capsule, index, m=machine: capsule.consumed(m))
+        monkeypatch.setattr(_torch_cuda, "_seen_again", Tensor.again)
         yield machine
 
 

@@ -83,7 +83,7 @@ def test_a_foreign_capsule_in_torchs_hands_is_ordered_checked_and_kept(machine):
     _lease.settle()
     assert alive() is None
     wrong = foreign(Producer(), address=1 << 20, capsule=exporter.__dlpack__())
-    with pytest.raises(tb.ProducerError, match="not on cuda:0"):
+    with pytest.raises(tb.ProducerError, match="torch finds other memory"):
         _torch_cuda.imported(wrong)
 
 
@@ -116,13 +116,20 @@ def test_an_array_interface_in_torchs_hands_is_shown_as_it_was_read_and_kept(mac
     assert alive() is None
 
 
-def test_an_address_that_is_on_no_device_is_the_producers_fault(machine, monkeypatch):
-    def read(interface, device):
-        raise RuntimeError("The specified pointer resides on host memory")
-
-    monkeypatch.setattr(_torch_cuda, "torch", torch_that_reads(read))
-    with pytest.raises(tb.ProducerError, match="Producer is a malformed producer: The specified pointer"):
-        _torch_cuda.imported(foreign(Producer()))
+def test_memory_that_only_its_capsule_holds_is_kept_until_torchs_stream_is_done(machine):
+    exporter = machine.cupy.full(SHAPE, 1.0)
+    machine.run()
+    capsule, address, alive = exporter.__dlpack__(), exporter.data.ptr, weakref.ref(exporter)
+    machine.current["torch"][0] = 0x60
+    t = _torch_cuda.imported(foreign(Producer(), address=address, capsule=capsule))
+    del exporter, capsule
+    with machine.hold(0, 0x60):
+        machine.kernel(0, 0x60, lambda: None)
+        del t
+        gc.collect()
+        assert alive() is not None
+    _lease.settle()
+    assert alive() is None
 
 
 def test_a_foreign_array_with_negative_strides_spans_all_of_its_memory(machine):

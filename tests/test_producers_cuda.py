@@ -130,23 +130,31 @@ def test_an_interface_without_memory_is_on_the_current_device(machine):
     assert handle.device == "cuda:1"
 
 
-def test_an_interface_that_names_its_device_is_believed(machine):
-    x = Interface(np.arange(6, dtype=np.float32))
-    x.device = types.SimpleNamespace(id=1)
-    assert _protocols.open(x, Want("cupy"))[0].device == "cuda:1"
+def test_an_interface_that_names_its_device_is_not_believed_against_the_driver(machine):
+    machine.devices = 2
+    memory = np.arange(6, dtype=np.float32)
+    machine.lies_on[memory.ctypes.data] = 1
+    cupy_adapter()
+    x = Interface(memory)
+    for said in (1, True, "one", None):
+        x.device = types.SimpleNamespace(id=said)
+        assert _protocols.open(x, Want("cupy"))[0].device == "cuda:1"
+    for said in (0, 7):
+        x.device = types.SimpleNamespace(id=said)
+        with pytest.raises(tb.ProducerError, match=f"says that it is on device {said}, and its memory is on device 1"):
+            _protocols.open(x, Want("cupy"))
 
 
 @pytest.mark.parametrize("index", [0, 1, None])
 def test_without_cupy_torch_is_asked_where_an_address_is(monkeypatch, index):
-    """It takes what lies on the device that it is given, and copies what does not."""
+    """By a device without an index: one that has an index would be believed."""
 
     def as_tensor(interface, device):
         if index is None:
             raise RuntimeError("The specified pointer resides on host memory")
-        copied = int(device.removeprefix("cuda:")) != index
         facts = interface.__cuda_array_interface__
-        assert (facts["shape"], facts["typestr"]) == ((1,), "|u1")
-        return types.SimpleNamespace(data_ptr=lambda: 0 if copied else facts["data"][0])
+        assert (facts["shape"], facts["typestr"], device) == ((1,), "|u1", "cuda")
+        return types.SimpleNamespace(data_ptr=lambda: facts["data"][0], get_device=lambda: index)
 
     cuda = types.SimpleNamespace(device=lambda i: contextlib.nullcontext(), device_count=lambda: 2)
     monkeypatch.setattr(_torch_cuda, "torch", types.SimpleNamespace(as_tensor=as_tensor, cuda=cuda))
@@ -301,8 +309,9 @@ def test_the_lane_leaves_what_is_not_aligned_to_the_planner(machine):
 
 
 def test_device_arrays_of_other_libraries_are_not_stacked(machine):
+    cupy_adapter()
     parts = [Interface(np.zeros(3, "f4")), Interface(np.ones(3, "f4"))]
     for part in parts:
-        part.device = types.SimpleNamespace(id=0)
+        machine.lies_on[part.memory.ctypes.data] = 0
     with pytest.raises(tb.UnsupportedArrayError, match="device arrays of other libraries are not stacked"):
         tb.plan(parts, "torch")

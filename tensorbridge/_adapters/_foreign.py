@@ -120,20 +120,23 @@ def by_interface(x: Any, facts: Any) -> Foreign:
 
 
 def _device_of(x: Any, address: int) -> int:
-    """Where the memory is: the object may say, the driver knows, and of no memory it is where we are."""
+    """Where the memory is: the driver knows, the object may say where that cannot be asked, and else it is here."""
     said = getattr(getattr(x, "device", None), "id", None)
-    if isinstance(said, int):
-        return said
+    said = said if type(said) is int else None
     asked = next((name for name in ("cupy", "torch") if _streams.usable(name) and not _streams.forked()), "")
     if not asked:  # described where nobody can be asked
-        return 0
+        return said or 0
     if not address:
         return _streams.current_device()
+    if said is not None and _streams.capturing():
+        return said
     refuse_capture(x)
     framework: Any = named(asked if asked == "cupy" else "torch_cuda")
     index: int = framework.device_of(address)
     if index < 0:
         raise malformed(x, f"no device has memory at {address:#x}")
+    if said is not None and said != index:
+        raise malformed(x, f"it says that it is on device {said}, and its memory is on device {index}")
     return index
 
 

@@ -74,6 +74,11 @@ def _imported(capsule: Any, index: int) -> Tensor:
         return torch.utils.dlpack.from_dlpack(capsule)
 
 
+def _seen_again(t: Tensor) -> Tensor:
+    """A tensor over the same memory with a storage of its own, which holds `t`."""
+    return _imported(torch.utils.dlpack.to_dlpack(t), t.get_device())
+
+
 class _Interface:
     """The array interface of a producer as it was read, so that torch sees the same facts."""
 
@@ -89,38 +94,37 @@ class _Interface:
 
 
 def device_of(address: int) -> int:
-    """The device that has memory there; negative if none has. Of what lies on another one torch makes a copy."""
-    byte = _Interface(address, (1,), None, "|u1", None)
-    for index in range(torch.cuda.device_count()):
-        try:
-            if torch.as_tensor(byte, device=f"cuda:{index}").data_ptr() == address:
-                return index
-        except RuntimeError:
-            break
-    return -1
+    """The device that has memory there; negative if none has. Given a device with an index, torch asks nobody."""
+    try:
+        t = torch.as_tensor(_Interface(address, (1,), None, "|u1", None), device="cuda")
+    except RuntimeError:
+        return -1
+    return t.get_device() if t.data_ptr() == address else -1
 
 
 def imported(x: Any) -> Tensor:
-    """Device memory of another library, ordered here, and kept until torch's stream is done with it."""
-    index = x.device.index
+    """Device memory of another library, ordered here, and kept until torch's stream is done with it.
+
+    What only its capsule holds is freed with the storage that torch makes of it. That one is the lease's: the caller
+    gets another, over the same memory, whose end is not yet the end of the work on it.
+    """
+    index, owner = x.device.index, x.producer
     _lease.settle()
     number = _streams.current("torch", index)
     _streams.hold_if_current(number, index)
     if x.stream is not None:
         _stream_order.wait("torch", x.stream, index)
     if x.capsule is not None:
-        t = _imported(x.capsule, index)
+        held = _imported(x.capsule, index)
+        t, owner = _seen_again(held), (held, x.producer)
     else:
-        try:
-            with torch.cuda.device(index):
-                dtype: Any = _dtypes.DTYPES[x.dtype].numpy
-                shown = _Interface(x.address, x.shape, x.strides, dtype.str, x.producer)
-                t = torch.as_tensor(shown, device=f"cuda:{index}")
-        except RuntimeError as error:  # no memory of a device is at this address
-            raise ProducerError(f"{type(x.producer).__name__} is a malformed producer: {error}") from error
-    if t.numel() and t.data_ptr() != x.address:  # torch copies what it finds on another device
-        raise ProducerError(f"{type(x.producer).__name__} is a malformed producer: its memory is not on {x.device}.")
-    _lease.lend_storage(t, x.producer, number, index)
+        dtype: Any = _dtypes.DTYPES[x.dtype].numpy
+        shown = _Interface(x.address, x.shape, x.strides, dtype.str, x.producer)
+        with torch.cuda.device(index):
+            t = torch.as_tensor(shown, device=f"cuda:{index}")
+    if t.numel() and t.data_ptr() != x.address:
+        raise ProducerError(f"{type(x.producer).__name__} is a malformed producer: torch finds other memory.")
+    _lease.lend_storage(t, owner, number, index)
     return t
 
 

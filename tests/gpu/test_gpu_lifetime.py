@@ -339,3 +339,42 @@ def test_what_is_done_to_the_tensor_does_not_free_the_memory_under_cupys_array(t
     torch.cuda.synchronize()
     assert float(c.max()) == 1.0
     assert len(fillers) == 4
+
+
+class MadeOnExport:
+    """Its memory is held by the capsule alone."""
+
+    def __init__(self, case):
+        self.case = case
+
+    def __dlpack_device__(self):
+        return 2, 0
+
+    def __dlpack__(self, **options):
+        made = self.case.make(1.0)
+        self.case.settle_owner()
+        self.freed = made.data.ptr
+        return made.__dlpack__(**options)
+
+
+def test_memory_that_only_a_capsule_holds_is_kept_while_torch_reads_it(torch, cupy, gate):
+    case = CupyOwned(torch, cupy, gate)
+    producer = MadeOnExport(case)
+    out = torch.zeros(N, device="cuda")
+
+    def body(really):
+        case.spare()
+        with torch.cuda.stream(case.reading):
+            t = tb.to_torch(producer)
+            torch.cuda.synchronize()
+            with gate.shut(really=really):
+                gate.put_on(case.reading)
+                out.copy_(t)
+                del t
+                successors = case.successors()
+                case.settle_owner()
+                assert not really or not case.reading.query(), "blind"
+                reused = producer.freed in map(case.address, successors)
+        return reused, set(out.unique().tolist())
+
+    assert twice(body) == (False, {1.0})
