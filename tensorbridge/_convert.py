@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from tensorbridge import _casting, _device_lanes, _lanes, _options, _watch
@@ -146,7 +146,11 @@ def compiled(steps: tuple[Any, ...], traits: Traits, want: Want, here: Here = HE
     befores = [traits, *(step.after for step in steps)]
     functions = [performer(step, before, want) for step, before in zip(steps, befores, strict=False)]
     for i, step in enumerate(steps):
-        if step.by == BOTH_WAYS:
+        if step.by == BOTH_WAYS and step.op == Op.IMPORT:
+            read = next(j for j in range(i, len(steps)) if steps[j].kind)
+            whole = _given_back(functions[i : read + 1], befores[read])
+            functions[i : read + 1] = [*([_as_it_is] * (read - i)), whole]
+        elif step.by == BOTH_WAYS:
             read = next(j for j in range(i, len(steps)) if steps[j].kind)
             functions[read] = _ordered_back(functions[read], steps[i + 1].after.framework, befores[i])
     if here.intercepted:
@@ -164,6 +168,27 @@ def _ordered_back(reads: Callable[..., Any], reader: str, lent: Traits) -> Calla
         return result
 
     return run
+
+
+def _given_back(functions: Sequence[Callable[..., Any]], read: Traits) -> Callable[..., Any]:
+    """From the import of a foreign array to the step that reads it: then the stream that its producer named waits."""
+
+    def run(x: Any, *out: Any) -> Any:
+        *earlier, reads = functions
+        result = x
+        for function in earlier:
+            result = function(result)
+        result = reads(result, *out)
+        if x.stream is not None:
+            index = read.device.index
+            _stream_order.link(_streams.current(read.framework, index), x.stream, index)
+        return result
+
+    return run
+
+
+def _as_it_is(x: Any) -> Any:
+    return x
 
 
 def open_lanes() -> None:
@@ -195,6 +220,11 @@ def is_intercepted() -> bool:
     return torch is not None and bool(torch.is_intercepted())
 
 
+def _devices(traits: Traits, want: Want) -> set[int]:
+    """The CUDA devices whose streams a conversion uses."""
+    return {place.index for place in (traits.device, want.device) if place is not None and place.is_cuda}
+
+
 def moment(traits: Traits, want: Want) -> Here:
     """Facts of the moment, read once per call. On the host it is most often one of two constants."""
     on_host = WITH_TORCH if want.framework == "torch" or loaded("torch") else HERE
@@ -220,7 +250,7 @@ def moment(traits: Traits, want: Want) -> Here:
     lent = crosses or (traits.framework != "cupy" and "cupy" in sides and lies_there)
     return Here(
         same_stream=not (crosses and _streams.usable("torch")) or _streams.same(index),
-        capturing=_streams.capturing(),
+        capturing=_streams.capturing(*_devices(traits, want)),
         gpu=_streams.mover(),
         torch=loaded("torch") is not None,
         intercepted=on_host.intercepted,

@@ -49,7 +49,7 @@ def up(now: Traits, where: Device, *, pinned: bool) -> Road:
 def into(now: Traits, out: Traits) -> str:
     """What the plan adds where `out` is filled over the bus; whether that is pinned, the driver is asked then."""
     crosses = {now.device.type, out.device.type} == {"cpu", "cuda"}
-    block = _plain_bytes(now) and out.spacing == "dense" and now.dtype == out.dtype
+    block = _plain_bytes(now) and out.spacing == "dense" and not out.lazy and now.dtype == out.dtype
     return f"{_RING.why}, or directly where it is pinned" if crosses and block and now.size in FROM_LARGE else ""
 
 

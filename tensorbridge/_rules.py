@@ -264,6 +264,10 @@ def order_back(steps: Steps) -> None:
     if any(step.kind for step in steps[ordered:]):
         why = f"{steps[ordered].why}; and back, when the copy has been made"
         steps[ordered] = steps[ordered]._replace(by=_roads.BOTH_WAYS, why=why)
+    foreign = bool(steps) and steps[0].op == Op.IMPORT and steps[0].after.device.is_cuda
+    kinds = {step.kind for step in steps} - {""}
+    if foreign and kinds and "d2h" not in kinds:  # what comes to the host has been waited for
+        steps[0] = steps[0]._replace(by=_roads.BOTH_WAYS)
 
 
 def protect(steps: Steps, want: Want, guarded: bool) -> None:

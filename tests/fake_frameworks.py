@@ -7,7 +7,6 @@ import sys
 import threading
 import types
 import weakref
-from collections import deque
 from contextlib import contextmanager
 
 import numpy as np
@@ -36,7 +35,7 @@ def installed(monkeypatch, *, devices=1, without=()):
         (_streams, "_usable", set()),
         (_stream_order, "_events", {}),
         (_lease, "_leases", {}),
-        (_lease, "_pending", deque()),
+        (_lease, "_pending", {}),
         (_staging, "_ring", None),
         (_device_lanes, "_Tensor", None),
         (_device_lanes, "_Array", None),
@@ -195,7 +194,7 @@ def make_torch(machine):
     )
     cuda.Stream, cuda.ExternalStream, cuda.Event, cuda.stream, cuda.device = Stream, external, CudaEvent, stream, device
     cuda.default_stream = lambda index: Stream(index, 0)
-    cuda.current_device = lambda: machine.device
+    cuda.current_device, cuda.device_count = lambda: machine.device, lambda: machine.devices
     cuda.init = lambda: None
     cuda.is_available = cuda.is_initialized = lambda: True
     cuda._is_in_bad_fork = lambda: False

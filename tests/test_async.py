@@ -219,7 +219,7 @@ def test_trace_and_warning_name_the_line_that_asked(machine, late):
 @pytest.mark.parametrize("when", ["capturing", "forked"])
 def test_in_a_capture_and_in_a_fork_it_is_refused_before_cuda_is_touched(machine, monkeypatch, when):
     c = machine.cupy.full((3,), 1.0)
-    monkeypatch.setattr(_streams, when, lambda: True)
+    monkeypatch.setattr(_streams, when, lambda *indices: True)
     machine.calls.clear()
     transfer = tb.to_numpy_async(c)
     with pytest.raises(tb.DeviceError, match="captured" if when == "capturing" else "forked"):

@@ -123,7 +123,7 @@ def test_a_lane_looks_at_what_is_pending(machine, crossing):
     _lease.keep(object(), ONE, 0)
     machine.run()
     made = lane(x)
-    assert not _lease._pending
+    assert not _lease.pending()
     assert made is not None
 
 

@@ -179,10 +179,10 @@ def test_an_interrupt_in_settle_or_keep_does_not_drop_an_owner(both, monkeypatch
         patch.setattr(_lease._Ending, "passed", interrupts)
         with pytest.raises(KeyboardInterrupt):
             _lease.settle()
-        assert len(_lease._pending) == 1
+        assert _lease.pending() == 1
         with pytest.raises(KeyboardInterrupt):
             _lease.keep(object(), 0x60, 0)
-    assert len(_lease._pending) == 2
+    assert _lease.pending() == 2
 
 
 def test_two_threads_that_name_streams_of_one_array_at_once_are_both_heard(both, monkeypatch):

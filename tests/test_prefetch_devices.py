@@ -19,8 +19,12 @@ from tensorbridge._cuda import _lease, _stream_order, _streams
 pytestmark = pytest.mark.usefixtures("no_thread_is_left")
 
 
-def test_batch_is_handed_over_to_the_stream_that_asks(monkeypatch):
-    """Worker: read on the side stream, marked there. Consumer: waits for that mark, keeps the memory for its stream."""
+@pytest.mark.parametrize("lies_on", [0, 1])
+def test_batch_is_handed_over_to_the_stream_that_asks(monkeypatch, lies_on):
+    """Worker: read on the side stream, marked there. Consumer: waits for that mark, keeps the memory for its stream.
+
+    What lies on another device is read after what the caller had queued there, and before what it queues next.
+    """
     calls: list[Any] = []
     streams = {"side": 100, "mine": 7}
 
@@ -38,7 +42,11 @@ def test_batch_is_handed_over_to_the_stream_that_asks(monkeypatch):
     monkeypatch.setattr(_streams, "side_stream", lambda index: "side")
     monkeypatch.setattr(_streams, "identify", lambda stream: (streams[stream], 0))
     monkeypatch.setattr(_streams, "current", lambda framework, index: 7)
+    monkeypatch.setattr(_streams, "currents", lambda: {0: {7}, 1: {9}})
+    monkeypatch.setattr(_streams, "capturing", lambda *indices: False)
     monkeypatch.setattr(_streams, "usable", lambda framework: False)  # CuPy may be loaded, and see one
+    monkeypatch.setattr(_roads, "_frameworks", lambda: ["torch"])
+    monkeypatch.setattr(_roads, "_index_of", lambda array: lies_on)
     monkeypatch.setattr(_stream_order, "link", lambda *a: calls.append(("link", *a)))
     monkeypatch.setattr(_streams, "use_stream", lambda stream: calls.append(("use", stream)) or tb.copy_guard("allow"))
     monkeypatch.setattr(_stream_order, "mark", lambda number, index: calls.append(("mark", number)) or Mark(len(calls)))
@@ -54,11 +62,12 @@ def test_batch_is_handed_over_to_the_stream_that_asks(monkeypatch):
     assert calls == [
         ("link", 7, 100, 0),
         ("use", "side"),
+        *[("link", 9, 7, 1)] * lies_on,
         "convert",
         ("keep", "list", 100),
         ("keep", "list", 100),
         ("mark", 100),
-        ("wait", 6, 7),  # for the mark that was the sixth call
+        *[("wait", 6 + lies_on, 7)] * (1 + lies_on),  # for the mark that was the sixth call
         ("used_on", "tuple", "mine"),
     ]
 

@@ -284,7 +284,7 @@ def test_a_pinned_source_is_not_waited_for_with_non_blocking_but_kept(machine):
     block = _staging.upload(source, framework="cupy", index=0, pinned=True, non_blocking=True)
     assert "synchronize" not in machine.names()
     before = sys.getrefcount(source)
-    assert len(_lease._pending) == 1
+    assert _lease.pending() == 1
     machine.run()
     assert _lease.settle() == 0
     assert sys.getrefcount(source) < before
@@ -306,7 +306,7 @@ def test_a_transfer_looks_at_what_is_pending(machine, call):
         _staging.upload(some_bytes(10), framework="cupy", index=0)
     else:
         _staging.download(block_with(machine, some_bytes(10)), framework="cupy", index=0)
-    assert not _lease._pending
+    assert not _lease.pending()
 
 
 def test_the_links_call_torch_as_it_is():

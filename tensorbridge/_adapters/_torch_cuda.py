@@ -55,7 +55,7 @@ def plain_from_cupy(x: Any) -> Tensor | None:
     if not _streams.usable("torch"):
         return None
     number = _streams.current("torch", index)
-    if number != _streams.current("cupy", index) or _streams.in_child or _streams.capturing():
+    if number != _streams.current("cupy", index) or _streams.in_child or _streams.capturing(index):
         return None
     _lease.settle()
     _streams.hold_if_current(number, index)
@@ -76,7 +76,7 @@ def _imported(capsule: Any, index: int) -> Tensor:
 
 def _seen_again(t: Tensor) -> Tensor:
     """A tensor over the same memory with a storage of its own, which holds `t`."""
-    return _imported(torch.utils.dlpack.to_dlpack(t), t.get_device())
+    return _imported(torch.to_dlpack(t), t.get_device())
 
 
 class _Interface:

@@ -18,12 +18,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from tensorbridge import _api, _dtypes, _forks, _watch, tree
+from tensorbridge import _api, _convert, _dtypes, _forks, _watch, tree
 from tensorbridge._array import CPU, ArrayInfo
 from tensorbridge._cuda import _staging, _stream_order, _streams
 from tensorbridge._eager import eager, noticing
 from tensorbridge._errors import DeviceError
 from tensorbridge._loaded import loaded
+from tensorbridge._step import Want
 from tensorbridge._trees._containers import ARRAY, OTHER, kind_of
 from tensorbridge._trees._leaf import identity
 from tensorbridge._trees._pack import ALIGN
@@ -148,7 +149,7 @@ def to_numpy_async(x: Any, *, pinned: bool = False) -> Transfer:
         if not places:
             outcome.set_result(job(x))
             return Transfer(outcome)
-        if _streams.forked() or _streams.capturing():  # refused before CUDA is touched
+        if _streams.forked() or _streams.capturing(*{index for _, index in places}):  # refused before CUDA is touched
             why = "in a forked process" if _streams.forked() else "while a CUDA graph is being captured"
             raise DeviceError(f"to_numpy_async: device memory cannot be transferred {why}.\nDo it before or after.")
         for framework, index in places:
@@ -168,10 +169,13 @@ def to_numpy_async(x: Any, *, pinned: bool = False) -> Transfer:
 
 
 def _places(leaves: Iterable[Any]) -> list[tuple[str, int]]:
-    """The frameworks and devices on which leaves lie. A foreign producer orders its own work when it is asked."""
+    """The frameworks and devices on which leaves lie; of a foreign producer, whose work may be on either's, both.
+
+    It is asked in the worker, where other streams are current: that orders what is on those, nothing of the caller's.
+    """
     found: dict[tuple[str, int], None] = {}
     torch, cupy = loaded("torch"), loaded("cupy")
-    reader = _streams.mover()
+    both = [framework for framework in ("torch", "cupy") if _streams.usable(framework)]
     for leaf in leaves:
         if torch is not None and isinstance(leaf, torch.Tensor):
             if leaf.is_cuda:
@@ -181,9 +185,10 @@ def _places(leaves: Iterable[Any]) -> list[tuple[str, int]]:
         elif not isinstance(leaf, np.ndarray) and hasattr(leaf, "__dlpack_device__"):
             kind, index = leaf.__dlpack_device__()
             if int(kind) in (2, 13):
-                found[reader, int(index)] = None
+                found |= {(framework, int(index)): None for framework in both}
         elif not isinstance(leaf, np.ndarray) and hasattr(leaf, "__cuda_array_interface__"):
-            found[reader, _streams.current_device()] = None
+            index = _convert.opened(leaf, Want("numpy"), "to_numpy_async")[2].device.index
+            found |= {(framework, index): None for framework in both}
     return list(found)
 
 
@@ -220,7 +225,7 @@ def _into_pinned(x: Any) -> Any:
     is_tree = kind_of(x) not in (ARRAY, OTHER)
     flat = flatten(x) if is_tree else None
     leaves = [x] if flat is None else flat.leaves
-    infos = [_api.describe(leaf) for leaf in leaves]
+    infos = [_convert.described(leaf, "to_numpy_async") for leaf in leaves]
     keys = [identity(info, leaf) or id(leaf) for info, leaf in zip(infos, leaves, strict=True)]
     places: dict[Any, int] = {}
     end = 0

@@ -22,21 +22,34 @@ class Batch(NamedTuple):
     value: Any
     mark: Any = None  # what the consumer's stream has to wait for
     memory: Sequence[Any] = ()  # arrays whose memory the consumer's stream will use
+    others: frozenset[int] = frozenset()  # further devices that were read from: their streams wait for the mark too
 
 
 class Host:
-    """Batches stay on the host: nothing is to be ordered."""
+    """Batches come to the host."""
+
+    def __init__(self) -> None:
+        # What the caller has queued, in either framework, may have made arrays that the source holds.
+        self.callers = _streams.currents()
+
+    def arrived(self, batch: Any) -> list[Any]:
+        """Called by the worker: the CUDA arrays of a batch, which its streams may read from now on."""
+        arrays = self.on_device(batch)
+        for index in set(map(_index_of, arrays)):
+            for number in self.callers.get(index, ()):
+                for framework in _frameworks():
+                    _stream_order.link(number, _streams.current(framework, index), index)
+        return arrays
 
     def entered(self) -> AbstractContextManager[Any]:
         """What the worker runs in."""
         return nullcontext()
 
     def on_device(self, batch: Any) -> list[Any]:
-        """The arrays of a batch that lie on a CUDA device."""
-        return []
+        return _device_arrays(batch) if self.callers else []
 
     def converted(self, batch: Any, want: Want, read: list[Any]) -> Batch:
-        """Called by the worker; `read` are device arrays that it has read meanwhile."""
+        """Called by the worker; `read` are CUDA arrays that it has read meanwhile."""
         return Batch(_leaves.converted(batch, want))
 
     def may_be_asked(self) -> None:
@@ -54,12 +67,15 @@ class Elsewhere(Host):
     """
 
     def __init__(self, want: Want) -> None:
+        super().__init__()
         self.want, self.context = want, copy_context()
         self.grad = sys.modules["torch"].is_grad_enabled()
 
     def converted(self, batch: Any, want: Want, read: list[Any]) -> Batch:
         """What lies on the device stays; the rest gets memory of its own, for the source may fill a buffer again."""
-        made = _leaves.converted(batch, want._replace(device=None, copy=False if want.copy is False else None))
+        made = (
+            super().converted(batch, want._replace(device=None, copy=False if want.copy is False else None), read).value
+        )
         if want.copy is False:
             return Batch(made)
         flat = flatten(made)
@@ -81,44 +97,37 @@ class Cuda(Host):
 
     def __init__(self, framework: str, index: int) -> None:
         self.framework, self.index = framework, index
+        if _streams.capturing(index):
+            raise DeviceError(_CAPTURING)
+        super().__init__()
         self.stream = _streams.side_stream(index)
         self.number = _streams.identify(self.stream)[0]
-        # What the caller has queued, in either framework, may have made arrays that the source holds.
-        other = "cupy" if framework == "torch" else "torch"
-        for name in (framework, other) if _streams.usable(other) else (framework,):
-            _stream_order.link(_streams.current(name, index), self.number, index)
+        for number in self.callers.pop(index, ()):
+            _stream_order.link(number, self.number, index)
 
     def entered(self) -> AbstractContextManager[Any]:
         return _streams.use_stream(self.stream)
 
     def on_device(self, batch: Any) -> list[Any]:
-        found: dict[int, Any] = {}  # one for each storage
-        cupy_array = getattr(sys.modules.get("cupy"), "ndarray", ())
-        with suppress(UnsupportedArrayError):  # a transform may make a tree of what is none yet; if not, it is refused
-            for leaf in flatten(batch).leaves:
-                if getattr(leaf, "is_cuda", False):
-                    with suppress(NotImplementedError):  # sparse: the conversion refuses it
-                        found[leaf.untyped_storage()._cdata] = leaf
-                elif isinstance(leaf, cupy_array):
-                    found[id(leaf)] = leaf
-        return list(found.values())
+        return _device_arrays(batch)
 
     def converted(self, batch: Any, want: Want, read: list[Any]) -> Batch:
         _lease.settle()  # torch, given its own tensors, crosses nothing that would do it
         read += self.on_device(batch)
+        others = frozenset(map(_index_of, read)) - {self.index}
         made = _leaves.converted(batch, want)
         for array in read:  # on this stream, of which its owner knows nothing; perhaps dropped before that is done
             _lease.keep(array, self.number, self.index)
-        return Batch(made, _stream_order.mark(self.number, self.index), self.on_device(made))
+        return Batch(made, _stream_order.mark(self.number, self.index), self.on_device(made), others)
 
     def may_be_asked(self) -> None:
-        if _streams.current(self.framework, self.index) != self.number and _streams.capturing():
-            raise DeviceError(
-                "prefetch: a CUDA graph is being captured, and the transfer of a batch is no part of it.\n"
-                "Take the batch before, and copy it into the static input."
-            )
+        if _streams.current(self.framework, self.index) != self.number and _streams.capturing(self.index):
+            raise DeviceError(_CAPTURING)
 
     def handed_over(self, batch: Batch) -> Any:
+        for index in batch.others:
+            for framework in _frameworks():
+                batch.mark.holds_back(_streams.current(framework, index), index)
         stream = _current_stream(self.framework, self.index)
         number = _streams.identify(stream)[0]
         if number != self.number:
@@ -130,6 +139,34 @@ class Cuda(Host):
                     ):  # memory of another library that came as it was: used as without prefetch
                         _lease.used_on(array, stream)
         return batch.value
+
+
+_CAPTURING = (
+    "prefetch: a CUDA graph is being captured, and the transfer of a batch is no part of it.\n"
+    "Take the batch before, and copy it into the static input."
+)
+
+
+def _frameworks() -> list[str]:
+    return [framework for framework in ("torch", "cupy") if _streams.usable(framework)]
+
+
+def _device_arrays(batch: Any) -> list[Any]:
+    """Those on CUDA; one for each storage."""
+    found: dict[int, Any] = {}
+    cupy_array = getattr(sys.modules.get("cupy"), "ndarray", ())
+    with suppress(UnsupportedArrayError):  # a transform may make a tree of what is none yet; if not, it is refused
+        for leaf in flatten(batch).leaves:
+            if getattr(leaf, "is_cuda", False):
+                with suppress(NotImplementedError):  # sparse: the conversion refuses it
+                    found[leaf.untyped_storage()._cdata] = leaf
+            elif isinstance(leaf, cupy_array):
+                found[id(leaf)] = leaf
+    return list(found.values())
+
+
+def _index_of(array: Any) -> int:
+    return int(array.get_device() if getattr(array, "is_cuda", False) else array.data.device_id)
 
 
 def _current_stream(framework: str, index: int) -> Any:

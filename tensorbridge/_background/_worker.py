@@ -166,7 +166,7 @@ def _read(state: State, source: Iterator[Any], transform: Any, want: Want, road:
             batch = next(source)
             if state.closed:
                 return
-            read = road.on_device(batch)
+            read = road.arrived(batch)
             if transform is not None:
                 batch = _transformed(transform, batch, number)
             said = _watch.called_from.set(where)  # only here: the source and the transform have lines of their own

@@ -23,17 +23,18 @@ from __future__ import annotations
 import sys
 import weakref
 from collections import deque
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 
 from tensorbridge import _forks
 from tensorbridge._cuda import _stream_order, _streams
 
+Uses: TypeAlias = "frozenset[tuple[int, int]]"  # streams, as (number, device)
+
 _leases: dict[int, Lease] = {}  # by the identity of what the borrower holds
-_pending: deque[_Ending] = deque()
+_pending: dict[Uses, deque[_Ending]] = {}  # by the streams that they wait for, in the order in which they will pass
 _disowned = False  # a forked child that has leases of its parent's: CUDA may not be touched
-GLANCES = 8
 
 
 class Loan:
@@ -55,10 +56,10 @@ class Lease(weakref.ref[Any]):
 class _Ending:
     """A loan that is over for the host: the owner is kept until the work on its streams has been done too."""
 
-    __slots__ = ("_marks", "_owner", "_uses")
+    __slots__ = ("_marks", "_owner", "uses")
 
-    def __init__(self, owner: Any, uses: set[tuple[int, int]]) -> None:
-        self._owner, self._uses = owner, uses
+    def __init__(self, owner: Any, uses: Uses) -> None:
+        self._owner, self.uses = owner, uses
         self._marks: list[_stream_order.Mark] | None = None
 
     def passed(self) -> bool:
@@ -66,9 +67,9 @@ class _Ending:
             if _streams.capturing():
                 return False
             if self._marks is None:
-                if any(_streams.capturing_on(*use) for use in self._uses):
+                if any(_streams.capturing_on(*use) for use in self.uses):
                     return False  # an event recorded there would belong to the graph
-                self._marks = [_stream_order.mark(*use) for use in self._uses]
+                self._marks = [_stream_order.mark(*use) for use in self.uses]
             return all(mark.passed() for mark in self._marks)
         except RuntimeError:  # a capture in another thread forbids to ask, or the device is lost: not known to be over
             return False
@@ -123,46 +124,54 @@ def lend_tensor(tensor: Any, number: int, index: int, stream: object, *, capturi
 
 def keep(owner: Any, number: int, index: int) -> None:
     """Keep `owner` until the work that is on stream `number` now has been done."""
-    _look_at(_Ending(owner, {(number, index)}))
+    _look_at(_Ending(owner, frozenset({(number, index)})))
 
 
 def settle() -> int:
     """Drop the owners whose last use has passed; return how many are still waited for. Called at every crossing.
 
-    After a few that have not passed it leaves the rest to the next call: a host that runs far ahead of the device has
-    thousands.
+    Of those that wait for the same streams, none passes before the first: a host that runs far ahead of the device has
+    thousands, and asks for one.
     """
-    left = 0 if _disowned else GLANCES
-    for _ in range(len(_pending)):
-        if not left:
-            break
-        try:
-            ending = _pending.popleft()
-        except IndexError:  # another thread settles too
-            break
-        if not _look_at(ending):
-            left -= 1
-    return len(_pending)
+    for waiting in () if _disowned else tuple(_pending.values()):
+        while waiting:
+            try:
+                ending = waiting.popleft()
+            except IndexError:  # another thread settles too
+                break
+            if not _look_at(ending, first=True):
+                break
+    return pending()
 
 
-def _look_at(ending: _Ending) -> bool:
+def pending() -> int:
+    """How many owners are kept whose loan is over for the host."""
+    return sum(map(len, tuple(_pending.values())))
+
+
+def _look_at(ending: _Ending, *, first: bool = False) -> bool:
     """Whether its work has been done; if not, or if that cannot be found out, it waits for the next look."""
     done = False
     try:
         done = not _disowned and ending.passed()
     finally:  # whatever is raised, an interrupt say, must not drop the owner
         if not done:
-            _pending.append(ending)
+            _wait(ending, first=first)
     return done
+
+
+def _wait(ending: _Ending, *, first: bool) -> None:
+    waiting = _pending.setdefault(ending.uses, deque())
+    (waiting.appendleft if first else waiting.append)(ending)
 
 
 def _released(lease: Lease) -> None:
     """The borrower's last view is gone. Runs in whatever thread dropped it; must not raise."""
     if _leases.get(lease.key) is lease:  # and not the next one's of that identity
         del _leases[lease.key]
-    ending = _Ending(lease.owner, lease.uses)
+    ending = _Ending(lease.owner, frozenset(lease.uses))
     if sys.is_finalizing():
-        _pending.append(ending)
+        _wait(ending, first=False)
     else:
         _look_at(ending)
 
@@ -171,7 +180,7 @@ def _released(lease: Lease) -> None:
 def _forked() -> None:
     """A child whose parent has lent nothing may be able to use CUDA; one that is not makes no lease."""
     global _disowned
-    _disowned = _disowned or bool(_leases or _pending)
+    _disowned = _disowned or bool(_leases or any(_pending.values()))
     _streams.never_freed(_leases, _pending)
 
 
@@ -186,7 +195,8 @@ def used_on(x: Any, stream: Any) -> None:
     ----------
     x : torch.Tensor or cupy.ndarray on a CUDA device
     stream : torch.cuda.Stream, cupy.cuda.Stream, cuda.core.Stream, anything with ``__cuda_stream__``, or int
-        As for `use_stream`; it is kept for the life of the process.
+        As for `use_stream`, but that a stream which does not say its device (an int, a wrapper of a handle) is one of
+        `x`'s; it is kept for the life of the process.
 
     Raises
     ------
@@ -215,7 +225,7 @@ def used_on(x: Any, stream: Any) -> None:
         raise TypeError(f"used_on: {type(x).__name__} is neither a tensor nor a CuPy array")
     if is_tensor and not x.is_cuda:
         raise ValueError(f"used_on: the tensor is on {x.device}, where no CUDA stream uses it")
-    number, index = _streams.identify(stream)
+    number, index = _streams.identify(stream, x.get_device() if is_tensor else int(x.data.device_id))
     _streams.refuse_fork()
     _streams.hold(number, index, stream)
     if is_tensor:

@@ -58,6 +58,21 @@ def same(index: int) -> bool:
     return current("torch", index) == current("cupy", index)
 
 
+def currents() -> dict[int, set[int]]:
+    """The streams that are current on each device, in the frameworks that use CUDA already; none where none does."""
+    found: dict[int, set[int]] = {}
+    if forked():
+        return found
+    torch, cupy = loaded("torch"), loaded("cupy")
+    if torch is not None and torch.cuda.is_initialized():
+        for index in range(torch.cuda.device_count()):
+            found.setdefault(index, set()).add(current("torch", index))
+    if cupy is not None and usable("cupy"):
+        for index in range(cupy.cuda.runtime.getDeviceCount()):
+            found.setdefault(index, set()).add(current("cupy", index))
+    return found
+
+
 # -- Devices and forks
 
 
@@ -139,12 +154,17 @@ def call_on(cupy: Any, index: int, function: Callable[..., Any], *args: int) -> 
 # -- Graph capture. Asking is legal at any time: cudaStreamIsCapturing neither synchronises nor is captured.
 
 
-def capturing() -> bool:
-    """Whether a CUDA graph is being captured on a stream that is current in this thread."""
+def capturing(*indices: int) -> bool:
+    """Whether a CUDA graph is being captured on a stream that is current in this thread: on its device, or on these."""
     torch = loaded("torch")
     if torch is not None and torch.cuda.is_initialized() and _asked(torch.cuda.is_current_stream_capturing):
         return True
-    return usable("cupy") and _asked(sys.modules["cupy"].cuda.get_current_stream().is_capturing)
+    if usable("cupy") and _asked(sys.modules["cupy"].cuda.get_current_stream().is_capturing):
+        return True
+    if not indices or set(indices) == {current_device()}:
+        return False
+    frameworks = [name for name in ("torch", "cupy") if usable(name)]
+    return any(capturing_on(current(name, index), index) for name in frameworks for index in indices)
 
 
 def capturing_on(number: int, index: int) -> bool:
@@ -244,8 +264,8 @@ def _new_side_stream(index: int) -> Any:
     raise DeviceError(_NO_DEVICE)
 
 
-def identify(stream: Any) -> tuple[int, int]:
-    """The number and the device of a caller's stream.
+def identify(stream: Any, here: int | None = None) -> tuple[int, int]:
+    """The number and the device of a caller's stream; `here` if it does not say, or the current device.
 
     Raises
     ------
@@ -279,7 +299,9 @@ def identify(stream: Any) -> tuple[int, int]:
         raise ValueError(f"{number} is no stream handle")
     if number == PER_THREAD_DEFAULT:
         raise ValueError("the per-thread default stream is another stream in every thread; make a stream of your own")
-    return int(number) or LEGACY_DEFAULT, current_device() if index is None or index < 0 else int(index)
+    if index is None or index < 0:
+        index = current_device() if here is None else here
+    return int(number) or LEGACY_DEFAULT, int(index)
 
 
 # -- One stream for both

@@ -19,6 +19,7 @@ import numpy as np
 from tensorbridge import _api, _convert, _dtypes, _lanes, _options, _watch
 from tensorbridge._adapters import is_scalar, named
 from tensorbridge._array import shape_text
+from tensorbridge._cuda import _stream_order
 from tensorbridge._eager import eager
 from tensorbridge._errors import BridgeError, GraphError, UnsupportedArrayError
 from tensorbridge._trees import _tables
@@ -251,9 +252,13 @@ def _arrays(values: list[Any], where: _Where | None) -> Tensor:
     if _in_worker() and any(t.requires_grad for t in tensors):
         why = "a sample requires grad, and a graph cannot go to another process"
         raise GraphError(f"{asked}: {why}.\nReturn x.detach().")
-    if not _watch.watching:
-        return _stack(tensors)
-    return _watch.perform(_api.plan(tensors, "torch"), asked, lambda: _stack(tensors))  # type: ignore[no-any-return]
+    if _watch.watching:
+        made = _watch.perform(_api.plan(tensors, "torch"), asked, lambda: _stack(tensors))
+    else:
+        made = _stack(tensors)
+    for index in {x.data.device_id for x in values if type(x).__module__.startswith("cupy")}:
+        _stream_order.order("torch", "cupy", index)  # its owner may write to a sample next
+    return made
 
 
 _ARRAYS = frozenset({np.ndarray, np.memmap})

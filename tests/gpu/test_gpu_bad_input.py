@@ -93,7 +93,7 @@ tb.to_numpy(tb.to_torch(np.zeros(1 << 24), device="cuda"))  # through the ring
 t = torch.ones(1 << 20, device="cuda")
 with torch.cuda.stream(torch.cuda.Stream()): c = tb.to_cupy(t)  # ordered by an event
 kept = _stream_order.mark(1, 0)
-_lease._pending.append(kept)
+_lease._pending[frozenset()] = [kept]
 del t, c, kept
 torch.cuda.synchronize()
 sys.stdout.flush()

@@ -180,3 +180,41 @@ def test_what_other_threads_of_ours_do_to_a_capture(gpu, mode, outcome):
     code = OTHER_THREAD.format(mode=mode)
     run = subprocess.run([sys.executable, "-u", "-c", code], capture_output=True, text=True, timeout=50, check=False)
     assert run.stdout.strip() == outcome, run.stderr
+
+
+@pytest.mark.parametrize("to", ["torch", "cupy"])
+@pytest.mark.parametrize("mode", ["global", "thread_local"])
+def test_an_iterator_over_batches_is_not_made_in_a_capture(torch, cupy, warm, to, mode):
+    x = torch.zeros(N, device="cuda")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, capture_error_mode=mode):
+        x += 1
+        with pytest.raises(tb.DeviceError, match="prefetch: a CUDA graph is being captured"):
+            tb.prefetch([np.zeros(3)], to=to)
+        x += 1
+    graph.replay()
+    torch.cuda.synchronize()
+    assert set(x.unique().tolist()) == {2.0}
+
+
+def test_new_arrays_of_cupy_in_a_graph_stand_on_the_graphs_memory_where_there_is_one_pool(torch, cupy):
+    """From CuPy's own pool they would be given out again, and overwritten by every replay; cold, it could give none."""
+    x, graph, stream = torch.zeros(N, device="cuda"), torch.cuda.CUDAGraph(), torch.cuda.Stream()
+    with tb.share_memory_pool():
+        with tb.use_stream(stream):
+            for _ in range(3):
+                tb.to_torch(tb.to_cupy(x) * 2 + 1)
+        torch.cuda.synchronize()
+        with torch.cuda.graph(graph, stream=stream), tb.use_stream(torch.cuda.current_stream()):
+            out = tb.to_torch(tb.to_cupy(x) * 2 + 1)
+        torch.cuda.synchronize()
+        with tb.use_stream(stream):
+            mine = [cupy.full(N, 7.0, cupy.float32) for _ in range(3)]
+        torch.cuda.synchronize()
+        x.fill_(50)
+        torch.cuda.synchronize()
+        graph.replay()
+        torch.cuda.synchronize()
+        assert [float(m.max()) for m in mine] == [7.0, 7.0, 7.0]
+        assert set(out.unique().tolist()) == {101.0}
+        del mine

@@ -1,4 +1,4 @@
-"""Conjugate and negative bits across the bus: marks on a tensor, which torch's own copy applies twice, or not at all."""
+"""Conjugate and negative bits across the bus: marks on a tensor, which torch's own copy may apply twice."""
 
 from __future__ import annotations
 

@@ -214,3 +214,131 @@ def test_to_numpy_waits_for_its_own_stream_and_not_for_the_device(torch, cupy, g
         return set(np.unique(found).tolist())
 
     assert twice(body) == {1.0}
+
+
+# -- What is read late, and written to again by its owner
+
+
+class Named:
+    """CuPy's memory as another library shows it: by the array interface, which names the stream it was made on."""
+
+    def __init__(self, array):
+        self.array, self.__cuda_array_interface__ = array, array.__cuda_array_interface__
+
+
+READS = {
+    "a copy": lambda p, torch: tb.to_torch(p, copy=True),
+    "a cast": lambda p, torch: tb.to_torch(p, dtype="float64"),
+    "into out": lambda p, torch: tb.to_torch(p, out=torch.empty(N, device="cuda")),
+    "in a tree": lambda p, torch: tb.tree.to_torch([p], copy=True)[0],
+    "into out, in a tree": lambda p, torch: tb.tree.to_torch([p], out=[torch.empty(N, device="cuda")])[0],
+}
+
+
+@pytest.mark.parametrize("name", READS)
+def test_what_a_foreign_producer_writes_next_is_behind_the_copy_of_what_it_had(torch, cupy, gate, name):
+    reading = torch.cuda.Stream()
+    making = gate.beside(lambda: cupy.cuda.Stream(non_blocking=True), reading)
+
+    def body(really):
+        with making:
+            c = cupy.full(N, 1.0, cupy.float32)
+            producer = Named(c)
+        torch.cuda.synchronize()
+        with torch.cuda.stream(reading), gate.shut(really=really):
+            gate.put_on(reading)
+            found = READS[name](producer, torch)
+            cupy.cuda.runtime.memsetAsync(c.data.ptr, 0, c.nbytes, making.ptr)
+            assert not really or not reading.query(), "blind"
+        return set(found.unique().tolist())
+
+    assert twice(body) == {1.0}
+
+
+def test_by_hand_it_is_not(torch, cupy, gate):
+    reading = torch.cuda.Stream()
+    making = gate.beside(lambda: cupy.cuda.Stream(non_blocking=True), reading)
+
+    def body(really):
+        with making:
+            c = cupy.full(N, 1.0, cupy.float32)
+        torch.cuda.synchronize()
+        with torch.cuda.stream(reading), gate.shut(really=really):
+            gate.put_on(reading)
+            found = torch.as_tensor(c, device="cuda").clone()
+            cupy.cuda.runtime.memsetAsync(c.data.ptr, 0, c.nbytes, making.ptr)
+            making.synchronize()
+        return set(found.unique().tolist())
+
+    assert twice(body) == {0.0}
+
+
+def test_the_owner_of_collated_samples_writes_behind_the_batch(torch, cupy, gate):
+    reading = torch.cuda.Stream()
+    making = gate.beside(lambda: cupy.cuda.Stream(non_blocking=True), reading)
+
+    def body(really):
+        with making:
+            samples = [cupy.full(N, float(i), cupy.float32) for i in (1, 2, 3)]
+        torch.cuda.synchronize()
+        with torch.cuda.stream(reading), making, gate.shut(really=really):
+            gate.put_on(reading)
+            batch = tb.collate(samples)
+            for c in samples:
+                cupy.cuda.runtime.memsetAsync(c.data.ptr, 0, c.nbytes, making.ptr)
+        return batch[:, 0].tolist()
+
+    assert twice(body) == [1.0, 2.0, 3.0]
+
+
+class Passes:
+    """Says nothing of a stream: its work is on whatever stream its library had current."""
+
+    def __init__(self, array):
+        self.array = array
+
+    def __dlpack_device__(self):
+        return self.array.__dlpack_device__()
+
+    def __dlpack__(self, **options):
+        return self.array.__dlpack__(**options)
+
+
+@pytest.mark.parametrize("show", [Passes, Named])
+@pytest.mark.parametrize("maker", ["torch", "cupy"])
+def test_a_foreign_producer_is_read_in_the_background_behind_what_the_caller_had_queued(torch, cupy, gate, show, maker):
+    stream = cupy.cuda.Stream(non_blocking=True) if maker == "cupy" else torch.cuda.Stream()
+    current = (lambda: stream) if maker == "cupy" else (lambda: torch.cuda.stream(stream))
+
+    def body(really):
+        with current():
+            x = cupy.zeros(N, cupy.float32) if maker == "cupy" else torch.zeros(N, device="cuda")
+            torch.cuda.synchronize()
+            with gate.shut(really=really):
+                gate.put_on(stream)
+                x += 1
+                transfer = tb.to_numpy_async(show(x))
+            return set(np.unique(transfer.result(30)).tolist())
+
+    assert twice(body) == {1.0}
+
+
+@pytest.mark.parametrize("options", [{"to": "numpy"}, {"device": "cpu"}, {"device": "cuda"}], ids=str)
+@pytest.mark.parametrize("maker", ["torch", "cupy"])
+def test_batches_on_the_device_are_read_ahead_behind_what_the_caller_had_queued(torch, cupy, gate, options, maker):
+    stream = cupy.cuda.Stream(non_blocking=True) if maker == "cupy" else torch.cuda.Stream()
+    current = (lambda: stream) if maker == "cupy" else (lambda: torch.cuda.stream(stream))
+    torch.cuda.synchronize()
+
+    def body(really):
+        with current():
+            x = cupy.zeros(N, cupy.float32) if maker == "cupy" else torch.zeros(N, device="cuda")
+            torch.cuda.synchronize()
+            with gate.shut(really=really):
+                gate.put_on(stream)
+                x += 1
+                ready = tb.prefetch([{"x": x}], **options)
+            (batch,) = ready
+            return set(np.unique(tb.to_numpy(batch["x"])).tolist())
+
+    assert twice(body) == {1.0}

@@ -1,0 +1,134 @@
+"""Several devices: what is asked about one is asked about the right one, and what is current is left as it was."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from holding import twice
+
+import tensorbridge as tb
+from tensorbridge._cuda import _lease
+
+pytestmark = pytest.mark.gpu
+N = 1 << 16
+
+
+@pytest.fixture(autouse=True)
+def several(torch):
+    if torch.cuda.device_count() < 2:
+        pytest.skip("there is one device")
+
+
+@pytest.fixture(params=["torch", "cupy"])
+def zeros(request, torch, cupy):
+    def make(index):
+        if request.param == "torch":
+            return torch.zeros(N, device=f"cuda:{index}")
+        with cupy.cuda.Device(index):
+            return cupy.zeros(N, cupy.float32)
+
+    return make
+
+
+def index_of(x):
+    return x.get_device() if hasattr(x, "get_device") else x.data.device_id
+
+
+@pytest.mark.parametrize("target", [0, 1])
+@pytest.mark.parametrize("source", [0, 1])
+def test_conversions_are_on_the_device_that_was_named_and_leave_the_current_one(cupy, unchanged, zeros, source, target):
+    x = zeros(source)
+    x += 3
+    for convert in (tb.to_torch, tb.to_cupy):
+        found = convert(x, device=f"cuda:{target}")
+        assert index_of(found) == target
+        assert tb.shares_memory(found, x) is (source == target)
+        assert set(np.unique(tb.to_numpy(found)).tolist()) == {3.0}
+        moved = tb.tree.to_torch({"x": x, "n": np.ones(2)}, device=f"cuda:{target}")
+        assert {t.get_device() for t in moved.values()} == {target}
+        assert tb.plan(x, "torch", device=f"cuda:{target}").bytes_moved == (0 if source == target else x.nbytes)
+
+
+def test_batches_from_another_device_are_read_in_order(torch, zeros, gate):
+    stream = torch.cuda.Stream(0)
+    there = zeros(1)  # contexts, before anything is held
+    tb.to_torch(tb.to_torch(there, device="cuda:0"), device="cuda:1")
+
+    def body(really):
+        with tb.use_stream(stream):
+            x = zeros(0)
+            torch.cuda.synchronize()
+            with gate.shut(really=really):
+                gate.put_on(stream)
+                x += 1
+                ready = tb.prefetch([{"x": x}], device="cuda:1")
+            (batch,) = ready
+            x += 6  # behind the copy
+            assert batch["x"].get_device() == 1
+            return set(batch["x"].unique().tolist())
+
+    assert twice(body) == {1.0}
+
+
+def test_what_is_written_next_is_behind_the_copy_of_a_batch(torch, zeros):
+    with tb.use_stream(torch.cuda.Stream(0)):
+        for _ in range(20):
+            x = zeros(0)
+            x += 1
+            for batch in tb.prefetch([{"x": x}], device="cuda:1"):
+                x += 6
+                assert set(batch["x"].unique().tolist()) == {1.0}
+
+
+def test_a_stream_that_does_not_say_its_device_is_one_of_the_arrays(torch, cupy):
+    stream = torch.cuda.Stream(1)
+    for handle in (stream.cuda_stream, torch.cuda.ExternalStream(stream.cuda_stream, device=1)):
+        x = torch.ones(N, device="cuda:1")
+        tb.used_on(x, handle)
+        del x
+        with cupy.cuda.Device(1):
+            c = cupy.ones(N, cupy.float32)
+        tb.used_on(c, stream.cuda_stream)
+        del c
+        for index in (0, 1):
+            torch.cuda.synchronize(index)
+        assert _lease.settle() == 0
+
+
+def test_a_capture_on_another_device_than_the_current_one_is_seen(torch, cupy):
+    x = torch.zeros(N, device="cuda:1")
+    with torch.cuda.device(1):
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            x += 1
+            with torch.cuda.device(0):
+                for call in (
+                    lambda: tb.to_numpy(x),
+                    lambda: tb.to_torch(np.zeros(3), device="cuda:1"),
+                    lambda: tb.to_cupy(x),
+                    lambda: tb.to_torch(x, copy=True),
+                    lambda: tb.to_numpy_async(x).result(),
+                    lambda: tb.prefetch([np.zeros(3)], device="cuda:1"),
+                ):
+                    with pytest.raises(tb.DeviceError, match="captured"):
+                        call()
+            x += 1
+        graph.replay()
+    torch.cuda.synchronize(1)
+    assert set(x.unique().tolist()) == {2.0}
+
+
+class Interface:
+    def __init__(self, x, said=None):
+        self.x, self.__cuda_array_interface__ = x, x.__cuda_array_interface__
+        if said is not None:
+            self.device = type("Device", (), {"id": said})()
+
+
+def test_an_array_interface_is_on_the_device_where_its_memory_is(zeros):
+    x = zeros(1)
+    assert index_of(tb.to_torch(Interface(x))) == index_of(tb.to_cupy(Interface(x))) == 1
+    assert index_of(tb.to_torch(Interface(x, said=1))) == 1
+    for convert in (tb.to_torch, tb.to_cupy, tb.to_numpy):
+        with pytest.raises(tb.ProducerError, match="says that it is on device 0, and its memory is on device 1"):
+            convert(Interface(x, said=0))
