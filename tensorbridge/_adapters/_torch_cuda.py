@@ -76,7 +76,7 @@ def _imported(capsule: Any, index: int) -> Tensor:
 
 def _seen_again(t: Tensor) -> Tensor:
     """A tensor over the same memory with a storage of its own, which holds `t`."""
-    return _imported(torch.to_dlpack(t), t.get_device())
+    return _imported(torch._C._to_dlpack(t), t.get_device())
 
 
 class _Interface:

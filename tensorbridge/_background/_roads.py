@@ -73,9 +73,7 @@ class Elsewhere(Host):
 
     def converted(self, batch: Any, want: Want, read: list[Any]) -> Batch:
         """What lies on the device stays; the rest gets memory of its own, for the source may fill a buffer again."""
-        made = (
-            super().converted(batch, want._replace(device=None, copy=False if want.copy is False else None), read).value
-        )
+        made = _leaves.converted(batch, want._replace(device=None, copy=False if want.copy is False else None))
         if want.copy is False:
             return Batch(made)
         flat = flatten(made)
