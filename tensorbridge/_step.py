@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from tensorbridge import _dtypes
 from tensorbridge._array import ArrayInfo, Device, Traits
 from tensorbridge._eager import eager
+from tensorbridge._roads import RING
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -187,5 +188,6 @@ def bind(steps: tuple[Step, ...], source: ArrayInfo, want: Want) -> Plan:
         for step in steps
     )
     moved = sum(step.nbytes for step in bound)
-    blocking = any(s.kind == "d2h" or (s.kind == "h2d" and not want.non_blocking) for s in bound)
+    at_once = want.non_blocking
+    blocking = any(s.kind == "d2h" or (s.kind == "h2d" and not (at_once and s.by != RING)) for s in bound)
     return Plan(source, bound[-1].after, bound, moved == 0, moved, blocking)

@@ -119,12 +119,16 @@ def test_what_lies_with_gaps_is_packed_on_its_side_of_the_bus_by_a_step_of_its_o
     assert [(s.op, s.kind) for s in across if s.kind] == [("pack", "d2d"), ("to_device", "d2d")]
 
 
-@pytest.mark.parametrize(("non_blocking", "waits"), [(False, True), (True, False)])
-def test_a_plan_says_whether_the_host_waits(non_blocking, waits):
-    made = tb.plan(np.zeros(1 << 20), "cupy", non_blocking=non_blocking)
+@pytest.mark.parametrize(
+    ("size", "non_blocking", "waits"),
+    [(1 << 20, False, True), (1 << 20, True, True), (16, False, True), (16, True, False)],
+)
+def test_a_plan_says_whether_the_host_waits(size, non_blocking, waits):
+    """What goes through the ring is read whole before the call returns."""
+    made = tb.plan(np.zeros(size), "cupy", non_blocking=non_blocking)
     assert made.blocking is waits
     assert ("the host waits" in str(made)) is waits
-    assert "through the ring of pinned slots" in str(made)
+    assert ("through the ring of pinned slots" in str(made)) is (size > 16)
 
 
 def test_a_crossing_in_a_capture_says_that_nothing_is_recorded():

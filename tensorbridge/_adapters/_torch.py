@@ -47,6 +47,8 @@ _itself = torch._C.DisableTorchFunctionSubclass
 
 def _crosses_bus(t: Tensor, want: Want) -> bool:
     """The one of CUDA, for which host memory can be page-locked."""
+    if want.framework == "cupy":
+        return t.is_cpu
     target = CPU if want.framework == "numpy" else want.device
     return want.pin_memory or (target is not None and t.is_cuda != target.is_cuda)
 

@@ -158,7 +158,7 @@ def to_host(before: Traits, step: Step) -> Callable[[Tensor], Tensor]:
         _mark(index).synchronize()
         return out
 
-    return {RING: through_ring, PINNED: into_pinned}.get(step.by, lambda t: t.cpu())
+    return _settling({RING: through_ring, PINNED: into_pinned}.get(step.by, lambda t: t.cpu()))
 
 
 def to_device(before: Traits, step: Step, want: Want) -> Callable[[Tensor], Tensor]:
@@ -181,7 +181,18 @@ def to_device(before: Traits, step: Step, want: Want) -> Callable[[Tensor], Tens
             _done_with(t, index, want)  # it may be pinned without anybody knowing
         return out
 
-    return {RING: through_ring, PINNED: from_pinned}.get(step.by, plain)
+    return _settling({RING: through_ring, PINNED: from_pinned}.get(step.by, plain))
+
+
+def _settling(move: Callable[..., Any]) -> Callable[..., Any]:
+    """After a transfer, which may have waited, some of the memory that is lent out may be free again."""
+
+    def run(*tensors: Tensor) -> Any:
+        result = move(*tensors)
+        _lease.settle()
+        return result
+
+    return run
 
 
 def _done_with(source: Tensor, index: int, want: Want) -> None:
@@ -218,7 +229,7 @@ def filler(before: Traits, want: Want) -> Callable[[Tensor, Tensor], object] | N
         else:
             _staging.upload(bytes_of(source), framework="torch", index=index, into=flat(target))
 
-    return fill
+    return _settling(fill)
 
 
 def ordered(before: Traits) -> Callable[[Any], Any]:

@@ -335,7 +335,8 @@ def upload(
 ) -> Any:
     """A device block with these bytes (`into`, or a fresh one), for work on the current stream.
 
-    Returns when `source` may be changed; with `non_blocking` and `pinned` at once, and `source` is kept until then.
+    Returns when `source` may be changed; with `non_blocking` at once, and `source` is kept until then, but for what
+    goes through the ring, which reads all of it first.
     """
     link = link_of(framework, index)
     _lease.settle()
@@ -344,7 +345,7 @@ def upload(
         fill_device(link, block, source)
         return block
     link.up(block, 0, source)
-    if pinned and non_blocking:
+    if non_blocking:
         _lease.keep(source, link.stream(), index)
     else:
         mark(link).synchronize()

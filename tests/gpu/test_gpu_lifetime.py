@@ -378,3 +378,42 @@ def test_memory_that_only_a_capsule_holds_is_kept_while_torch_reads_it(torch, cu
         return reused, set(out.unique().tolist())
 
     assert twice(body) == (False, {1.0})
+
+
+MOVES = {
+    "to_numpy": lambda t: tb.to_numpy(t),
+    "to the host": lambda t: tb.to_torch(t, device="cpu"),
+    "from the host": lambda t: tb.to_torch(np.zeros(3, np.float32), device="cuda"),
+    "into out": lambda t: tb.to_torch(t, out=t.cpu()),
+    "a crossing": lambda t: tb.to_cupy(t),
+}
+
+
+@pytest.mark.parametrize("name", MOVES)
+def test_memory_comes_back_at_the_next_call_though_another_stream_is_held(torch, cupy, gate, name):
+    """Thousands of loans may be waiting for the other stream."""
+    held = torch.cuda.Stream()
+    free = gate.beside(torch.cuda.Stream, held)
+    pool, small = cupy.cuda.MemoryPool(), torch.ones(3, device="cuda")
+    with torch.cuda.stream(free):
+        MOVES[name](small)  # loaded
+    torch.cuda.synchronize()
+
+    def body(really):
+        with cupy.cuda.using_allocator(pool.malloc):
+            others = [cupy.zeros(16, cupy.float32) for _ in range(100)]
+            c = cupy.zeros(N, cupy.float32)
+        torch.cuda.synchronize()
+        with gate.shut(really=really):
+            gate.put_on(held)
+            with torch.cuda.stream(held):
+                lent = [tb.to_torch(x) for x in others]
+            del lent, others
+            with torch.cuda.stream(free):
+                t = tb.to_torch(c)
+                del t, c
+                free.synchronize()
+                MOVES[name](small)
+            return pool.used_bytes() < NBYTES
+
+    assert twice(body)

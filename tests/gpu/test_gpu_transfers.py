@@ -297,3 +297,21 @@ def test_small_arrays_of_either_library_come_down_as_tensors(torch, cupy, dtype,
 def test_small_cupy_arrays_are_prefetched_to_the_host(cupy):
     (batch,) = tb.prefetch([[cupy.arange(3.0), cupy.arange(4.0)]], device="cpu")
     assert [t.tolist() for t in batch] == [[0, 1, 2], [0, 1, 2, 3]]
+
+
+@pytest.mark.parametrize("nbytes", [1 << 10, 8 * MIB])
+@pytest.mark.parametrize("to", [tb.to_torch, tb.to_cupy])
+def test_a_pinned_tensor_goes_up_at_once_where_nothing_is_to_be_waited_for(torch, cupy, gate, to, nbytes):
+    stream, source = torch.cuda.Stream(), torch.ones(nbytes // 4, pin_memory=True)
+    options = {"device": "cuda", "non_blocking": True}
+
+    def body(really):
+        with tb.use_stream(stream), gate.shut(really=really):
+            gate.put_on(stream)
+            plan = tb.plan(source, to.__name__.removeprefix("to_"), **options)
+            x = to(source, **options)
+            assert not really or not stream.query(), "it waited for the stream"
+        assert (plan.blocking, "straight from pinned memory" in str(plan)) == (False, True)
+        return set(np.unique(tb.to_numpy(x)).tolist())
+
+    assert twice(body) == {1.0}
