@@ -82,9 +82,10 @@ def to_numpy(
         ``__array__``; a number; a list of numbers or of equal-shaped arrays.
     dtype : dtype of any framework, or its name, optional
         Cast to it, on the side where fewer bytes cross a bus, with the values that the framework of `x` gives (float8
-        overflows to nan from NumPy, to the largest number from torch). NumPy warns of overflow as it always does, but
-        from float32 to float16 torch casts, where it is loaded, and says nothing, unless `np.errstate` wants more than
-        a warning. Default: the dtype of `x`; bfloat16 and float8 arrive as ml_dtypes types of the same bits.
+        overflows to nan from NumPy and from torch 2.11, to the largest number from torch 2.13). NumPy warns of overflow
+        as it always does, but from float32 to float16 torch casts, where it is loaded, and says nothing, unless
+        `np.errstate` wants more than a warning. Default: the dtype of `x`; bfloat16 and float8 arrive as ml_dtypes
+        types of the same bits.
     copy : bool or None
         None shares when no promise is broken, else copies once. False never moves a byte, and refuses what a foreign
         object has made for us to answer. True returns fresh memory in the memory order of `x`.
@@ -158,7 +159,8 @@ def to_torch(
         the view was read-only, `to_numpy` of that alias is. A view of such a view that was made read-only, or to
         overlap (`broadcast_to`, sliding windows), is copied as any read-only array is.
     device : "cpu", "cuda", "cuda:1", "mps", torch.device, cupy.cuda.Device or int (CUDA index), optional
-        Default: where `x` is. Another one that torch has ("xpu", a backend's) is reached by torch's own copy.
+        Default: where `x` is. A kind without an index ("cuda") leaves an array that is on such a device where it is,
+        and means the current one for others. What torch alone knows ("xpu", a backend's) is reached by its own copy.
     dtype : dtype of any framework, or its name, optional
         Default: the dtype of `x`, never torch's default dtype.
     copy : bool or None

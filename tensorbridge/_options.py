@@ -196,7 +196,8 @@ def _cuda(framework: str) -> tuple[int, int, str]:
         return 0, 0, ""
     if framework == "torch":
         count = module.cuda.device_count() if module.cuda.is_available() else 0
-        return count, module.cuda.current_device() if count and module.cuda.is_initialized() else 0, ""
+        started = count and (module.cuda.is_initialized() or _streams.usable("cupy"))  # by CuPy, on whatever is current
+        return count, module.cuda.current_device() if started else 0, ""
     try:
         return module.cuda.runtime.getDeviceCount(), module.cuda.runtime.getDevice(), ""
     except module.cuda.runtime.CUDARuntimeError as error:

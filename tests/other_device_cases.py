@@ -527,6 +527,22 @@ def test_leaves_of_two_storages_are_not_taken_for_one():
     assert set(b.cpu().ravel().tolist()) == {-2.0}
 
 
+def test_a_guard_and_a_trace_see_what_editing_moves():
+    x = there()
+    with tb.trace() as trace, tb.editing(x) as a:
+        a[0] = 0
+    assert [(event.kind, event.nbytes) for event in trace.events] == [("d2h", 48), ("h2d", 48)]
+    said = r"editing: torch float32 \(3, 4\) on other:0 would move 48 B"
+    with tb.copy_guard("error"), pytest.raises(tb.CopyRequiredError, match=said), tb.editing(x):
+        pass
+    block = tb.editing(x)
+    block.__enter__()[0] = 5
+    said = r"editing: torch float32 \(3, 4\) on cpu would move 48 B"
+    with tb.copy_guard("error"), pytest.raises(tb.CopyRequiredError, match=said):
+        block.__exit__(None, None, None)
+    assert on_host(x)[0].tolist() == [0, 0, 0, 0]
+
+
 def test_editing_writes_back():
     x = there().requires_grad_()
     y = (x**2).sum()

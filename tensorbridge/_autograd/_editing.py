@@ -12,16 +12,16 @@ import sys
 import threading
 from typing import TYPE_CHECKING, Any
 
-from tensorbridge import _dtypes, _readonly, _refuse
+from tensorbridge import _api, _dtypes, _readonly, _refuse, _watch
 from tensorbridge._adapters import adapter_of
 from tensorbridge._array import Device, Traits, shape_text
 from tensorbridge._eager import eager
 from tensorbridge._errors import DeviceError, GraphError, UnsupportedArrayError
 from tensorbridge._reentrant import Reentrant
-from tensorbridge._step import HERE, Want, bytes_text
+from tensorbridge._step import HERE, Plan, Want, bytes_text
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
     from contextlib import AbstractContextManager
 
     import torch
@@ -63,6 +63,8 @@ def editing(tensor: torch.Tensor) -> AbstractContextManager[NDArray[Any]]:
     ------
     UnsupportedArrayError
         At the call: `tensor` has no memory that NumPy could write, or one write would change several elements.
+    CopyRequiredError
+        An open `copy_guard` forbids the copy of a tensor on a device: at the start, or the way back at the end.
     DeviceError
         A CUDA graph is being captured, or this is a forked process that cannot use CUDA.
     GraphError
@@ -118,7 +120,7 @@ class _HostCopy:
 
     def __init__(self, alias: torch.Tensor) -> None:
         self.alias = alias
-        self.host = alias.to("cpu", copy=True)
+        self.host = _seen(lambda: _api.plan(alias, "torch", device="cpu"), lambda: alias.to("cpu", copy=True))
         self.version = _version(alias)
         self.blocks = 0
 
@@ -157,8 +159,14 @@ def _edit_copy(torch: Any, tensor: torch.Tensor) -> Iterator[NDArray[Any]]:
                 "writing the copy back would undo that change, so nothing was written. "
                 "Close the block before the tensor is changed in another way."
             )
-        alias.copy_(copy.host)  # an in-place operation, so autograd sees it
+        # An in-place operation, so autograd sees it.
+        _seen(lambda: _api.plan(copy.host, "torch", out=alias), lambda: alias.copy_(copy.host))
         copy.version = _version(copy.alias)
+
+
+def _seen(plan: Callable[[], Plan], run: Callable[[], torch.Tensor]) -> torch.Tensor:
+    """A guard may forbid what is moved, and a trace records it."""
+    return _watch.perform(plan(), "editing", run) if _watch.watching else run()
 
 
 def _alias(torch: Any, tensor: torch.Tensor) -> torch.Tensor:

@@ -335,7 +335,8 @@ def use_stream(stream: Any) -> Iterator[Any]:
 
     Examples
     --------
-    In a CUDA graph, crossings are allowed on the capturing stream only::
+    In a CUDA graph, crossings are allowed on the capturing stream only; CuPy functions that make new arrays there need
+    `share_memory_pool`, so that these stand on the graph's memory::
 
         with torch.cuda.graph(graph), tensorbridge.use_stream(torch.cuda.current_stream()):
             c = tensorbridge.to_cupy(static_input)
