@@ -255,5 +255,5 @@ def moment(traits: Traits, want: Want) -> Here:
         torch=loaded("torch") is not None,
         intercepted=on_host.intercepted,
         heard=on_host.heard,
-        per_thread=lent and loaded("cupy") and _streams.current("cupy", index) == _streams.PER_THREAD_DEFAULT,
+        per_thread=lent and _streams.usable("cupy") and _streams.current("cupy", index) == _streams.PER_THREAD_DEFAULT,
     )

@@ -1,12 +1,10 @@
 """Memory that is lent, read late, and dropped in between: the body of every lifetime test on the fake of CUDA."""
 
-import types
-
 import numpy as np
 from fake_frameworks import Tensor, cupy_adapter, installed
 
 from tensorbridge import Device, Traits
-from tensorbridge._adapters import _torch_cuda
+from tensorbridge._adapters import _foreign, _torch_cuda
 from tensorbridge._cuda import _lease
 
 SHAPE = (2, 3)
@@ -116,4 +114,4 @@ def foreign(producer, **facts):
     """Device memory of another library, as `_protocols` has read it."""
     known = {"shape": SHAPE, "strides": (12, 4), "dtype": "float32", "device": Device("cuda:0"), "capsule": None}
     known |= {"address": producer.memory.ctypes.data, "producer": producer, "stream": None}
-    return types.SimpleNamespace(**(known | facts))
+    return _foreign.Foreign(**({"readonly": False} | known | facts))

@@ -197,6 +197,16 @@ def test_no_page_locked_memory_at_all_is_a_device_error(machine, link, monkeypat
     assert ring._made == 0
 
 
+def test_without_any_page_locked_memory_the_frameworks_own_copy_does(machine, monkeypatch):
+    def none(nbytes):
+        raise RuntimeError("cudaErrorMemoryAllocation: out of memory")
+
+    monkeypatch.setattr(machine.cupy.cuda, "alloc_pinned_memory", none)
+    values = some_bytes(_staging.LARGE)
+    there = _staging.upload(values, framework="cupy", index=0)
+    assert np.array_equal(_staging.download(there, framework="cupy", index=0), values)
+
+
 def test_where_page_locked_memory_runs_out_the_slots_that_there_are_have_to_do(machine, link):
     left = [2]
 

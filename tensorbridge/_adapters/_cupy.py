@@ -141,8 +141,7 @@ def imported(x: Any) -> Any:
     """
     index = x.device.index
     _lease.settle()
-    if x.stream is not None:
-        _stream_order.wait("cupy", x.stream, index)
+    x.wait_in("cupy")
     stream = cupy.cuda.get_current_stream(index)
     number = int(stream.ptr) or _streams.LEGACY_DEFAULT
     _streams.hold(number, index, stream)  # the lease records on it when the last view is gone
@@ -168,7 +167,7 @@ def _at(address: int, shape: Any, strides: Any, dtype: Any, owner: object, index
 def plain_from_torch(t: Any) -> Any:
     """The lane of `to_cupy`: a plain tensor, of exactly torch's type, on one stream with CuPy; None for others."""
     dtype = _SHARED.get(t.dtype)
-    if dtype is None or t.requires_grad or t.is_neg() or t.is_nested:
+    if dtype is None or _streams.in_child or t.requires_grad or t.is_neg() or t.is_nested:
         return None
     try:
         dense, address, index = t.is_contiguous(), t.data_ptr(), t.get_device()
@@ -180,7 +179,7 @@ def plain_from_torch(t: Any) -> Any:
     number = int(stream.ptr) or _streams.LEGACY_DEFAULT
     if not address or number == _streams.PER_THREAD_DEFAULT or number != _streams.current("torch", index):
         return None
-    if _streams.in_child or _streams.capturing(index):
+    if _streams.capturing(index):
         return None
     _lease.settle()
     owner = _lease.lend_tensor(t.detach(), number, index, stream)

@@ -14,7 +14,7 @@ from tensorbridge import _dtypes, _refuse
 from tensorbridge._adapters import _dlpack, named
 from tensorbridge._adapters._dlpack import malformed
 from tensorbridge._array import Device, Traits, c_strides, layout, size_class
-from tensorbridge._cuda import _streams
+from tensorbridge._cuda import _stream_order, _streams
 from tensorbridge._errors import INSTALL, DeviceError, MissingFrameworkError
 from tensorbridge._refuse import CALLED, Obstacle
 from tensorbridge._step import Want
@@ -32,6 +32,15 @@ class Foreign(NamedTuple):
     producer: Any
     capsule: Any = None
     stream: int | None = None  # that the memory is ready on: the array interface names it, DLPack was asked for it
+
+    def wait_in(self, framework: str) -> None:
+        """The framework's current stream waits for the one that the memory is ready on."""
+        if self.stream is None:
+            return
+        try:
+            _stream_order.wait(framework, self.stream, self.device.index)
+        except RuntimeError as error:
+            raise malformed(self.producer, f"{self.stream} is no stream of {self.device}: {error}") from error
 
     def __dlpack__(self, **_: Any) -> Any:
         return self.capsule
@@ -78,7 +87,8 @@ def stream_of(what: str, reader: str, index: int, want: Want) -> int:
             adapter(reader, f"{what} lies on cuda:{index}, and", mover=want.framework == "numpy")
             return stream_of(what, reader, index, want)
         why = error.__cause__ or error  # ours has torch's own as its cause
-        raise DeviceError(f"{what} lies on cuda:{index}, which {reader} cannot use here: {why}") from error
+        text = f"{what} lies on cuda:{index}, which {reader} cannot use here: {str(why).rstrip('.')}."
+        raise DeviceError(f"{text}\nCheck CUDA_VISIBLE_DEVICES and the driver.") from error
 
 
 def device_array(x: Any, capsule: Any, number: int) -> tuple[Foreign, bool]:
@@ -110,6 +120,8 @@ def by_interface(x: Any, facts: Any) -> Foreign:
         raise malformed(x, f"__cuda_array_interface__ lacks or garbles {error}") from error
     if len(strides) != len(shape) or min(shape, default=0) < 0 or (not address and 0 not in shape):
         raise malformed(x, f"shape {shape}, strides {strides} and address {address} in __cuda_array_interface__")
+    if stream is not None and stream < 0:
+        raise malformed(x, f"{stream} in __cuda_array_interface__ is no stream")
     if stream == 0:
         raise malformed(x, "stream 0 is not allowed in __cuda_array_interface__ (1 is the default stream)")
     name = _dtypes.of_numpy(dtype)

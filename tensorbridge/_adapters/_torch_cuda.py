@@ -46,7 +46,7 @@ def from_cupy(before: Traits) -> Callable[[Any], Tensor]:
 
 def plain_from_cupy(x: Any) -> Tensor | None:
     """The lane of `to_torch`: a plain array, of exactly CuPy's type, on one stream with torch; None for others."""
-    if x.dtype not in _SHARED or not x.size or not x.flags.c_contiguous:
+    if x.dtype not in _SHARED or not x.size or not x.flags.c_contiguous or _streams.in_child:
         return None
     data = x.data
     if data.ptr % x.itemsize:
@@ -55,7 +55,7 @@ def plain_from_cupy(x: Any) -> Tensor | None:
     if not _streams.usable("torch"):
         return None
     number = _streams.current("torch", index)
-    if number != _streams.current("cupy", index) or _streams.in_child or _streams.capturing(index):
+    if number != _streams.current("cupy", index) or _streams.capturing(index):
         return None
     _lease.settle()
     _streams.hold_if_current(number, index)
@@ -112,8 +112,7 @@ def imported(x: Any) -> Tensor:
     _lease.settle()
     number = _streams.current("torch", index)
     _streams.hold_if_current(number, index)
-    if x.stream is not None:
-        _stream_order.wait("torch", x.stream, index)
+    x.wait_in("torch")
     if x.capsule is not None:
         held = _imported(x.capsule, index)
         t, owner = _seen_again(held), (held, x.producer)

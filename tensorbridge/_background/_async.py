@@ -150,8 +150,10 @@ def to_numpy_async(x: Any, *, pinned: bool = False) -> Transfer:
             outcome.set_result(job(x))
             return Transfer(outcome)
         if _streams.forked() or _streams.capturing(*{index for _, index in places}):  # refused before CUDA is touched
-            why = "in a forked process" if _streams.forked() else "while a CUDA graph is being captured"
-            raise DeviceError(f"to_numpy_async: device memory cannot be transferred {why}.\nDo it before or after.")
+            why, cure = "while a CUDA graph is being captured", "Do it before or after."
+            if _streams.forked():
+                why, cure = "in a forked process", "Start workers with the spawn method, or do it in the main process."
+            raise DeviceError(f"to_numpy_async: device memory cannot be transferred {why}.\n{cure}")
         for framework, index in places:
             side = _streams.identify(_streams.side_stream(index))[0]
             _stream_order.link(_streams.current(framework, index), side, index)

@@ -58,6 +58,7 @@ class share_memory_pool:
         if owner != "torch":
             raise ValueError(f'share_memory_pool({owner!r}): only "torch" can own the pool of both')
         torch, cupy = (_options.require(name, "share_memory_pool") for name in ("torch", "cupy"))
+        _streams.refuse_fork("share_memory_pool: ")
         if not (_streams.usable("torch") and _streams.usable("cupy")):
             raise DeviceError("share_memory_pool: there is no usable CUDA device here.")
         torch.cuda.init()

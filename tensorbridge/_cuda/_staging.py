@@ -152,6 +152,17 @@ class Ring:
         self._lost: list[Slot] = []
         self._changed = threading.Condition()
 
+    def exists(self) -> bool:
+        """Whether there is a slot at all. Without one, the frameworks' own copies of ordinary memory have to do."""
+        with self._changed:
+            if not self._made:
+                try:
+                    self._free.append(Slot(self._allocate(self.nbytes)))
+                except DeviceError:
+                    return False
+                self._made += 1
+            return True
+
     def take(self, *, wait: bool) -> Slot | None:
         """A slot that no transfer uses; None if there is none just now and the caller does not `wait`."""
         with self._changed:
@@ -322,7 +333,7 @@ def download(block: Any, *, framework: str, index: int, out: Bytes | None = None
     _lease.settle()
     if out is None:
         out = np.empty(int(block.nbytes), np.uint8)
-    if pinned or out.size < LARGE:
+    if pinned or out.size < LARGE or not ring().exists():
         link.down(block, 0, out)
         mark(link).synchronize()
     else:
@@ -341,7 +352,7 @@ def upload(
     link = link_of(framework, index)
     _lease.settle()
     block = link.fresh(source.size) if into is None else into
-    if not pinned and source.size >= LARGE:
+    if not pinned and source.size >= LARGE and ring().exists():
         fill_device(link, block, source)
         return block
     link.up(block, 0, source)

@@ -63,13 +63,11 @@ def currents() -> dict[int, set[int]]:
     found: dict[int, set[int]] = {}
     if forked():
         return found
-    torch, cupy = loaded("torch"), loaded("cupy")
-    if torch is not None and torch.cuda.is_initialized():
-        for index in range(torch.cuda.device_count()):
-            found.setdefault(index, set()).add(current("torch", index))
-    if cupy is not None and usable("cupy"):
-        for index in range(cupy.cuda.runtime.getDeviceCount()):
-            found.setdefault(index, set()).add(current("cupy", index))
+    for name in _using():
+        module = sys.modules[name]
+        count = module.cuda.device_count() if name == "torch" else module.cuda.runtime.getDeviceCount()
+        for index in range(count):
+            found.setdefault(index, set()).add(current(name, index))
     return found
 
 
@@ -100,13 +98,25 @@ def mover() -> str:
 def forked() -> bool:
     """Whether this is a forked process whose parent used CUDA: it is unusable here."""
     torch = loaded("torch")
-    return (torch is not None and bool(torch.cuda._is_in_bad_fork())) or (_cupy_in_parent and not usable("cupy"))
+    if torch is not None and torch.cuda._is_in_bad_fork():
+        return True
+    return in_child and not usable("cupy") and (_cupy_in_parent or _is_lost(loaded("cupy")))
 
 
-def refuse_fork() -> None:
+def _is_lost(cupy: Any) -> bool:
+    """Whether CUDA was used by this process's parent, before the fork: CuPy does not keep that, and CUDA says so."""
+    if cupy is None:
+        return False
+    try:
+        return not cupy.cuda.runtime.getDeviceCount()
+    except RuntimeError as error:
+        return "InitializationError" in str(error)
+
+
+def refuse_fork(call: str = "") -> None:
     if forked():
         raise DeviceError(
-            "CUDA cannot be used in a forked process.\n"
+            f"{call}CUDA cannot be used in a forked process.\n"
             "Start workers with the spawn method, or do it in the main process."
         )
 
@@ -156,15 +166,24 @@ def call_on(cupy: Any, index: int, function: Callable[..., Any], *args: int) -> 
 
 def capturing(*indices: int) -> bool:
     """Whether a CUDA graph is being captured on a stream that is current in this thread: on its device, or on these."""
-    torch = loaded("torch")
-    if torch is not None and torch.cuda.is_initialized() and _asked(torch.cuda.is_current_stream_capturing):
+    using = _using()
+    if "torch" in using and _asked(sys.modules["torch"].cuda.is_current_stream_capturing):
         return True
-    if usable("cupy") and _asked(sys.modules["cupy"].cuda.get_current_stream().is_capturing):
+    if "cupy" in using and _asked(sys.modules["cupy"].cuda.get_current_stream().is_capturing):
         return True
-    if not indices or set(indices) == {current_device()}:
+    if not using or not indices:
         return False
-    frameworks = [name for name in ("torch", "cupy") if usable(name)]
-    return any(capturing_on(current(name, index), index) for name in frameworks for index in indices)
+    cuda = sys.modules[using[0]].cuda
+    if set(indices) == {cuda.current_device() if using[0] == "torch" else cuda.runtime.getDevice()}:
+        return False
+    return any(capturing_on(current(name, index), index) for name in using for index in indices)
+
+
+def _using() -> list[str]:
+    """The frameworks that use CUDA, or can be asked without making them start it."""
+    torch = loaded("torch")
+    started = torch is not None and torch.cuda.is_initialized()
+    return ["torch"] * started + ["cupy"] * usable("cupy")
 
 
 def capturing_on(number: int, index: int) -> bool:
@@ -349,9 +368,9 @@ def use_stream(stream: Any) -> Iterator[Any]:
     TypeError: None is no CUDA stream; give a stream of torch, CuPy or cuda.core, or its raw handle
     """
     number, index = identify(stream)
-    refuse_fork()
+    refuse_fork("use_stream: ")
     if not (usable("torch") or usable("cupy")):
-        raise DeviceError(_NO_DEVICE)
+        raise DeviceError(f"use_stream: {_NO_DEVICE}")
     hold(number, index, stream)
     with ExitStack() as stack:
         if usable("torch"):

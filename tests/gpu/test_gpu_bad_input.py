@@ -63,6 +63,22 @@ if not pid:
     os._exit(0)
 os.waitpid(pid, 0)
 """,
+    "a forked worker after CuPy by itself, or torch": """
+import os, sys, cupy, torch, numpy as np, tensorbridge as tb
+for x in (cupy.zeros(3), torch.zeros(3, device="cuda")):
+    pid = os.fork()
+    if not pid:
+        told = 0
+        for call in (
+            lambda: tb.to_torch(x), lambda: tb.to_cupy(x, copy=True), lambda: tb.to_cupy(np.zeros(3)), tb.share_memory_pool,
+            lambda: tb.to_torch(np.zeros(3), device="cuda"), lambda: tb.prefetch([x], device="cuda"),
+        ):
+            try: call()
+            except tb.DeviceError as error: told += "forked process" in str(error)
+        os._exit(told)
+    if os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) != 6: sys.exit(1)
+print(True)
+""",
     "a forked worker with arrays of its parent": """
 import os, torch, cupy, numpy as np, tensorbridge as tb
 t, c = torch.ones(3, device="cuda"), cupy.ones(3, cupy.float32)
