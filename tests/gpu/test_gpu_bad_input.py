@@ -70,8 +70,9 @@ for x in (cupy.zeros(3), torch.zeros(3, device="cuda")):
     if not pid:
         told = 0
         for call in (
-            lambda: tb.to_torch(x), lambda: tb.to_cupy(x, copy=True), lambda: tb.to_cupy(np.zeros(3)), tb.share_memory_pool,
-            lambda: tb.to_torch(np.zeros(3), device="cuda"), lambda: tb.prefetch([x], device="cuda"),
+            lambda: tb.to_torch(x), lambda: tb.to_cupy(x, copy=True), lambda: tb.to_cupy(np.zeros(3)),
+            tb.share_memory_pool, lambda: tb.to_torch(np.zeros(3), device="cuda"),
+            lambda: tb.prefetch([x], device="cuda"),
         ):
             try: call()
             except tb.DeviceError as error: told += "forked process" in str(error)
