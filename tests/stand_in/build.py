@@ -91,6 +91,7 @@ def torch_operators():
     torch = SITE / "torch"
     headers = [f"-I{torch / 'include'}", f"-I{torch / 'include/torch/csrc/api/include'}", INCLUDE]
     libraries = [f"-L{torch / 'lib'}", "-ltorch", "-ltorch_cpu", "-ltorch_cuda", "-lc10", "-lc10_cuda", *LINKED]
+    libraries += torch.glob("lib/libgomp*")
     run(*SHARED, *headers, HERE / "torch_operators.cpp", *libraries, "-o", BUILT / "torch_operators.so")
 
 

@@ -9,6 +9,8 @@
 #include <functional>
 #include <regex>
 
+extern "C" void omp_set_num_threads(int);  // of the OpenMP that torch brings; of the thread that calls it
+
 namespace {
 
 using c10::IValue;
@@ -17,7 +19,12 @@ using torch::jit::Stack;
 void on_stream(std::function<void()> work) {
   auto* kept = new std::function<void()>(std::move(work));  // for good: a captured graph runs it again
   auto error = cudaLaunchHostFunc(
-      c10::cuda::getCurrentCUDAStream(), [](void* p) { (*(std::function<void()>*)p)(); }, kept);
+      c10::cuda::getCurrentCUDAStream(),
+      [](void* p) {
+        omp_set_num_threads(1);  // streams are many, cores few
+        (*(std::function<void()>*)p)();
+      },
+      kept);
   TORCH_CHECK(error == cudaSuccess, "CUDA error: ", cudaGetErrorString(error));
 }
 
