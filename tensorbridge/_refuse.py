@@ -190,11 +190,11 @@ def before(traits: Traits, want: Want, here: Here) -> Refusal | None:
     """What can be refused from the kind of the array and the wish alone."""
     leaving_torch = want.framework != "torch"
     if traits.graph and leaving_torch and not want.detach:
+        shared = want.framework == "numpy" and traits.device == CPU
         return Refusal(
             GraphError,
             f"a {CALLED[want.framework]} array cannot carry the autograd graph{{grad_fn}}, and detach=False keeps it",
-            f"Leave detach=False out to get {'a read-only view of ' if want.framework == 'numpy' else ''}the values, "
-            "or stay in torch.",
+            f"Leave detach=False out to get {'a read-only view of ' * shared}the values, or stay in torch.",
         )
     if traits.size == "beyond" and leaving_torch:
         return _unsupported(

@@ -91,7 +91,8 @@ def make_native(steps: Steps, want: Want, here: Here, wanted: str, crossing: boo
         if not (late and _dtypes.can_cast(receiver, source, wanted)):
             if late and leaves(steps.now, CPU) and steps.now.device.is_other:
                 to_host(steps, want)  # where torch has all dtypes
-            bus = ", before the bus: fewer bytes cross" if crossing and narrow else ""
+            fewer = _dtypes.DTYPES[wanted].itemsize < _dtypes.DTYPES[source].itemsize
+            bus = f", before the bus{': fewer bytes cross' * fewer}" if crossing and narrow else ""
             copy(steps, Op.CAST, f"dtype={wanted} was asked for{bus}", here, dtype=wanted, cure=f"keep {source}")
     if steps.now.dtype.startswith(">") and (receiver != "numpy" or want.dtype):
         why = f"{receiver} has native byte order only" if receiver != "numpy" else f"dtype={wanted} is native"

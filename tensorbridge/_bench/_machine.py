@@ -102,7 +102,7 @@ def _gpu(torch: Any) -> dict[str, Any]:
     link = f"gen {gen} x{width} now, gen {most_gen} x{most_width} at most"
     if gen == "unknown":
         speed, lanes = (_first(device / f"max_link_{name}", "(.+)") for name in ("speed", "width"))
-        link = f"{speed} x{lanes} at most"
+        link = "unknown" if "unknown" in (speed, lanes) else f"{speed} x{lanes} at most"
     return {
         "GPU memory": f"{props.total_memory / 1024**3:.0f} GiB",
         "driver": driver,
