@@ -220,11 +220,6 @@ def is_intercepted() -> bool:
     return torch is not None and bool(torch.is_intercepted())
 
 
-def _devices(traits: Traits, want: Want) -> set[int]:
-    """The CUDA devices whose streams a conversion uses."""
-    return {place.index for place in (traits.device, want.device) if place is not None and place.is_cuda}
-
-
 def moment(traits: Traits, want: Want) -> Here:
     """Facts of the moment, read once per call. On the host it is most often one of two constants."""
     on_host = WITH_TORCH if want.framework == "torch" or loaded("torch") else HERE
@@ -250,7 +245,7 @@ def moment(traits: Traits, want: Want) -> Here:
     lent = crosses or (traits.framework != "cupy" and "cupy" in sides and lies_there)
     return Here(
         same_stream=not (crosses and _streams.usable("torch")) or _streams.same(index),
-        capturing=_streams.capturing(*_devices(traits, want)),
+        capturing=_streams.capturing(),
         gpu=_streams.mover(),
         torch=loaded("torch") is not None,
         intercepted=on_host.intercepted,

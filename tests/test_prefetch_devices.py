@@ -46,7 +46,7 @@ def test_batch_is_handed_over_to_the_stream_that_asks(monkeypatch, lies_on):
     monkeypatch.setattr(_streams, "capturing", lambda *indices: False)
     monkeypatch.setattr(_streams, "usable", lambda framework: False)  # CuPy may be loaded, and see one
     monkeypatch.setattr(_roads, "_frameworks", lambda: ["torch"])
-    monkeypatch.setattr(_roads, "_index_of", lambda array: lies_on)
+    monkeypatch.setattr(_roads, "devices_of", lambda leaves: {lies_on})
     monkeypatch.setattr(_stream_order, "link", lambda *a: calls.append(("link", *a)))
     monkeypatch.setattr(_streams, "use_stream", lambda stream: calls.append(("use", stream)) or tb.copy_guard("allow"))
     monkeypatch.setattr(_stream_order, "mark", lambda number, index: calls.append(("mark", number)) or Mark(len(calls)))
@@ -60,14 +60,15 @@ def test_batch_is_handed_over_to_the_stream_that_asks(monkeypatch, lies_on):
     assert next(ready) == ([1],)
     assert list(ready) == []
     assert calls == [
+        ("mark", 9),
         ("link", 7, 100, 0),
         ("use", "side"),
-        *[("link", 9, 7, 1)] * lies_on,
+        *[("wait", 1, 7)] * lies_on,  # for the first call, of the caller's stream there
         "convert",
         ("keep", "list", 100),
         ("keep", "list", 100),
         ("mark", 100),
-        *[("wait", 6 + lies_on, 7)] * (1 + lies_on),  # for the mark that was the sixth call
+        *[("wait", 7 + lies_on, 7)] * (1 + lies_on),
         ("used_on", "tuple", "mine"),
     ]
 

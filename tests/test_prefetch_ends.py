@@ -413,3 +413,10 @@ def test_an_interrupt_while_a_loop_that_was_left_is_waited_for_is_not_lost():
         print("interrupted")
     """
     assert run(code).stdout == "interrupted\n"
+
+
+def test_a_thread_that_has_the_number_of_the_finished_worker_may_ask_for_batches():
+    ready = tb.prefetch([np.ones(2)] * 2, device="cpu", depth=3)
+    ready._worker.join()
+    ready._worker._ident = threading.get_ident()  # as the system gives it out again
+    assert len(list(ready)) == 2

@@ -179,7 +179,7 @@ def plain_from_torch(t: Any) -> Any:
     number = int(stream.ptr) or _streams.LEGACY_DEFAULT
     if not address or number == _streams.PER_THREAD_DEFAULT or number != _streams.current("torch", index):
         return None
-    if _streams.capturing(index):
+    if _streams.capturing():
         return None
     _lease.settle()
     owner = _lease.lend_tensor(t.detach(), number, index, stream)

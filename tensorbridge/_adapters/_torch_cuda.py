@@ -55,7 +55,7 @@ def plain_from_cupy(x: Any) -> Tensor | None:
     if not _streams.usable("torch"):
         return None
     number = _streams.current("torch", index)
-    if number != _streams.current("cupy", index) or _streams.capturing(index):
+    if number != _streams.current("cupy", index) or _streams.capturing():
         return None
     _lease.settle()
     _streams.hold_if_current(number, index)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextvars
 import os
 import threading
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator
 from contextlib import ExitStack
 from inspect import unwrap
 from typing import TYPE_CHECKING, Any
@@ -20,11 +20,10 @@ import numpy as np
 
 from tensorbridge import _api, _convert, _dtypes, _forks, _watch, tree
 from tensorbridge._array import CPU, ArrayInfo
+from tensorbridge._background._roads import devices_of
 from tensorbridge._cuda import _staging, _stream_order, _streams
 from tensorbridge._eager import eager, noticing
 from tensorbridge._errors import DeviceError
-from tensorbridge._loaded import loaded
-from tensorbridge._step import Want
 from tensorbridge._trees._containers import ARRAY, OTHER, kind_of
 from tensorbridge._trees._leaf import identity
 from tensorbridge._trees._pack import ALIGN
@@ -145,53 +144,32 @@ def to_numpy_async(x: Any, *, pinned: bool = False) -> Transfer:
 
     outcome: Future[Any] = Future()
     try:
-        places = _places(flatten(x).leaves if is_tree else [x])
-        if not places:
+        indices = sorted(devices_of(flatten(x).leaves if is_tree else [x]), reverse=True)
+        if not indices or not (_streams.usable("torch") or _streams.usable("cupy") or _streams.forked()):
             outcome.set_result(job(x))
             return Transfer(outcome)
-        if _streams.forked() or _streams.capturing(*{index for _, index in places}):  # refused before CUDA is touched
+        if _streams.forked() or _streams.capturing():  # refused before CUDA is touched
             why, cure = "while a CUDA graph is being captured", "Do it before or after."
             if _streams.forked():
                 why, cure = "in a forked process", "Start workers with the spawn method, or do it in the main process."
             raise DeviceError(f"to_numpy_async: device memory cannot be transferred {why}.\n{cure}")
-        for framework, index in places:
+        # Whatever made the arrays: a foreign producer's work may be on either framework's stream, and it is asked in
+        # the worker, where others are current.
+        callers = _streams.currents()
+        for index in indices:
             side = _streams.identify(_streams.side_stream(index))[0]
-            _stream_order.link(_streams.current(framework, index), side, index)
+            for number in callers.get(index, ()):
+                _stream_order.link(number, side, index)
     except BaseException as error:
         if not isinstance(error, Exception):
             raise
         outcome.set_exception(error)  # like the errors of a transfer under way
         return Transfer(outcome)
-    indices = sorted({index for _, index in places}, reverse=True)
     try:
         return Transfer(_started(_into_pinned if pinned else job, x, indices))
     except RuntimeError as error:  # no thread can be started
         outcome.set_exception(error)
         return Transfer(outcome)
-
-
-def _places(leaves: Iterable[Any]) -> list[tuple[str, int]]:
-    """The frameworks and devices on which leaves lie; of a foreign producer, whose work may be on either's, both.
-
-    It is asked in the worker, where other streams are current: that orders what is on those, nothing of the caller's.
-    """
-    found: dict[tuple[str, int], None] = {}
-    torch, cupy = loaded("torch"), loaded("cupy")
-    both = [framework for framework in ("torch", "cupy") if _streams.usable(framework)]
-    for leaf in leaves:
-        if torch is not None and isinstance(leaf, torch.Tensor):
-            if leaf.is_cuda:
-                found["torch", leaf.device.index] = None
-        elif cupy is not None and isinstance(leaf, cupy.ndarray):
-            found["cupy", leaf.data.device_id] = None
-        elif not isinstance(leaf, np.ndarray) and hasattr(leaf, "__dlpack_device__"):
-            kind, index = leaf.__dlpack_device__()
-            if int(kind) in (2, 13):
-                found |= {(framework, int(index)): None for framework in both}
-        elif not isinstance(leaf, np.ndarray) and hasattr(leaf, "__cuda_array_interface__"):
-            index = _convert.opened(leaf, Want("numpy"), "to_numpy_async")[2].device.index
-            found |= {(framework, index): None for framework in both}
-    return list(found)
 
 
 def _started(job: Callable[[Any], Any], x: Any, indices: list[int]) -> Future[Any]:

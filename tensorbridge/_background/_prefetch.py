@@ -149,7 +149,7 @@ class Prefetch(Iterator[Any]):
 
     @eager
     def __next__(self) -> Any:
-        if self._worker.ident == threading.get_ident():
+        if self._worker is threading.current_thread():
             text = "prefetch: its own source or transform asks for the next batch, which would wait for itself"
             raise RuntimeError(f"{text}; read ahead in the source")
         self._road.may_be_asked()

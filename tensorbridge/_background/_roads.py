@@ -5,14 +5,19 @@ torch's the consumer's own thread; on the host nothing.
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from contextvars import copy_context
 from typing import Any, NamedTuple
 
+import numpy as np
+
+from tensorbridge._adapters._dlpack import CUDA
 from tensorbridge._array import CPU
+from tensorbridge._convert import opened
 from tensorbridge._cuda import _lease, _stream_order, _streams
 from tensorbridge._errors import DeviceError, UnsupportedArrayError
+from tensorbridge._loaded import loaded
 from tensorbridge._step import Want
 from tensorbridge._trees import _leaves
 from tensorbridge._trees._walk import flatten
@@ -28,25 +33,32 @@ class Batch(NamedTuple):
 class Host:
     """Batches come to the host."""
 
-    def __init__(self) -> None:
-        # What the caller has queued, in either framework, may have made arrays that the source holds.
-        self.callers = _streams.currents()
+    def __init__(self, own: int = -1) -> None:
+        # What the caller has queued, in either framework, may have made arrays that the source holds. On the default
+        # stream it is in order: that is the worker's too.
+        callers = {} if _streams.capturing() else _streams.currents()
+        self.own = callers.pop(own, set())
+        self.marks = {
+            index: [_stream_order.mark(number, index) for number in numbers - {_streams.LEGACY_DEFAULT}]
+            for index, numbers in callers.items()
+        }
 
     def arrived(self, batch: Any) -> list[Any]:
         """Called by the worker: the CUDA arrays of a batch, which its streams may read from now on."""
-        arrays = self.on_device(batch)
-        for index in set(map(_index_of, arrays)):
-            for number in self.callers.get(index, ()):
-                for framework in _frameworks():
-                    _stream_order.link(number, _streams.current(framework, index), index)
-        return arrays
+        if any(self.marks.values()):
+            for index in devices_of(leaves_of(batch)):
+                for mark in self.marks.get(index, ()):
+                    for framework in _frameworks():
+                        mark.holds_back(_streams.current(framework, index), index)
+        return self.on_device(batch)
 
     def entered(self) -> AbstractContextManager[Any]:
         """What the worker runs in."""
         return nullcontext()
 
     def on_device(self, batch: Any) -> list[Any]:
-        return _device_arrays(batch) if self.callers else []
+        """The arrays of a batch that the worker's side stream reads, and its consumer's will."""
+        return []
 
     def converted(self, batch: Any, want: Want, read: list[Any]) -> Batch:
         """Called by the worker; `read` are CUDA arrays that it has read meanwhile."""
@@ -95,12 +107,12 @@ class Cuda(Host):
 
     def __init__(self, framework: str, index: int) -> None:
         self.framework, self.index = framework, index
-        if _streams.capturing(index):
+        if _streams.capturing():
             raise DeviceError(_CAPTURING)
-        super().__init__()
+        super().__init__(index)
         self.stream = _streams.side_stream(index)
         self.number = _streams.identify(self.stream)[0]
-        for number in self.callers.pop(index, ()):
+        for number in self.own:
             _stream_order.link(number, self.number, index)
 
     def entered(self) -> AbstractContextManager[Any]:
@@ -112,14 +124,14 @@ class Cuda(Host):
     def converted(self, batch: Any, want: Want, read: list[Any]) -> Batch:
         _lease.settle()  # torch, given its own tensors, crosses nothing that would do it
         read += self.on_device(batch)
-        others = frozenset(map(_index_of, read)) - {self.index}
+        others = devices_of([*read, *leaves_of(batch)]) - {self.index}
         made = _leaves.converted(batch, want)
         for array in read:  # on this stream, of which its owner knows nothing; perhaps dropped before that is done
             _lease.keep(array, self.number, self.index)
-        return Batch(made, _stream_order.mark(self.number, self.index), self.on_device(made), others)
+        return Batch(made, _stream_order.mark(self.number, self.index), self.on_device(made), frozenset(others))
 
     def may_be_asked(self) -> None:
-        if _streams.current(self.framework, self.index) != self.number and _streams.capturing(self.index):
+        if _streams.current(self.framework, self.index) != self.number and _streams.capturing():
             raise DeviceError(_CAPTURING)
 
     def handed_over(self, batch: Batch) -> Any:
@@ -132,9 +144,7 @@ class Cuda(Host):
             batch.mark.holds_back(number, self.index)
             with _streams.on_device(self.index):  # CuPy's default stream is that of whatever device is current
                 for array in batch.memory:
-                    with suppress(
-                        ValueError
-                    ):  # memory of another library that came as it was: used as without prefetch
+                    with suppress(ValueError):  # memory of another library that came as it was: used as it was
                         _lease.used_on(array, stream)
         return batch.value
 
@@ -149,22 +159,45 @@ def _frameworks() -> list[str]:
     return [framework for framework in ("torch", "cupy") if _streams.usable(framework)]
 
 
+def leaves_of(batch: Any) -> list[Any]:
+    """None of what is no tree yet: a transform may make one of it; if not, it is refused."""
+    with suppress(UnsupportedArrayError):
+        return flatten(batch).leaves
+    return []
+
+
+def devices_of(leaves: Iterable[Any]) -> set[int]:
+    """The CUDA devices on which leaves lie, those of other libraries too."""
+    found: set[int] = set()
+    tensor, cupy_array = getattr(loaded("torch"), "Tensor", ()), getattr(loaded("cupy"), "ndarray", ())
+    for leaf in leaves:
+        if isinstance(leaf, tensor):
+            if leaf.is_cuda:
+                found.add(leaf.get_device())
+        elif isinstance(leaf, cupy_array):
+            found.add(int(leaf.data.device_id))
+        elif isinstance(leaf, (np.ndarray, type)):
+            pass
+        elif hasattr(leaf, "__dlpack_device__"):
+            kind, index = leaf.__dlpack_device__()
+            if int(kind) in CUDA:
+                found.add(int(index))
+        elif hasattr(leaf, "__cuda_array_interface__"):
+            found.add(opened(leaf, Want("numpy"))[2].device.index)
+    return found
+
+
 def _device_arrays(batch: Any) -> list[Any]:
-    """Those on CUDA; one for each storage."""
+    """Those of torch and CuPy on CUDA; one for each storage."""
     found: dict[int, Any] = {}
-    cupy_array = getattr(sys.modules.get("cupy"), "ndarray", ())
-    with suppress(UnsupportedArrayError):  # a transform may make a tree of what is none yet; if not, it is refused
-        for leaf in flatten(batch).leaves:
-            if getattr(leaf, "is_cuda", False):
-                with suppress(NotImplementedError):  # sparse: the conversion refuses it
-                    found[leaf.untyped_storage()._cdata] = leaf
-            elif isinstance(leaf, cupy_array):
-                found[id(leaf)] = leaf
+    cupy_array = getattr(loaded("cupy"), "ndarray", ())
+    for leaf in leaves_of(batch):
+        if getattr(leaf, "is_cuda", False):
+            with suppress(NotImplementedError):  # sparse: the conversion refuses it
+                found[leaf.untyped_storage()._cdata] = leaf
+        elif isinstance(leaf, cupy_array):
+            found[id(leaf)] = leaf
     return list(found.values())
-
-
-def _index_of(array: Any) -> int:
-    return int(array.get_device() if getattr(array, "is_cuda", False) else array.data.device_id)
 
 
 def _current_stream(framework: str, index: int) -> Any:

@@ -133,7 +133,7 @@ def settle() -> int:
     Of those that wait for the same streams, none passes before the first: a host that runs far ahead of the device has
     thousands, and asks for one.
     """
-    for waiting in () if _disowned else tuple(_pending.values()):
+    for waiting in () if _disowned else _queues():
         while waiting:
             try:
                 ending = waiting.popleft()
@@ -146,7 +146,15 @@ def settle() -> int:
 
 def pending() -> int:
     """How many owners are kept whose loan is over for the host."""
-    return sum(map(len, tuple(_pending.values())))
+    return sum(map(len, _queues()))
+
+
+def _queues() -> tuple[deque[_Ending], ...]:
+    while True:
+        try:
+            return tuple(_pending.values())
+        except RuntimeError:  # it grew meanwhile: to make the tuple may collect garbage
+            pass
 
 
 def _look_at(ending: _Ending, *, first: bool = False) -> bool:

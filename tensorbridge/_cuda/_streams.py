@@ -64,9 +64,7 @@ def currents() -> dict[int, set[int]]:
     if forked():
         return found
     for name in _using():
-        module = sys.modules[name]
-        count = module.cuda.device_count() if name == "torch" else module.cuda.runtime.getDeviceCount()
-        for index in range(count):
+        for index in range(_count(name)):
             found.setdefault(index, set()).add(current(name, index))
     return found
 
@@ -164,19 +162,24 @@ def call_on(cupy: Any, index: int, function: Callable[..., Any], *args: int) -> 
 # -- Graph capture. Asking is legal at any time: cudaStreamIsCapturing neither synchronises nor is captured.
 
 
-def capturing(*indices: int) -> bool:
-    """Whether a CUDA graph is being captured on a stream that is current in this thread: on its device, or on these."""
+def capturing() -> bool:
+    """Whether a CUDA graph is being captured on a stream that is current in this thread, on whatever device."""
     using = _using()
     if "torch" in using and _asked(sys.modules["torch"].cuda.is_current_stream_capturing):
         return True
     if "cupy" in using and _asked(sys.modules["cupy"].cuda.get_current_stream().is_capturing):
         return True
-    if not using or not indices:
-        return False
-    cuda = sys.modules[using[0]].cuda
-    if set(indices) == {cuda.current_device() if using[0] == "torch" else cuda.runtime.getDevice()}:
-        return False
-    return any(capturing_on(current(name, index), index) for name in using for index in indices)
+    for name in using:
+        for index in range(_count(name)) if _count(name) > 1 else ():
+            number = current(name, index)
+            if number > PER_THREAD_DEFAULT and capturing_on(number, index):  # the default stream cannot be captured
+                return True
+    return False
+
+
+def _count(name: str) -> int:
+    cuda = sys.modules[name].cuda
+    return int(cuda.device_count() if name == "torch" else cuda.runtime.getDeviceCount())
 
 
 def _using() -> list[str]:

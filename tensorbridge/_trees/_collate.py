@@ -19,7 +19,7 @@ import numpy as np
 from tensorbridge import _api, _convert, _dtypes, _lanes, _options, _watch
 from tensorbridge._adapters import is_scalar, named
 from tensorbridge._array import shape_text
-from tensorbridge._cuda import _stream_order
+from tensorbridge._cuda import _stream_order, _streams
 from tensorbridge._eager import eager
 from tensorbridge._errors import BridgeError, GraphError, UnsupportedArrayError
 from tensorbridge._trees import _tables
@@ -256,9 +256,17 @@ def _arrays(values: list[Any], where: _Where | None) -> Tensor:
         made = _watch.perform(_api.plan(tensors, "torch"), asked, lambda: _stack(tensors))
     else:
         made = _stack(tensors)
-    for index in {x.data.device_id for x in values if type(x).__module__.startswith("cupy")}:
-        _stream_order.order("torch", "cupy", index)  # its owner may write to a sample next
+    for x, t in zip(values, tensors, strict=True):
+        if t.is_cuda and not isinstance(x, type(t)):
+            _give_back(x, t.get_device())
     return made
+
+
+def _give_back(sample: Any, index: int) -> None:
+    """The stream that a sample of another library is ready on waits until it was read: its owner may write next."""
+    stream = getattr(sample, "__cuda_array_interface__", {}).get("stream")
+    if stream is not None:
+        _stream_order.link(_streams.current("torch", index), stream, index)
 
 
 _ARRAYS = frozenset({np.ndarray, np.memmap})

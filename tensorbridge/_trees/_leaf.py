@@ -150,4 +150,6 @@ def identity(info: ArrayInfo, x: Any) -> Any:
     strides = None if info.order == "C" else info.strides
     address = (info.storage, info.address) if info.storage else info.address
     who = (info.device, address, info.dtype, info.shape, strides)
+    if info.stream is not None:  # on CUDA: what another framework, or stream, has done to it is to be waited for
+        who = (*who, info.framework, info.stream)  # type: ignore[assignment]
     return (*who, info.writable, info.requires_grad, info.lazy, node)

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -218,3 +219,18 @@ def test_new_arrays_of_cupy_in_a_graph_stand_on_the_graphs_memory_where_there_is
         assert [float(m.max()) for m in mine] == [7.0, 7.0, 7.0]
         assert set(out.unique().tolist()) == {101.0}
         del mine
+
+
+def test_batches_come_to_the_host_while_the_stream_that_they_were_asked_on_is_captured(torch, cupy, warm):
+    x, graph, stream = torch.zeros(N, device="cuda"), torch.cuda.CUDAGraph(), torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        ready = tb.prefetch((torch.full((3,), float(i), device="cuda") for i in range(6)), device="cpu", depth=1)
+    found = [next(ready)]
+    with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+        x += 1
+        time.sleep(0.1)  # the worker reads on
+    found += ready
+    assert [t[0].item() for t in found] == [0, 1, 2, 3, 4, 5]
+    graph.replay()
+    torch.cuda.synchronize()
+    assert set(x.unique().tolist()) == {1.0}

@@ -342,3 +342,82 @@ def test_batches_on_the_device_are_read_ahead_behind_what_the_caller_had_queued(
             return set(np.unique(tb.to_numpy(batch["x"])).tolist())
 
     assert twice(body) == {1.0}
+
+
+@pytest.mark.parametrize("show", [Passes, Named])
+@pytest.mark.parametrize("options", [{"to": "numpy"}, {"device": "cpu"}, {"device": "cuda"}], ids=str)
+def test_foreign_producers_are_read_ahead_behind_what_the_caller_had_queued(torch, cupy, gate, options, show):
+    stream = torch.cuda.Stream()
+
+    def body(really):
+        with torch.cuda.stream(stream):
+            x = torch.zeros(N, device="cuda")
+            torch.cuda.synchronize()
+            with gate.shut(really=really):
+                gate.put_on(stream)
+                x += 1
+                ready = tb.prefetch([{"x": show(x)}], **options)
+            (batch,) = ready
+            return set(np.unique(tb.to_numpy(batch["x"])).tolist())
+
+    assert twice(body) == {1.0}
+
+
+@pytest.mark.parametrize("late", ["torch", "cupy"])
+@pytest.mark.parametrize("convert", [tb.tree.to_numpy, lambda x: tb.tree.to_torch(x, copy=True)], ids=["down", "copy"])
+def test_leaves_on_one_memory_wait_for_the_stream_of_each_library(torch, cupy, gate, convert, late):
+    mine = torch.cuda.Stream()
+    theirs = gate.beside(lambda: cupy.cuda.Stream(non_blocking=True), mine)
+
+    def body(really):
+        with torch.cuda.stream(mine), theirs:
+            t = torch.zeros(N, device="cuda")
+            c = tb.to_cupy(t)
+            torch.cuda.synchronize()
+            torch.cuda._sleep(20_000_000) if late == "torch" else gate_sleep(torch, theirs)
+            t.fill_(1) if late == "torch" else c.fill(1)
+            found = [convert(leaves) for leaves in ({"t": t, "c": c}, {"c": c, "t": t})]
+        torch.cuda.synchronize()
+        name = "t" if late == "torch" else "c"
+        return {float(np.unique(tb.to_numpy(leaves[name]))[0]) for leaves in found}
+
+    assert twice(body) == {1.0}
+
+
+def gate_sleep(torch, stream):
+    with torch.cuda.stream(torch.cuda.ExternalStream(stream.ptr)):
+        torch.cuda._sleep(20_000_000)
+
+
+def test_the_stream_of_the_caller_may_be_dropped_before_the_batches_are_read(torch, cupy):
+    stream = cupy.cuda.Stream(non_blocking=True)
+    with stream:
+        ready = tb.prefetch((torch.full((3,), float(i), device="cuda") for i in range(6)), device="cpu", depth=1)
+    found = [next(ready)]
+    del stream
+    found += ready
+    assert [t[0].item() for t in found] == [0, 1, 2, 3, 4, 5]
+
+
+def test_the_stream_that_a_sample_names_waits_for_the_batch(torch, cupy, gate):
+    class Array(cupy.ndarray):
+        pass
+
+    reading = torch.cuda.Stream()
+    making = gate.beside(lambda: cupy.cuda.Stream(non_blocking=True), reading)
+
+    for show in (Named, lambda c: c.view(Array)):
+
+        def body(really, show=show):
+            with making:
+                arrays = [cupy.full(N, float(i), cupy.float32) for i in (1, 2, 3)]
+                samples = [show(c) for c in arrays]
+            torch.cuda.synchronize()
+            with torch.cuda.stream(reading), making, gate.shut(really=really):
+                gate.put_on(reading)
+                batch = tb.collate(samples)
+                for c in arrays:
+                    cupy.cuda.runtime.memsetAsync(c.data.ptr, 0, c.nbytes, making.ptr)
+            return batch[:, 0].tolist()
+
+        assert twice(body) == [1.0, 2.0, 3.0]

@@ -36,9 +36,12 @@ def index_of(x):
 
 @pytest.mark.parametrize("target", [0, 1])
 @pytest.mark.parametrize("source", [0, 1])
-def test_conversions_are_on_the_device_that_was_named_and_leave_the_current_one(cupy, unchanged, zeros, source, target):
-    x = zeros(source)
-    x += 3
+def test_conversions_are_on_the_device_that_was_named_and_leave_the_current_one(
+    torch, cupy, unchanged, zeros, source, target
+):
+    with torch.cuda.device(source), cupy.cuda.Device(source):
+        x = zeros(source)
+        x += 3
     for convert in (tb.to_torch, tb.to_cupy):
         found = convert(x, device=f"cuda:{target}")
         assert index_of(found) == target
@@ -132,3 +135,23 @@ def test_an_array_interface_is_on_the_device_where_its_memory_is(zeros):
     for convert in (tb.to_torch, tb.to_cupy, tb.to_numpy):
         with pytest.raises(tb.ProducerError, match="says that it is on device 0, and its memory is on device 1"):
             convert(Interface(x, said=0))
+
+
+def test_leases_are_not_looked_at_while_another_device_is_captured(torch, cupy):
+    x, y, c = torch.zeros(N, device="cuda:1"), torch.zeros(3, device="cuda:0"), cupy.zeros(N, cupy.float32)
+    with torch.cuda.stream(torch.cuda.Stream(0)):
+        lent = tb.to_torch(c)
+        torch.cuda._sleep(50_000_000)
+        del lent
+    with torch.cuda.device(1):
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            x += 1
+            with torch.cuda.device(0):
+                with pytest.raises(tb.DeviceError, match="captured"):
+                    tb.to_numpy(y)
+                tb.to_torch(c)
+            x += 1
+        graph.replay()
+    torch.cuda.synchronize(1)
+    assert set(x.unique().tolist()) == {2.0}
