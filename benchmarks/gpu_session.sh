@@ -83,7 +83,8 @@ grep -E "MemTotal|MemAvailable" /proc/meminfo >>"$OUT/machine.txt"
 
 MODULES="tests/gpu/test_gpu_facts.py tests/test_facts_gpu.py tests/gpu/test_gpu_order.py tests/gpu/test_gpu_lifetime.py
 tests/gpu/test_gpu_conversions.py tests/gpu/test_gpu_transfers.py tests/gpu/test_gpu_bad_input.py
-tests/gpu/test_gpu_capture.py tests/gpu/test_gpu_leaks.py tests/test_prefetch_devices.py tests/test_pack_crossings.py
+tests/gpu/test_gpu_lazy.py tests/gpu/test_gpu_several.py tests/gpu/test_gpu_capture.py tests/gpu/test_gpu_leaks.py
+tests/test_prefetch_devices.py tests/test_pack_crossings.py
 tests/test_collate.py tests/test_editing_devices.py tests/test_bench.py"
 PYTEST="-m pytest -v --no-header -m gpu -rfE --tb=short --durations=5 --color=no -p no:cacheprovider"
 for module in $MODULES; do
