@@ -102,7 +102,7 @@ def test_a_capture_on_another_device_than_the_current_one_is_seen(torch, cupy):
     x = torch.zeros(N, device="cuda:1")
     with torch.cuda.device(1):
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph, stream=torch.cuda.Stream(1)):  # that of its own is on whatever device came first
             x += 1
             with torch.cuda.device(0):
                 for call in (
@@ -145,7 +145,7 @@ def test_leases_are_not_looked_at_while_another_device_is_captured(torch, cupy):
         del lent
     with torch.cuda.device(1):
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        with torch.cuda.graph(graph, stream=torch.cuda.Stream(1), capture_error_mode="thread_local"):
             x += 1
             with torch.cuda.device(0):
                 with pytest.raises(tb.DeviceError, match="captured"):
