@@ -196,8 +196,10 @@ def _cuda(framework: str) -> tuple[int, int, str]:
         return 0, 0, ""
     if framework == "torch":
         count = module.cuda.device_count() if module.cuda.is_available() else 0
-        started = count and (module.cuda.is_initialized() or _streams.usable("cupy"))  # by CuPy, on whatever is current
-        return count, module.cuda.current_device() if started else 0, ""
+        if count and module.cuda.is_initialized():
+            return count, module.cuda.current_device(), ""
+        started = count and _streams.usable("cupy")  # CuPy alone has used CUDA yet, and torch need not start it here
+        return count, sys.modules["cupy"].cuda.runtime.getDevice() if started else 0, ""
     try:
         return module.cuda.runtime.getDeviceCount(), module.cuda.runtime.getDevice(), ""
     except module.cuda.runtime.CUDARuntimeError as error:
