@@ -35,8 +35,8 @@ check: .venv/.installed
 test-gpu:
 	TENSORBRIDGE_REQUIRE_GPU=1 PYTHONPATH=. $(PYTHON) -m pytest -q -m gpu
 
-# Without a CUDA device: the same tests with the CUDA builds of torch and CuPy (5 GB in .venv-cuda) on a stand-in for CUDA, and
-# those for several devices on two of them. See tests/stand_in/README.md.
+# Without a CUDA device: the same tests with the CUDA builds of torch and CuPy (5 GB in .venv-cuda) on a stand-in for CUDA. Those
+# for several devices need STAND_IN_DEVICES=2. See tests/stand_in/README.md.
 STAND_IN_TORCH ?= 2.11.0
 STAND_IN_CUPY ?= 14.2.0
 .venv-cuda/.installed: $(wildcard tests/stand_in/*.* tests/stand_in/include/* tests/stand_in/include/cupy/*)

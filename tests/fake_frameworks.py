@@ -36,6 +36,7 @@ def installed(monkeypatch, *, devices=1, without=()):
         (_stream_order, "_events", {}),
         (_lease, "_leases", {}),
         (_lease, "_pending", {}),
+        (_streams, "_counts", {}),
         (_staging, "_ring", None),
         (_device_lanes, "_Tensor", None),
         (_device_lanes, "_Array", None),

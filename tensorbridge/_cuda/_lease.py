@@ -13,7 +13,7 @@ kernels may still be queued on the borrower's stream, and the owner's allocator 
   cannot be asked which of its arenas a block goes back to, and an event that has *passed* is right for all of them.
 
 The weak reference's callback runs on any thread, at any time, even while another one runs here: so there is no lock,
-and the only shared things are a dict and a deque, whose single operations are atomic. During a graph capture nothing is
+and the only shared things are dicts and deques, whose single operations are atomic. During a graph capture nothing is
 recorded or asked; what is released meanwhile waits. At exit, and in a child forked from a process that has lent, owners
 are kept, not touched.
 """

@@ -36,6 +36,7 @@ _side: dict[int, Any] = {}  # index: the stream for transfers
 _lock = threading.Lock()  # while one is made
 _NO_DEVICE = "there is no usable CUDA device here, or neither torch nor CuPy is imported."
 _usable: set[str] = set()  # frameworks that have been seen to have a device: they keep it
+_counts: dict[str, int] = {}  # devices, by framework
 _cupy_in_parent = False  # in a forked child: whether CuPy had used CUDA before. torch keeps this itself
 in_child = False  # of a fork, whatever the parent did: the lanes leave everything to the full roads
 
@@ -132,6 +133,7 @@ def _after_fork() -> None:
     global _cupy_in_parent, _lock, in_child
     _cupy_in_parent, _lock, in_child = "cupy" in _usable, threading.Lock(), True
     _usable.clear()
+    _counts.clear()
 
 
 def current_device() -> int:
@@ -170,7 +172,7 @@ def capturing() -> bool:
     if "cupy" in using and _asked(sys.modules["cupy"].cuda.get_current_stream().is_capturing):
         return True
     for name in using:
-        for index in range(_count(name)) if _count(name) > 1 else ():
+        for index in range(_count(name) if _count(name) > 1 else 0):
             number = current(name, index)
             if number > PER_THREAD_DEFAULT and capturing_on(number, index):  # the default stream cannot be captured
                 return True
@@ -178,8 +180,11 @@ def capturing() -> bool:
 
 
 def _count(name: str) -> int:
-    cuda = sys.modules[name].cuda
-    return int(cuda.device_count() if name == "torch" else cuda.runtime.getDeviceCount())
+    """How many devices a framework sees; asked once, for every crossing wants to know."""
+    if name not in _counts:
+        cuda = sys.modules[name].cuda
+        _counts[name] = int(cuda.device_count() if name == "torch" else cuda.runtime.getDeviceCount())
+    return _counts[name]
 
 
 def _using() -> list[str]:
