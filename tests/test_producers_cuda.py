@@ -315,3 +315,41 @@ def test_device_arrays_of_other_libraries_are_not_stacked(machine):
         machine.lies_on[part.memory.ctypes.data] = 0
     with pytest.raises(tb.UnsupportedArrayError, match="device arrays of other libraries are not stacked"):
         tb.plan(parts, "torch")
+
+
+class Mute(OnDevice):
+    def __dlpack_device__(self):
+        raise ZeroDivisionError("no answer")
+
+
+def test_a_producer_that_fails_when_asked_for_its_device_is_left_to_the_conversion(machine):
+    memory = np.zeros(3, "f4")
+    assert _foreign.device_index(OnDevice(memory)) == 0
+    for other in (Mute(memory), Producer(memory), memory, "text", 5):
+        assert _foreign.device_index(other) is None
+    assert _foreign.stream_named(Interface(memory, stream=7)) == 7
+    assert _foreign.stream_named(Interface(memory)) is None is _foreign.stream_named("text")
+
+
+def test_a_stream_that_is_none_is_the_producers_fault(machine, monkeypatch):
+    memory = np.arange(6, dtype=np.float32)
+    machine.lies_on[memory.ctypes.data] = 0
+    cupy_adapter()
+    with pytest.raises(tb.ProducerError, match="-1 in __cuda_array_interface__ is no stream"):
+        tb.plan(Interface(memory, stream=-1), "cupy")
+
+    def refuse(*_):
+        raise RuntimeError("invalid resource handle")
+
+    handle, _ = _protocols.open(Interface(memory, stream=0x70), Want("cupy"))
+    monkeypatch.setattr(_foreign._stream_order, "wait", refuse)
+    with pytest.raises(tb.ProducerError, match="112 is no stream of cuda:0: invalid resource handle"):
+        handle.wait_in("cupy")
+
+
+def test_the_stream_that_an_array_interface_names_waits_for_what_is_copied_on_the_device():
+    lent = Traits("cuda_array_interface", Device("cuda:0"), "float32")
+    for options, back in (({"copy": True}, True), ({"dtype": "float64"}, True), ({}, False)):
+        first = decide(lent, Want("torch", **options)).steps[0]
+        assert (first.op, first.by == "both ways") == ("import", back)
+    assert decide(lent, Want("numpy")).steps[0].by != "both ways", "the host waits for it"

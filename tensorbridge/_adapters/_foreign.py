@@ -152,6 +152,24 @@ def _device_of(x: Any, address: int) -> int:
     return index
 
 
+def device_index(x: Any) -> int | None:
+    """The CUDA device on which an object of another library says that its memory is; None if it says none."""
+    try:
+        if hasattr(x, "__dlpack_device__"):
+            kind, index = x.__dlpack_device__()
+            return int(index) if int(kind) in _dlpack.CUDA else None
+        facts = getattr(x, "__cuda_array_interface__", None)
+        return None if facts is None else by_interface(x, facts).device.index
+    except Exception:  # foreign code may raise anything: the conversion asks again, and says whose failure it is
+        return None
+
+
+def stream_named(x: Any) -> int | None:
+    """The stream that an array interface says its memory is ready on."""
+    facts = getattr(x, "__cuda_array_interface__", None)
+    return facts.get("stream") if isinstance(facts, Mapping) else None
+
+
 def traits(x: Foreign, via: str) -> Traits:
     itemsize = _dtypes.DTYPES[x.dtype].itemsize
     lay = layout(x.shape, x.strides, itemsize)

@@ -12,9 +12,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from tensorbridge._adapters._dlpack import CUDA
+from tensorbridge._adapters import _foreign
 from tensorbridge._array import CPU
-from tensorbridge._convert import opened
 from tensorbridge._cuda import _lease, _stream_order, _streams
 from tensorbridge._errors import DeviceError, UnsupportedArrayError
 from tensorbridge._loaded import loaded
@@ -176,23 +175,19 @@ def devices_of(leaves: Iterable[Any]) -> set[int]:
                 found.add(leaf.get_device())
         elif isinstance(leaf, cupy_array):
             found.add(int(leaf.data.device_id))
-        elif isinstance(leaf, (np.ndarray, type)):
-            pass
-        elif hasattr(leaf, "__dlpack_device__"):
-            kind, index = leaf.__dlpack_device__()
-            if int(kind) in CUDA:
-                found.add(int(index))
-        elif hasattr(leaf, "__cuda_array_interface__"):
-            found.add(opened(leaf, Want("numpy"))[2].device.index)
+        elif not isinstance(leaf, (np.ndarray, type)):
+            index = _foreign.device_index(leaf)
+            if index is not None:
+                found.add(index)
     return found
 
 
 def _device_arrays(batch: Any) -> list[Any]:
     """Those of torch and CuPy on CUDA; one for each storage."""
     found: dict[int, Any] = {}
-    cupy_array = getattr(loaded("cupy"), "ndarray", ())
+    tensor, cupy_array = getattr(loaded("torch"), "Tensor", ()), getattr(loaded("cupy"), "ndarray", ())
     for leaf in leaves_of(batch):
-        if getattr(leaf, "is_cuda", False):
+        if isinstance(leaf, tensor) and leaf.is_cuda:
             with suppress(NotImplementedError):  # sparse: the conversion refuses it
                 found[leaf.untyped_storage()._cdata] = leaf
         elif isinstance(leaf, cupy_array):

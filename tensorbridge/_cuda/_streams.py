@@ -104,10 +104,8 @@ def forked() -> bool:
 
 def _is_lost(cupy: Any) -> bool:
     """Whether CUDA was used by this process's parent, before the fork: CuPy does not keep that, and CUDA says so."""
-    if cupy is None:
-        return False
     try:
-        return not cupy.cuda.runtime.getDeviceCount()
+        return cupy is not None and not cupy.cuda.runtime.getDeviceCount()
     except RuntimeError as error:
         return "InitializationError" in str(error)
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 import numpy as np
 
 from tensorbridge import _api, _convert, _dtypes, _lanes, _options, _watch
-from tensorbridge._adapters import is_scalar, named
+from tensorbridge._adapters import _foreign, is_scalar, named
 from tensorbridge._array import shape_text
 from tensorbridge._cuda import _stream_order, _streams
 from tensorbridge._eager import eager
@@ -258,15 +258,10 @@ def _arrays(values: list[Any], where: _Where | None) -> Tensor:
         made = _stack(tensors)
     for x, t in zip(values, tensors, strict=True):
         if t.is_cuda and not isinstance(x, type(t)):
-            _give_back(x, t.get_device())
+            stream = _foreign.stream_named(x)
+            if stream is not None:  # it waits until the sample was read: the sample's owner may write next
+                _stream_order.link(_streams.current("torch", t.get_device()), stream, t.get_device())
     return made
-
-
-def _give_back(sample: Any, index: int) -> None:
-    """The stream that a sample of another library is ready on waits until it was read: its owner may write next."""
-    stream = getattr(sample, "__cuda_array_interface__", {}).get("stream")
-    if stream is not None:
-        _stream_order.link(_streams.current("torch", index), stream, index)
 
 
 _ARRAYS = frozenset({np.ndarray, np.memmap})
