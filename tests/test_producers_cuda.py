@@ -147,17 +147,18 @@ def test_an_interface_that_names_its_device_is_not_believed_against_the_driver(m
 
 @pytest.mark.parametrize("index", [0, 1, None])
 def test_without_cupy_torch_is_asked_where_an_address_is(monkeypatch, index):
-    """By a device without an index: one that has an index would be believed."""
+    """Given no device: it would be believed, or the memory copied to it."""
 
-    def as_tensor(interface, device):
+    def as_tensor(interface):
         if index is None:
             raise RuntimeError("The specified pointer resides on host memory")
         facts = interface.__cuda_array_interface__
-        assert (facts["shape"], facts["typestr"], device) == ((1,), "|u1", "cuda")
+        assert (facts["shape"], facts["typestr"]) == ((1,), "|u1")
         return types.SimpleNamespace(data_ptr=lambda: facts["data"][0], get_device=lambda: index)
 
     cuda = types.SimpleNamespace(device=lambda i: contextlib.nullcontext(), device_count=lambda: 2)
-    monkeypatch.setattr(_torch_cuda, "torch", types.SimpleNamespace(as_tensor=as_tensor, cuda=cuda))
+    inside = types.SimpleNamespace(DisableTorchFunction=contextlib.nullcontext)
+    monkeypatch.setattr(_torch_cuda, "torch", types.SimpleNamespace(as_tensor=as_tensor, cuda=cuda, _C=inside))
     monkeypatch.setattr(_streams, "usable", lambda framework: framework == "torch")
     monkeypatch.setattr(_streams, "capturing", lambda: False)
     x = Interface(np.arange(6, dtype=np.float32), data=(0x5000, False))

@@ -94,9 +94,10 @@ class _Interface:
 
 
 def device_of(address: int) -> int:
-    """The device that has memory there; negative if none has. Given a device with an index, torch asks nobody."""
+    """The device that has memory there; negative if none has. Given a device, torch asks nobody, or copies."""
     try:
-        t = torch.as_tensor(_Interface(address, (1,), None, "|u1", None), device="cuda")
+        with torch._C.DisableTorchFunction():  # a default device would be given
+            t = torch.as_tensor(_Interface(address, (1,), None, "|u1", None))
     except RuntimeError:
         return -1
     return t.get_device() if t.data_ptr() == address else -1

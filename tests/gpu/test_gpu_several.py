@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 from holding import twice
@@ -155,3 +158,22 @@ def test_leases_are_not_looked_at_while_another_device_is_captured(torch, cupy):
         graph.replay()
     torch.cuda.synchronize(1)
     assert set(x.unique().tolist()) == {2.0}
+
+
+@pytest.mark.parametrize("default", ["", "torch.set_default_device('cpu')", "torch.set_default_device('cuda:0')"])
+def test_an_array_interface_is_where_its_memory_is_without_cupy_too(default):
+    code = f"""
+import sys, numpy as np, torch, tensorbridge as tb
+{default}
+class Shown:
+    def __init__(self, facts): self.__cuda_array_interface__ = facts
+facts = torch.arange(6.0, device="cuda:1").__cuda_array_interface__
+t = torch.ones(6, device="cuda:1")
+print(tb.to_torch(Shown(t.__cuda_array_interface__)).device)
+for address in (np.zeros(3).ctypes.data, 0xdead0000):
+    try: tb.to_torch(Shown(facts | {{"data": (address, False)}}))
+    except tb.ProducerError as error: print("no device has memory" in str(error))
+print("cupy" in sys.modules)
+"""
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=50, check=False)
+    assert run.stdout.split() == ["cuda:1", "True", "True", "False"], run.stderr
