@@ -2,9 +2,11 @@
 
 import numpy as np
 import pytest
+import table_rows
 
 import tensorbridge as tb
 from tensorbridge import _dtypes
+from tensorbridge._commands import _matrix
 
 pytestmark = pytest.mark.gpu
 
@@ -36,6 +38,13 @@ def test_a_cupy_array_is_shared_with_torch_in_every_dtype(torch, cupy, dtype):
     assert t.dtype == getattr(torch, dtype)
     assert tb.plan(c, "torch").zero_copy
     assert np.array_equal(bits(c), bits(t))
+
+
+@pytest.mark.parametrize("target", _matrix.TARGETS)
+@pytest.mark.parametrize("source", _matrix.SOURCES)
+def test_table_of_the_readme_says_what_real_arrays_do(torch, cupy, source, target, tmp_path):
+    """`torch` and `cupy` are asked for so that the device is there."""
+    table_rows.assert_cell_is_true(source, target, tmp_path)
 
 
 VIEWS = {
