@@ -91,9 +91,8 @@ def make_native(steps: Steps, want: Want, here: Here, wanted: str, crossing: boo
         if not (late and _dtypes.can_cast(receiver, source, wanted)):
             if late and leaves(steps.now, CPU) and steps.now.device.is_other:
                 to_host(steps, want)  # where torch has all dtypes
-            fewer = _dtypes.DTYPES[wanted].itemsize < _dtypes.DTYPES[source].itemsize
-            bus = f", before the bus{': fewer bytes cross' * fewer}" if crossing and narrow else ""
-            copy(steps, Op.CAST, f"dtype={wanted} was asked for{bus}", here, dtype=wanted, cure=f"keep {source}")
+            said = _bus_said("before", source, wanted) if crossing and narrow else ""
+            copy(steps, Op.CAST, f"dtype={wanted} was asked for{said}", here, dtype=wanted, cure=f"keep {source}")
     if steps.now.dtype.startswith(">") and (receiver != "numpy" or want.dtype):
         why = f"{receiver} has native byte order only" if receiver != "numpy" else f"dtype={wanted} is native"
         cure = "swap once where the data is read: x.astype(x.dtype.newbyteorder('='))"
@@ -120,10 +119,16 @@ def _is_cast_shared(now: Traits, receiver: str, wanted: str, here: Here) -> bool
 
 def cast_late(steps: Steps, wanted: str, source: str, here: Here, *, bus: str) -> None:
     """A cast on the receiving side, "before" the bus, "after" it, or where there is none."""
-    on_host = _engine.kernel(steps.now, wanted, steps.now.order, here).said
-    fewer = bus == "before" or _dtypes.DTYPES[wanted].itemsize > _dtypes.DTYPES[source].itemsize
-    why = f"dtype={wanted} was asked for{f', {bus} the bus: fewer bytes cross' if bus and fewer else on_host}"
+    said = _bus_said(bus, source, wanted) if bus else _engine.kernel(steps.now, wanted, steps.now.order, here).said
+    why = f"dtype={wanted} was asked for{said}"
     copy(steps, Op.CAST, why, here, dtype=wanted, cure=f"keep {source}")
+
+
+def _bus_said(side: str, source: str, wanted: str) -> str:
+    """Where a cast stands beside the bus, and that fewer bytes cross, where they do."""
+    saved = _dtypes.DTYPES[source].itemsize - _dtypes.DTYPES[wanted].itemsize
+    fewer = saved > 0 if side == "before" else saved < 0
+    return f", {side} the bus{': fewer bytes cross' * fewer}"
 
 
 def resolve(steps: Steps) -> None:

@@ -7,6 +7,7 @@ import importlib.util
 import io
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -410,6 +411,23 @@ def test_machine_names_what_a_reader_compares() -> None:
     facts = _machine.machine()
     assert {"CPU", "cores", "memory", "transparent huge pages", "NUMA nodes", "load before", "Python"} <= facts.keys()
     assert all(str(value) for value in facts.values())
+
+
+@pytest.mark.parametrize(
+    ("said", "link"),
+    [
+        ("580.95, 5, 5, 16, 16", "gen 5 x16 now, gen 5 x16 at most"),
+        ("unknown", "unknown"),  # no nvidia-smi, and a card that the system shows no folder of
+    ],
+)
+def test_link_of_the_card_is_what_its_driver_says_or_unknown(monkeypatch, said, link) -> None:
+    props = SimpleNamespace(total_memory=80 * 1024**3)
+    torch = SimpleNamespace(
+        cuda=SimpleNamespace(get_device_properties=lambda index: props), version=SimpleNamespace(cuda="13.0")
+    )
+    monkeypatch.setattr(_machine, "_said", lambda command: said)
+    facts = _machine._gpu(torch)
+    assert (facts["PCIe link"], facts["driver"]) == (link, said.split(", ")[0])
 
 
 # -- The figures in the pages

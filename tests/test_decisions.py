@@ -207,6 +207,8 @@ def assert_consistent(traits: Traits, want: Want, decision: Decision) -> None:
             assert step.op in ("pin", "fill") or step.by == "pinned", f"{step.op} makes ordinary memory"
         if before.dtype != after.dtype:
             assert step.op in CHANGES_DTYPE, f"{step.op} changes the dtype"
+            widths = [WIDTH[array.dtype.lstrip(">")] for array in (before, after)]
+            assert "fewer bytes cross" not in step.why or widths[0] != widths[1], "a cast that saves nothing"
             assert after.dtype.lstrip(">") in (before.dtype.lstrip(">"), want.dtype), "a dtype that nobody asked for"
         if before.framework != after.framework:
             assert step.op in CHANGES_FRAMEWORK, f"{step.op} changes the framework"
