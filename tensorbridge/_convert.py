@@ -155,8 +155,9 @@ def compiled(steps: tuple[Any, ...], traits: Traits, want: Want, here: Here = HE
             functions[read] = _ordered_back(functions[read], steps[i + 1].after.framework, befores[i])
     if here.intercepted:
         torch: Any = named("torch")
+        seen_by_torch = steps[0].op == Op.IMPORT and steps[0].after.framework == "torch"  # a tensor of no mode's
         for i, step in enumerate(steps):
-            if want.framework != "torch" or step.after.framework == "numpy" or step.op == Op.FILL:
+            if seen_by_torch or want.framework != "torch" or step.after.framework == "numpy" or step.op == Op.FILL:
                 functions[i] = torch.outside(functions[i])
     return tuple(functions)
 

@@ -149,7 +149,7 @@ def imported(x: Any) -> Any:
     return _at(x.address, x.shape, x.strides, _dtypes.DTYPES[x.dtype].numpy, owner, index)
 
 
-def device_of(address: int) -> int:
+def device_at(address: int) -> int:
     """The device that has memory there, as the driver says; negative if none has. (`UnownedMemory` would take the
     current one for none.)
     """

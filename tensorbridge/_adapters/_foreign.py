@@ -143,8 +143,8 @@ def _device_of(x: Any, address: int) -> int:
     if said is not None and _streams.capturing():
         return said
     refuse_capture(x)
-    framework: Any = named(asked if asked == "cupy" else "torch_cuda")
-    index: int = framework.device_of(address)
+    framework: Any = named(asked)
+    index: int = framework.device_at(address)
     if index < 0:
         raise malformed(x, f"no device has memory at {address:#x}")
     if said is not None and said != index:

@@ -84,6 +84,12 @@ def outside(function: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
+def device_at(address: int) -> int:
+    """The CUDA device that has memory there; negative if none has."""
+    ask = outside(_torch_cuda.device_at) if is_intercepted() else _torch_cuda.device_at
+    return int(ask(address))
+
+
 def kind(t: Tensor) -> Traits | None:
     """The traits of a plain tensor on the host, where they are quickly told."""
     if not is_plain(t):

@@ -93,7 +93,7 @@ class _Interface:
         }
 
 
-def device_of(address: int) -> int:
+def device_at(address: int) -> int:
     """The device that has memory there; negative if none has. Given a device, torch asks nobody, or copies."""
     try:
         with torch._C.DisableTorchFunction():  # a default device would be given

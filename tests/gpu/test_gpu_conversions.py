@@ -1,8 +1,12 @@
 """torch and CuPy over one memory: every dtype and layout, written on one side and read on the other."""
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import table_rows
+from test_intercepted import MODES
 
 import tensorbridge as tb
 from tensorbridge import _dtypes
@@ -158,3 +162,56 @@ def test_both_devices_names_mean_the_same(torch, cupy):
     for device in ("cuda", "cuda:0", 0, torch.device("cuda"), torch.device("cuda", 0), cupy.cuda.Device(0)):
         assert tb.describe(tb.to_torch(a, device=device)).device == "cuda:0"
         assert tb.describe(tb.to_cupy(a, device=device)).device == "cuda:0"
+
+
+class ByInterface:
+    def __init__(self, c):
+        self.c = c
+
+    @property
+    def __cuda_array_interface__(self):
+        return self.c.__cuda_array_interface__
+
+
+class ByCapsule:
+    def __init__(self, c):
+        self.c = c
+
+    def __dlpack__(self, **options):
+        return self.c.__dlpack__(**options)
+
+    def __dlpack_device__(self):
+        return self.c.__dlpack_device__()
+
+
+LENT = {"interface": ByInterface, "dlpack": ByCapsule}
+
+
+@pytest.mark.parametrize("options", [{}, {"copy": True}, {"dtype": "float64"}, {"device": "cpu"}], ids=str)
+@pytest.mark.parametrize("protocol", LENT)
+@pytest.mark.parametrize("mode", MODES)
+def test_foreign_memory_becomes_a_tensor_outside_of_the_modes_that_answer_for_torch(
+    torch, cupy, mode, protocol, options
+):
+    """Inside of them a tensor is made that has no memory, or its copy is refused with words of torch's own."""
+    c = cupy.arange(1, 7, dtype=cupy.float32)
+    t = MODES[mode](lambda: tb.to_torch(LENT[protocol](c), **options))
+    assert type(t) is torch.Tensor
+    assert t.tolist() == [1, 2, 3, 4, 5, 6]
+    assert (t.device.type == "cuda" and t.data_ptr() == c.data.ptr) == (not options)
+
+
+def test_inside_a_transform_the_device_of_an_array_interface_is_told_without_cupy_too(gpu):
+    code = """
+import sys, torch, tensorbridge as tb
+made, t = [], torch.arange(1.0, 4.0, device="cuda")
+class Shown:
+    __cuda_array_interface__ = t.__cuda_array_interface__
+def function(x):
+    made.append(tb.to_torch(Shown()))
+    return x.sum()
+torch.func.grad(function)(torch.ones(3))
+print(made[0].data_ptr() == t.data_ptr(), "cupy" in sys.modules)
+"""
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=50, check=False)
+    assert run.stdout.split() == ["True", "False"], run.stderr
