@@ -24,6 +24,7 @@ _HALF = frozenset(name for name in _dtypes.DTYPES if name in ("float16", "bfloat
 # float8 types differ beyond their range; such a cast stays where it is, whether torch is loaded or not.
 _WIDE = frozenset({"float32", "float64"})
 _ROUNDED_ALIKE = frozenset({"float16", "bfloat16"})
+_WITHIN_HALF = frozenset({"bool", "uint8", "int8", "int16"})  # no value of theirs is beyond float16's range
 
 
 class Kernel(NamedTuple):
@@ -45,6 +46,8 @@ def kernel(now: Traits, dtype: str, order: str, here: Here) -> Kernel:
     rounds = now.dtype == "float32" and dtype in _ROUNDED_ALIKE
     told = here.heard and dtype == "float16"  # NumPy has nothing to say of bfloat16
     if (now.dtype in _HALF and dtype in _WIDE) or (rounds and not told):
+        return Kernel("torch", "its half-precision casts are vectorised")
+    if now.dtype in _WITHIN_HALF and dtype == "float16" and now.size != "small":
         return Kernel("torch", "its half-precision casts are vectorised")
     if now.size == "huge" and now.dtype == dtype and here.threads:
         return Kernel("torch", "its threads share a copy of this size")

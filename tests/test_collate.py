@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import array
 import collections
+import contextlib
 import dataclasses
 import subprocess
 import sys
@@ -193,6 +194,38 @@ def test_large_batch_of_read_only_and_transposed_samples_is_memory_of_its_own():
     assert batch.is_contiguous()
     assert batch[:, 1, 1].tolist() == [0, 1, 2]
     assert [x[0, 0] for x in samples] == [0, 1, 2]
+
+
+LARGE_SAMPLES = {
+    "arrays": lambda i: np.full((600, 1000), float(i)),
+    "big-endian": lambda i: np.full((600, 1000), float(i), ">f8"),
+    "tensors": lambda i: torch.full((600, 1000), float(i)),
+    "tensors, bfloat16": lambda i: torch.full((600, 2000), float(i), dtype=torch.bfloat16),
+    "tensors, complex": lambda i: torch.full((600, 1000), complex(i, 1)),
+    "tensors, booleans": lambda i: torch.full((2400, 1000), bool(i)),
+    "tensors, views": lambda i: torch.full((601, 1000), float(i))[1:],
+    "tensors, transposed": lambda i: torch.full((600, 1000), float(i)).T,
+    "tensors, conjugate": lambda i: torch.full((600, 1000), complex(i, 1)).conj(),
+}
+
+
+@pytest.mark.parametrize("name", LARGE_SAMPLES)
+@pytest.mark.parametrize("watched", [False, True])
+def test_large_batch_lies_in_the_huge_pages_of_numpy(name, watched):
+    samples = [LARGE_SAMPLES[name](i) for i in range(4)]
+    with tb.trace() if watched else contextlib.nullcontext():
+        batch = tb.collate(samples)
+    assert not batch.untyped_storage().resizable()
+    assert batch.is_contiguous()
+    assert torch.equal(batch, torch.stack([tb.to_torch(sample, copy=True) for sample in samples]))
+    assert not any(tb.shares_memory(batch, sample) for sample in samples)
+    batch.zero_()
+
+
+def test_large_batch_of_tensors_in_a_graph_keeps_it():
+    samples = [torch.ones(600, 1000, requires_grad=True) for _ in range(4)]
+    tb.collate(samples).sum().backward()
+    assert all(torch.equal(t.grad, torch.ones(600, 1000)) for t in samples)
 
 
 def test_views_of_one_tensor_are_stacked():

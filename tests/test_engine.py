@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -53,6 +54,27 @@ def test_half_precision_is_cast_by_torch_where_it_is_loaded():
     assert _engine.kernel(half, "float16", "C", HERE).by == "numpy"
     assert _engine.kernel(half, "float16", "C", LOADED._replace(worker=True)).by == "numpy"
     assert _engine.kernel(half._replace(dtype="float64"), "float16", "C", LOADED).by == "numpy"
+
+
+SMALL_INTEGERS = ["bool", "uint8", "int8", "int16"]
+
+
+@pytest.mark.parametrize("source", SMALL_INTEGERS)
+def test_small_integers_become_halves_by_torch_with_the_values_of_numpy(source):
+    a = np.resize(np.arange(-(2**15), 2**15).astype(source), 2**17)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        by_numpy = a.astype("float16")  # no value is too big, of which NumPy would warn, and torch would not
+    assert "by torch" in str(tb.plan(a, "torch", dtype="float16"))
+    np.testing.assert_array_equal(tb.to_numpy(tb.to_torch(a, dtype="float16")), by_numpy)
+    np.testing.assert_array_equal(tb.to_numpy(a, dtype="float16"), by_numpy)
+    assert "by torch" not in str(tb.plan(a[:9], "torch", dtype="float16"))  # its call costs more than these elements
+
+
+def test_integers_that_float16_cannot_hold_are_cast_by_numpy_which_warns_of_them():
+    assert "by torch" not in str(tb.plan(np.zeros(2**17, "int32"), "torch", dtype="float16"))
+    with pytest.warns(RuntimeWarning, match="overflow"):
+        tb.to_torch(np.full(2**17, 70000, "int32"), dtype="float16")
 
 
 def test_plain_copies_stay_with_numpy_and_large_transposes_go_to_torch():

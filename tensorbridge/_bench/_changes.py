@@ -169,6 +169,7 @@ CHANGES = (
     _casts("float16", "float32", 4.0),
     _casts("float64", "float32", None),
     _casts("uint8", "float32", None),
+    _casts("uint8", "float16", None),
     _casts("bool", "float32", None),
     _casts("float32", "bfloat16", None)._replace(
         numpy="torch.from_numpy(x.astype(dtype).view(np.int16)).view(torch.bfloat16)"

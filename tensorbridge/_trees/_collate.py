@@ -18,7 +18,7 @@ import numpy as np
 
 from tensorbridge import _api, _convert, _dtypes, _lanes, _options, _watch
 from tensorbridge._adapters import _foreign, is_scalar, named
-from tensorbridge._array import shape_text
+from tensorbridge._array import HUGE, LARGE, shape_text
 from tensorbridge._cuda import _stream_order, _streams
 from tensorbridge._eager import eager
 from tensorbridge._errors import BridgeError, GraphError, UnsupportedArrayError
@@ -53,7 +53,8 @@ def collate(samples: Sequence[Any]) -> Any:
     -------
     tree of torch.Tensor, shape ``(len(samples), *s)``
         Containers as in the first sample. Arrays and numbers become tensors, which share no memory with the samples
-        and keep their dtype; what is neither is a list, in order.
+        and keep their dtype; what is neither is a list, in order. A tensor of 4 MiB and more lies in NumPy's memory,
+        which is faster: its storage cannot be resized (in a graph, it is torch's).
 
     Raises
     ------
@@ -306,10 +307,22 @@ def _plain_tensors(values: list[Any]) -> Tensor | None:
                 return None
         elif min(map(torch.UntypedStorage.nbytes, map(tensor.untyped_storage, values))) < values[0].nbytes:
             return None
-        made: Any = _stack(values) if _in_worker() else torch.stack(values)
+        nbytes = len(values) * values[0].nbytes
+        if nbytes >= LARGE and not (_in_worker() or (nbytes >= HUGE and _convert.has_threads())):
+            batch = _without_threads(values)
+            if batch is not None:
+                return batch
+        made: Any = _stack(values) if nbytes >= LARGE or _in_worker() else torch.stack(values)
         return made if made.is_cpu and (made.data_ptr() or not made.numel()) else None
     except RuntimeError:  # not of one shape; sparse; inside torch.func: the full road says what
         return None
+
+
+def _without_threads(tensors: list[Tensor]) -> Tensor | None:
+    """By NumPy: at this size torch would start threads, which wait for any core that is busy."""
+    adapter: Any = named("torch")
+    seen = [None if t.requires_grad else adapter.dense(t) for t in tensors]
+    return None if any(a is None for a in seen) else _plain_arrays(seen)
 
 
 def _converted(value: Any, asked: str) -> Tensor:
@@ -360,9 +373,14 @@ def _in_worker() -> bool:
 
 
 def _empty(shape: tuple[int, ...], dtype: Any) -> Tensor:
-    """Memory for a batch on the host, whatever torch's default device: shared where it goes to another process."""
+    """Memory for a batch on the host, whatever torch's default device: shared where it goes to another process, and
+    NumPy's where it is large, which asks the kernel for huge pages.
+    """
     torch: Any = sys.modules["torch"]
-    if not _in_worker():
-        return torch.empty(shape, dtype=dtype, device="cpu")  # type: ignore[no-any-return]
-    storage = torch.UntypedStorage._new_shared(math.prod(shape) * dtype.itemsize, device="cpu")
-    return torch.empty(0, dtype=dtype, device="cpu").set_(storage, 0, shape)  # type: ignore[no-any-return]
+    nbytes = math.prod(shape) * dtype.itemsize
+    if _in_worker():
+        storage = torch.UntypedStorage._new_shared(nbytes, device="cpu")
+        return torch.empty(0, dtype=dtype, device="cpu").set_(storage, 0, shape)  # type: ignore[no-any-return]
+    if nbytes >= LARGE:
+        return torch.from_numpy(np.empty(nbytes, np.uint8)).view(dtype).view(shape)  # type: ignore[no-any-return]
+    return torch.empty(shape, dtype=dtype, device="cpu")  # type: ignore[no-any-return]
