@@ -59,6 +59,37 @@ class _Opened:
 _opened: ContextVar[tuple[_Opened, ...]] = ContextVar("tensorbridge_copy_guard", default=())
 
 
+class _Changing(threading.local):
+    """That this thread changes its context; the garbage collector may end a generator's block in the middle of that."""
+
+    def __init__(self) -> None:
+        self.busy = False
+        self.left: list[_Opened] = []
+
+
+_changing = _Changing()
+
+
+def _without(opened: _Opened) -> None:
+    _opened.set(tuple(x for x in _opened.get() if x is not opened))
+
+
+def _change(opened: _Opened, *, enter: bool) -> None:
+    """Enter or leave an opening in this context; and leave what was left in the middle of it, which came back by it."""
+    nested, _changing.busy = _changing.busy, True
+    try:
+        if enter:
+            _opened.set((*[x for x in _opened.get() if not x.ended], opened))
+        elif nested:
+            _changing.left.append(opened)
+        else:
+            _without(opened)
+        while not nested and _changing.left:
+            _without(_changing.left.pop())
+    finally:
+        _changing.busy = nested
+
+
 def _guard() -> copy_guard | None:
     """The guard that decides here, if one does."""
     innermost = next((x.guard for x in reversed(_opened.get()) if not x.ended), None)
@@ -155,7 +186,7 @@ class copy_guard(ContextDecorator):
     def __enter__(self) -> copy_guard:
         opened = _Opened(self)
         self._open.append(opened)
-        _opened.set((*[x for x in _opened.get() if not x.ended], opened))
+        _change(opened, enter=True)
         return self
 
     @eager
@@ -163,7 +194,7 @@ class copy_guard(ContextDecorator):
         mine = next((x for x in reversed(_opened.get()) if x in self._open), None)
         if mine is not None:  # the last of its own, even where blocks end out of turn, as those of generators may
             self._open.remove(mine)
-            _opened.set(tuple(x for x in _opened.get() if x is not mine))
+            _change(mine, enter=False)
         elif self._open:  # of a generator that ends elsewhere
             self._open.pop().end()
         else:
@@ -211,9 +242,9 @@ def allow(plan: Plan, asked: str) -> None:
 
 def warn(text: str, category: type[Warning]) -> None:
     """Warn at the caller's line."""
-    where = called_from.get()
-    if where is None:
-        warnings.warn(text, category, stacklevel=_caller()[1])
+    where, level = _caller()
+    if level:
+        warnings.warn(text, category, stacklevel=level)
     else:
         path, _, line = where.rpartition(":")
         warnings.warn_explicit(text, category, path, int(line), registry=_said.setdefault(path, {}))
@@ -221,20 +252,25 @@ def warn(text: str, category: type[Warning]) -> None:
 
 _HERE = os.path.dirname(os.path.abspath(__file__)) + os.sep
 
-# Set in a worker's context: the ``file:line`` that started it, as no line of the caller's is on its stack.
-called_from: ContextVar[str | None] = ContextVar("tensorbridge_called_from", default=None)
+# Set in a worker's context: the ``file:line`` that started it, for what is done where no line of the caller's led to.
+called_from: ContextVar[str] = ContextVar("tensorbridge_called_from")
 # What workers have warned of, by file: as the registry of a module, so that Python's filters say a thing once too.
 _said: dict[str, dict[str | tuple[str, type[Warning], int], int]] = {}
 
 
 def _caller() -> tuple[str, int]:
-    """The first line that led here, as ``file:line``, of code that is not ours nor torch's loader's; and how far up."""
+    """The first line that led here, as ``file:line``, of code that is not ours nor torch's loader's; and how far up.
+    In a worker of ours where there is none, the line that started it, and 0.
+    """
     frame, level = sys._getframe(1), 1
     while frame.f_back is not None and _is_ours(frame.f_code.co_filename):
         frame, level = frame.f_back, level + 1
-    return f"{frame.f_code.co_filename}:{frame.f_lineno}", level
+    started_by = called_from.get("") if frame.f_code.co_filename in _THREADS else ""
+    return (started_by, 0) if started_by else (f"{frame.f_code.co_filename}:{frame.f_lineno}", level)
 
 
+_THREADING = threading.Thread.run.__code__.co_filename
+_THREADS = {_THREADING, os.path.join(os.path.dirname(_THREADING), "concurrent", "futures", "thread.py")}
 _CONTEXTLIB = contextmanager.__code__.co_filename
 _COMMANDS = _HERE + "_commands" + os.sep  # they use the package as anybody does
 
@@ -308,7 +344,7 @@ def perform(plan: Plan, asked: str, run: Callable[[], Any]) -> Any:
         plan.bytes_moved,
         seconds,
         "+".join(kinds),
-        called_from.get() or _caller()[0],
+        _caller()[0],
         threading.current_thread().name,
     )
     for seen in traces:

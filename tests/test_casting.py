@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextvars
 import subprocess
 import sys
 import threading
@@ -231,9 +232,11 @@ def test_what_a_worker_warns_of_is_told_once_a_line_of_each_file():
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("default")
         for where in ("one.py:7", "two.py:7", "one.py:7"):
-            token = _watch.called_from.set(where)
-            _watch.warn(text, RuntimeWarning)
-            _watch.called_from.reset(token)
+            context = contextvars.copy_context()
+            context.run(_watch.called_from.set, where)
+            worker = threading.Thread(target=context.run, args=(_watch.warn, text, RuntimeWarning))
+            worker.start()
+            worker.join()
     assert [(w.filename, w.lineno) for w in seen] == [("one.py", 7), ("two.py", 7)]
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import threading
 import time
+import warnings
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -171,3 +173,39 @@ def test_a_loader_that_tells_accelerate_of_its_last_batch_is_refused():
     )
     with pytest.raises(ValueError, match=text):
         tb.prefetch(batches, device="cpu")
+
+
+def test_what_a_loader_collates_in_the_thread_is_told_at_the_line_of_prefetch():
+    """With no workers torch's loader calls `collate` itself, and no line of the caller's is on the thread's stack."""
+    loader = DataLoader([np.zeros(3), np.ones(3)], batch_size=2, collate_fn=tb.collate)
+    with tb.trace() as seen, warnings.catch_warnings(record=True) as said, tb.copy_guard("warn"):
+        warnings.simplefilter("always")
+        list(tb.prefetch(loader, device="cpu"))  # here
+    lines = Path(__file__).read_text().splitlines()
+    here = next(n for n, line in enumerate(lines, 1) if line.endswith("# here"))
+    assert {event.where for event in seen.events} == {f"{__file__}:{here}"}
+    assert {(w.filename, w.lineno) for w in said} == {(__file__, here)}
+
+
+@pytest.mark.parametrize("end", [list, lambda ready: ready.close()], ids=["read", "closed"])
+def test_a_second_loop_over_what_is_used_up_is_warned_of_where_the_source_has_more(end):
+    """As if it were a loader: it would train on nothing, and nobody would see."""
+    ready = tb.prefetch([np.zeros(3)] * 2, device="cpu")
+    assert iter(ready) is ready
+    end(ready)
+    text = r"prefetch: this iterator is used up: call prefetch\(list\) again for another loop"
+    with pytest.warns(UserWarning, match=text) as seen:
+        assert list(ready) == []
+    assert [w.filename for w in seen] == [__file__]
+
+
+def test_no_other_loop_over_what_prefetch_returns_is_warned_of():
+    once = tb.prefetch((np.zeros(3) for _ in range(2)), device="cpu")  # a generator has no more
+    left = tb.prefetch([np.zeros(3)] * 3, device="cpu")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert len(list(once)) == 2
+        assert list(once) == []
+        for _ in left:
+            break
+        assert len(list(left)) == 2

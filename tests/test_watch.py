@@ -234,14 +234,15 @@ def suspended():
     with tb.trace(), tb.copy_guard("error"):
         yield
 
-gc.set_threshold(1)
-for _ in range(500):
-    cycle = Cycle()
-    cycle.me, cycle.block = cycle, suspended()
-    next(cycle.block)
-    del cycle
-    with tb.trace():
-        pass
+for threshold in range(1, 9):  # to have the collector at every place
+    gc.set_threshold(threshold)
+    for _ in range(200):
+        cycle = Cycle()
+        cycle.me, cycle.block = cycle, suspended()
+        next(cycle.block)
+        del cycle
+        with tb.trace(), tb.copy_guard("allow"):
+            pass
 gc.collect()
 print(len(tb._watch.watching))
 """

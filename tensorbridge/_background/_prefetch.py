@@ -62,9 +62,9 @@ def prefetch(
     Returns
     -------
     Prefetch
-        An iterator and a context manager, with ``close()``, and a length where `batches` has one. Batches keep their
-        structure, as with `tree.to_torch`; on the device they are ordered after the transfer, for the stream that is
-        current when they are asked for.
+        An iterator for one loop: call `prefetch` again for the next epoch. A context manager too, with ``close()``, and
+        a length where `batches` has one. Batches keep their structure, as with `tree.to_torch`; on the device they are
+        ordered after the transfer, for the stream that is current when they are asked for.
 
     Raises
     ------
@@ -95,7 +95,7 @@ def prefetch(
     source = _iterator(batches)
     road = road_for(want)
     worker = Worker(batches, source, depth, transform, want, road, _watch._caller()[0])
-    iterator = Prefetch(worker, road, batches if isinstance(batches, Sized) else None)
+    iterator = Prefetch(worker, road, batches, again=source is not batches)
     worker.start()
     return iterator
 
@@ -143,9 +143,19 @@ def _want(to: str, device: Any, depth: int, transform: Any, copy: Any) -> Want:
 class Prefetch(Iterator[Any]):
     """Batches that were read and converted ahead. Made by `prefetch`; ``close()`` it, or use it in a ``with`` block."""
 
-    def __init__(self, worker: Worker, road: Host, sized: Sized | None) -> None:
-        self._state, self._worker, self._road, self._sized = worker.state, worker, road, sized
+    def __init__(self, worker: Worker, road: Host, batches: Iterable[Any], again: bool) -> None:
+        self._state, self._worker, self._road = worker.state, worker, road
+        self._sized = batches if isinstance(batches, Sized) else None
+        self._again = f"prefetch({type(batches).__name__})" if again else ""  # the call for another loop over them
+        self._used_up = False
         weakref.finalize(self, dropped, worker).atexit = False
+
+    @eager
+    def __iter__(self) -> Prefetch:
+        if self._used_up and self._again:
+            text = f"prefetch: this iterator is used up: call {self._again} again for another loop"
+            _watch.warn(f"{text}, which would find no batch here", UserWarning)
+        return self
 
     @eager
     def __next__(self) -> Any:
@@ -182,6 +192,7 @@ class Prefetch(Iterator[Any]):
         """Stop the worker and close the source. Waits a second at most for a source that does not answer: then its
         thread ends when it does. A DataLoader with persistent workers is waited for, as its next loop would have to.
         """
+        self._used_up = True
         self._worker.stop()
         failure, self._state.failure = self._state.failure, None
         if failure is not None:

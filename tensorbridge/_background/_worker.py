@@ -143,9 +143,10 @@ def _work(
     where: str,
 ) -> None:
     failure: BaseException | None = None
+    _watch.called_from.set(where)
     try:
         with grad_mode(), road.entered():
-            _read(state, source, transform, want, road, where)
+            _read(state, source, transform, want, road)
     except BaseException as error:  # of the road itself: the consumer must not take it for the end of the source
         state.put(Failure(error))
     finally:
@@ -159,7 +160,7 @@ def _work(
         state.end(failure)
 
 
-def _read(state: State, source: Iterator[Any], transform: Any, want: Want, road: Host, where: str) -> None:
+def _read(state: State, source: Iterator[Any], transform: Any, want: Want, road: Host) -> None:
     number = 0
     while state.wait_for_room():
         try:
@@ -169,11 +170,7 @@ def _read(state: State, source: Iterator[Any], transform: Any, want: Want, road:
             read = road.arrived(batch)
             if transform is not None:
                 batch = _transformed(transform, batch, number)
-            said = _watch.called_from.set(where)  # only here: the source and the transform have lines of their own
-            try:
-                item: Any = road.converted(batch, want, read)
-            finally:
-                _watch.called_from.reset(said)
+            item: Any = road.converted(batch, want, read)
             del batch, read
         except StopIteration:
             return
