@@ -112,9 +112,7 @@ OBSTACLES: dict[str, Refusal] = {
     "unknown dtype": _unsupported(_OWN_MEANING, "Cast it where it was made."),
     # lists, Python
     "ragged": _unsupported("", "Pad the parts to one shape, or keep the list and use tensorbridge.tree."),
-    "mixed list": _unsupported(
-        "", "Bring the parts to one framework, device and dtype first, by to_numpy or to_torch of each."
-    ),
+    "mixed list": _unsupported("", "Bring the parts to the host first, by to_numpy of each."),
     "missing number": _unsupported("None is no number", 'Say float("nan") for what is missing, or leave it out.'),
     "container": _unsupported(
         "a container is not one array", "Convert every leaf: tensorbridge.tree.to_{framework}(x)."

@@ -83,7 +83,7 @@ UNPACK = "Convert x.to_padded_tensor(0.0), x.values(), or each tensor of x.unbin
 FIELDS = "Convert one field, x['name'], or the tree {n: x[n] for n in x.dtype.names}."
 CODES = "Encode it first, once for the whole data set: np.unique(x, return_inverse=True)[1] gives codes."
 TREE = "Convert every leaf: tensorbridge.tree.to_numpy(x)."
-ONE_KIND = "Bring the parts to one framework, device and dtype first, by to_numpy or to_torch of each."
+ONE_KIND = "Bring them to one first: to_numpy([to_numpy(part) for part in x])."
 PAD = "Pad the parts to one shape, or keep the list and use tensorbridge.tree."
 
 
@@ -300,7 +300,7 @@ REFUSED = {
         lambda: [np.zeros(2), np.zeros(2, "f4")],
         "list of 2",
         "its parts have different dtypes: float32, float64",
-        ONE_KIND,
+        'Say dtype="float64".',
     ),
     "numbers and arrays": (lambda: [np.zeros(2), 3], "list of 2", "it holds both numbers and arrays", ONE_KIND),
     "list of text": (lambda: ["a"], "list of 1, item [0]: str", "text is not an array", ENCODE),
@@ -344,7 +344,8 @@ def test_refusal_says_what_it_is_why_not_and_what_works(name, call):
     make, what, why, cure = REFUSED[name]
     with pytest.raises(tb.UnsupportedArrayError) as raised:
         EVERYWHERE[call](make())
-    cure = cure.replace("tree.to_numpy", f"tree.{call}") if call != "describe" else cure
+    if call != "describe":
+        cure = ONE_KIND.replace("to_numpy", call) if cure == ONE_KIND else cure.replace("tree.to_numpy", f"tree.{call}")
     assert str(raised.value) == f"{call}: {what} cannot be converted: {why}.\n{cure}"
 
 

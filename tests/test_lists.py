@@ -82,3 +82,62 @@ def test_an_item_with_a_tangent_is_found_behind_one_without():
         for items in ([torch.ones(2), dual], [dual, torch.ones(2)], [dual, dual]):
             with pytest.raises(tb.GraphError):
                 tb.to_numpy(items, detach=False)
+
+
+def parts(*dtypes):
+    return [np.arange(3).astype(dtype) for dtype in dtypes]
+
+
+@pytest.mark.parametrize(
+    "dtypes", [("float32", "float64"), ("int64", "float32", "bool"), (">f4", "int8"), ("float16", ml_dtypes.bfloat16)]
+)
+def test_arrays_of_several_dtypes_are_stacked_in_the_one_that_is_asked_for(dtypes):
+    items = parts(*dtypes)
+    expected = np.stack([item.astype("float32") for item in items])
+    for convert in (tb.to_numpy, tb.to_torch):
+        made = convert(items, dtype="float32")
+        assert tb.describe(made).dtype == "float32"
+        assert np.array_equal(numbers(made), expected)
+    assert tb.plan(items, "torch", dtype="float32").bytes_moved == expected.nbytes  # each element is written once
+    out = torch.zeros(expected.shape)
+    tb.to_torch(items, out=out)
+    assert np.array_equal(out.numpy(), expected)
+    with pytest.raises(tb.UnsupportedArrayError, match="different dtypes"):
+        tb.to_torch(items)
+
+
+def test_no_integer_goes_by_way_of_a_float_that_cannot_hold_it():
+    big = 2**53 + 1
+    items = [np.array([big], "int64"), np.array([big], "uint64"), np.array([True])]
+    assert tb.to_torch(items, dtype="int64").tolist() == [[big], [big], [1]]
+
+
+def test_a_cast_of_one_of_several_warns_at_the_callers_line():
+    with pytest.warns(RuntimeWarning, match="overflow encountered in cast") as seen:
+        tb.to_torch([np.array([1e300]), np.ones(1, "float32")], dtype="float32")
+    assert [w.filename for w in seen] == [__file__]
+
+
+def test_an_imaginary_part_is_not_dropped_from_one_of_several():
+    with pytest.raises(tb.UnsupportedArrayError, match='Say dtype="complex128"'):
+        tb.to_torch([np.ones(2), np.ones(2, "complex64")], dtype="float32")
+
+
+CURED = {
+    "dtypes": parts("float32", "float64"),
+    "dtypes that have no common one": parts("float16", ml_dtypes.bfloat16),
+    "dtypes of tensors": [torch.zeros(3), torch.zeros(3, dtype=torch.float64)],
+    "frameworks": [np.zeros(2), torch.zeros(2).double()],
+    "numbers": [0.5, torch.tensor(2.0).double()],
+}
+
+
+@pytest.mark.parametrize("name", CURED)
+def test_the_cure_of_a_mixed_list_works(name):
+    x = CURED[name]
+    with pytest.raises(tb.UnsupportedArrayError) as error:
+        tb.to_torch(x)
+    cure = str(error.value).splitlines()[1].rstrip(".")
+    call = f"to_torch(x, {cure.removeprefix('Say ')})" if cure.startswith("Say ") else cure.partition(": ")[2]
+    made = eval(call, {"to_torch": tb.to_torch, "x": x})
+    assert np.array_equal(made.numpy(), np.stack([np.asarray(part, "float64") for part in x]))

@@ -13,15 +13,18 @@ import numpy as np
 from tensorbridge import _dtypes
 from tensorbridge._adapters import _arrow, _missing, _strangers
 from tensorbridge._adapters._arrow import Joined, Whole
+from tensorbridge._adapters._python import are_cast, common_dtype, stacked_as
 from tensorbridge._refuse import Obstacle
 
 _BESIDE = "its columns are joined into one array"
+_CAST = "its columns, of several dtypes, are cast as they are joined into one array"
 _SPARSE = "what a sparse column leaves out is filled in"
 _MADE = "its library makes an array of it"
 
 
-def stand_in(x: Any) -> Any:
-    """What stands for `x` in a conversion: a NumPy view of a column, a `Joined`; all that is no column, as it is.
+def stand_in(x: Any, wanted: str | None = None) -> Any:
+    """What stands for `x` in a conversion: a NumPy view of a column, a `Joined`; all that is no column, as it is. Where
+    a dtype is `wanted`, columns of a table that have several are cast to it.
 
     A plain Arrow array speaks for itself, and so does the one chunk of a column.
     """
@@ -34,7 +37,7 @@ def stand_in(x: Any) -> Any:
     if where:
         return _COLUMN[where](x)
     if _missing.library(x, "table"):
-        return _table(x)
+        return _table(x, wanted)
     _strangers.refuse_unseen(x)
     _missing.refuse_nulls(x)
     return x
@@ -50,8 +53,8 @@ def is_scalar(x: Any) -> bool:
     return hasattr(type(x), "as_py") and _missing.library(x, "column") == "pyarrow"
 
 
-def _table(x: Any) -> Any:
-    """A table of one dtype is a matrix. One of several would be promoted, which is for the caller to say."""
+def _table(x: Any, wanted: str | None) -> Any:
+    """A table of one dtype is a matrix. Of several, the one that it gets is for the caller to say."""
     if _missing.library(x, "table") == "pandas" and (plain := _plain_dtype(x)):
         a = _shared(x)
         return a if a is not None else Joined(x.shape, plain, lambda: np.array(x), _BESIDE)
@@ -66,12 +69,18 @@ def _table(x: Any) -> Any:
     if not parts:
         raise Obstacle("empty list", type(x).__name__, "a table without columns has no dtype")
     kinds = {(part.dtype, part.shape[1:]): name for part, name in zip(reversed(parts), reversed(names), strict=True)}
+    shape = (parts[0].shape[0], len(parts), *parts[0].shape[1:])
+    dtypes = [_dtypes.of_numpy(dtype).lstrip(">") for dtype, _ in kinds]
+    alike = len({row for _, row in kinds}) == 1
+    if len(kinds) > 1 and alike and wanted and are_cast(dtypes, wanted):
+        dtype: Any = _dtypes.DTYPES[wanted].numpy
+        return Joined(shape, dtype, lambda: stacked_as([*map(_arrow.made, parts)], dtype, axis=1), _CAST)
     if len(kinds) > 1:
         said = sorted({f"{name!r} is {dtype}{list(shape) or ''}" for (dtype, shape), name in kinds.items()})
         detail = f"its columns have different dtypes: {', '.join(said[:4])}{', ...' * (len(said) > 4)}"
-        cure = "Convert every column by itself, tensorbridge.tree.to_{framework}(x), or cast them to one dtype first."
+        one = f'say dtype="{common_dtype(dtypes)}"' if alike else "give them one shape and dtype first"
+        cure = f"Convert every column by itself, tensorbridge.tree.to_{{framework}}(x), or {one}."
         raise Obstacle("container", type(x).__name__, detail).cured(cure)
-    shape = (parts[0].shape[0], len(parts), *parts[0].shape[1:])
     if not any(isinstance(part, Joined) for part in parts):
         a = _shared(x)
         if a is not None:

@@ -27,7 +27,7 @@ def open(x: Any, want: Want) -> tuple[Any, Traits]:
     cls = type(x)
     if isinstance(x, (str, type, type(None))):
         raise Obstacle("text" if isinstance(x, str) else "not an array", cls.__name__)
-    seen = _asked(lambda: _columns.stand_in(x), x, "what it holds")
+    seen = _asked(lambda: _columns.stand_in(x, want.dtype), x, "what it holds")
     if isinstance(seen, (np.ndarray, Joined)):
         return _column(seen, x)
     x = seen

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from itertools import chain
 from typing import Any, NamedTuple
 
@@ -24,6 +25,7 @@ class Parts(NamedTuple):
     outer: tuple[int, ...]
     arrays: list[Any] | None
     numbers: Sequence[Any]
+    mixed: bool = False  # arrays of several dtypes, which are cast as they are stacked
 
     def stacked(self, stack: Callable[..., Any], dtype: Any = None) -> Any:
         if self.arrays is None:
@@ -33,8 +35,19 @@ class Parts(NamedTuple):
             arrays = [a.stacked(stack, None) if hasattr(a, "stacked") else a for a in arrays]
         if any(issubclass(kind, np.ndarray) and kind is not np.ndarray for kind in kinds):
             arrays = [np.asarray(a) for a in arrays]  # np.stack of np.matrix writes beyond its memory
+        if self.mixed:
+            return stacked_as(arrays, dtype).reshape(self.shape)
         whole = stack(arrays) if dtype is None else stack(arrays, dtype=dtype)
         return whole.reshape(self.shape)
+
+
+def stacked_as(arrays: list[Any], dtype: Any, axis: int = 0) -> Any:
+    """NumPy arrays of any dtypes in one of `dtype`, each element written once; with the warnings of the casts."""
+
+    def stack(wanted: Any) -> Any:
+        return np.stack(arrays, axis=axis, dtype=wanted, casting="unsafe")
+
+    return _casting.with_warnings(stack, "complex128", _dtypes.of_numpy(np.dtype(dtype)))(dtype)
 
 
 def open(x: Any, want: Want) -> tuple[Any, Traits]:
@@ -119,24 +132,30 @@ def _arrays(outer: tuple[int, ...], leaves: Sequence[Any], want: Want) -> tuple[
             if alike is not None and alike(leaves):  # all at once, which is quicker, and how most lists are
                 handles = list(leaves)
                 break
+    same = "Bring them to one first: to_{framework}([to_{framework}(part) for part in x])."
     if any(found.framework == "python scalar" for found, _ in kinds):
-        raise Obstacle("mixed list", what, "it holds both numbers and arrays")
+        raise Obstacle("mixed list", what, "it holds both numbers and arrays").cured(same)
     shapes = {info.shape for _, info in kinds}
     if len(shapes) > 1:
         raise _ragged(leaves, map(shape_text, sorted(shapes)))
-    for name, values in (
-        ("frameworks", {"numpy" if t.framework not in ("torch", "cupy") else t.framework for t, _ in kinds}),
-        ("devices", {t.device for t, _ in kinds}),
-        ("dtypes", {t.dtype.lstrip(">") for t, _ in kinds}),
+    frameworks = {t.framework if t.framework in ("torch", "cupy") else "numpy" for t, _ in kinds}
+    dtypes = {t.dtype.lstrip(">") for t, _ in kinds}
+    wanted = want.out.dtype.lstrip(">") if want.out is not None else want.dtype
+    mixed = wanted if len(dtypes) > 1 and frameworks == {"numpy"} and are_cast(dtypes, wanted) else None
+    for name, values, cure in (
+        ("frameworks", frameworks, same),
+        ("devices", {t.device for t, _ in kinds}, same.replace("to_{framework}(part)", "to_numpy(part)")),
+        ("dtypes", dtypes, _one_dtype(frameworks, dtypes)),
     ):
-        if len(values) > 1:
-            raise Obstacle("mixed list", what, f"its parts have different {name}: {', '.join(sorted(values))}")
+        if len(values) > 1 and not (name == "dtypes" and mixed):
+            detail = f"its parts have different {name}: {', '.join(sorted(values))}"
+            raise Obstacle("mixed list", what, detail).cured(cure)
     first = kinds[0][0]
     if first.device != CPU and first.framework not in ("torch", "cupy"):
         raise Obstacle("mixed list", what, "device arrays of other libraries are not stacked")
     shape = outer + kinds[0][1].shape
     _check_axes(0 if first.framework == "torch" else len(shape))
-    dtype = first.dtype.lstrip(">")
+    dtype = mixed or first.dtype.lstrip(">")
     holder = first.framework if first.framework in ("torch", "cupy") else "numpy"
     found = Traits(
         f"{holder} list",
@@ -146,7 +165,31 @@ def _arrays(outer: tuple[int, ...], leaves: Sequence[Any], want: Want) -> tuple[
         graph=any(t.graph for t, _ in kinds),
         size=size_class(math.prod(shape) * _dtypes.DTYPES[dtype].itemsize, len(shape)),
     )
-    return Parts(shape, outer, handles, ()), found
+    return Parts(shape, outer, handles, (), bool(mixed)), found
+
+
+def are_cast(dtypes: Iterable[str], wanted: str | None) -> bool:
+    """Whether arrays of these dtypes become one of the `wanted`."""
+    return wanted is not None and all(
+        _dtypes.can_cast("numpy", dtype, wanted) and (_dtypes.is_complex(wanted) or not _dtypes.is_complex(dtype))
+        for dtype in dtypes
+    )
+
+
+def common_dtype(dtypes: Iterable[str]) -> str:
+    """The dtype that NumPy would give what has several; float64 where it knows none."""
+    with suppress(TypeError):
+        kinds = [_dtypes.DTYPES[dtype].numpy for dtype in dtypes]
+        return _dtypes.of_numpy(np.result_type(*filter(None, kinds))) or "float64"
+    return "float64"
+
+
+def _one_dtype(frameworks: set[str], dtypes: set[str]) -> str:
+    """What helps a list of arrays of several dtypes: to name one."""
+    named = f'dtype="{common_dtype(dtypes)}"'
+    if frameworks == {"numpy"}:
+        return f"Say {named}."
+    return f"Cast them first: to_{{framework}}([to_{{framework}}(part, {named}) for part in x])."
 
 
 def _ragged(parts: Sequence[Any], shapes: Any) -> Obstacle:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import numpy as np
@@ -290,6 +291,23 @@ def test_a_table_of_several_dtypes_is_not_promoted(name, columns):
         ):
             convert(frame)
     assert list(tree.to_numpy(frame)) == ["id", "w"]
+
+
+@pytest.mark.parametrize("columns", MIXED)
+@pytest.mark.parametrize("name", FRAMES)
+def test_a_table_of_several_dtypes_becomes_the_one_that_is_asked_for(name, columns):
+    frame = FRAMES[name](MIXED[columns])
+    expected = np.stack([np.asarray(values, "float32") for values in MIXED[columns].values()], axis=1)
+    for convert in (tb.to_numpy, tb.to_torch):
+        made = convert(frame, dtype="float32")
+        assert tb.describe(made).dtype == "float32"
+        assert np.array_equal(np.asarray(made), expected)
+    plan = tb.plan(frame, "torch", dtype="float32")
+    assert (plan.bytes_moved, plan.steps[0].op) == (expected.nbytes, "stack")
+    with pytest.raises(tb.UnsupportedArrayError) as error:
+        tb.to_torch(frame)
+    wanted = re.search(r'dtype="(\w+)"\.', str(error.value))[1]
+    assert tb.to_torch(frame, dtype=wanted).shape == expected.shape
 
 
 SAME = {"int64": [1, BIG], "float32": np.array([0.5, 1.5], "f4"), "bool": [True, False]}
