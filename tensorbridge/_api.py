@@ -81,14 +81,14 @@ def to_numpy(
         NumPy, torch on any of its devices, CuPy; anything with DLPack, an array interface, the buffer protocol or
         ``__array__``; a number; a list of numbers or of equal-shaped arrays.
     dtype : dtype of any framework, or its name, optional
-        Cast to it, on the side where fewer bytes cross a bus, with the values that the framework of `x` gives (float8
-        overflows to nan from NumPy and from torch 2.11, to the largest number from torch 2.13). NumPy warns of overflow
-        as it always does, but from float32 to float16 torch casts, where it is loaded, and says nothing, unless
-        `np.errstate` wants more than a warning. Default: the dtype of `x`; bfloat16 and float8 arrive as ml_dtypes
-        types of the same bits.
+        Default: the dtype of `x`; bfloat16 and float8 arrive as ml_dtypes types of the same bits, whose sums and means
+        are made in these few bits: say ``dtype="float32"`` to compute. Else a cast, on the side where fewer bytes cross
+        a bus, with the values that the framework of `x` gives (float8 overflows to nan from NumPy and from torch 2.11,
+        to the largest number from torch 2.13). NumPy warns of overflow as it always does, but from float32 to float16
+        torch casts, where it is loaded, and says nothing, unless `np.errstate` wants more than a warning.
     copy : bool or None
-        None shares when no promise is broken, else copies once. False never moves a byte, and refuses what a foreign
-        object has made for us to answer. True returns fresh memory in the memory order of `x`.
+        None shares when no promise is broken, else copies once. False never moves a byte, and refuses an object of
+        another library that has to copy itself to be read. True returns fresh memory in the memory order of `x`.
     writable : bool or None
         None: fresh memory is writable; shared memory is as the source, and read-only if the source requires grad, is
         immutable, or overlaps itself. True: writable; a read-only or overlapping source is copied; a tensor that
@@ -215,7 +215,7 @@ def to_torch(
     tensorbridge.CopyRequiredError: to_torch(copy=False): numpy float64 (3,) on cpu cannot be shared.
       pack   24 B   torch has no negative strides
       share   0 B   torch.from_numpy: the same memory
-    Allow the copy with copy=None, or share x, the argument, unreversed: to_torch(x[::-1]).
+    Allow the copy with copy=None, or share x, the argument, in the opposite order: to_torch(x[::-1]).
     """
     _options.require("torch")
     want = _options.want(

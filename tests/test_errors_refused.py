@@ -613,7 +613,7 @@ def test_what_is_reversed_and_read_only_has_a_cure_that_shares():
     x = a[::-1]
     with pytest.raises(tb.CopyRequiredError) as told:
         tb.to_torch(x, copy=False)
-    cure = str(told.value).rpartition("unreversed: ")[2].removesuffix(".")
+    cure = str(told.value).rpartition("opposite order: ")[2].removesuffix(".")
     with tb.copy_guard("error"):
         shared = eval(cure, {"x": x, "to_torch": tb.to_torch})
     assert tb.shares_memory(shared, x)

@@ -533,3 +533,11 @@ def test_what_a_subclass_answers_for_torch_is_not_what_its_memory_holds(cls, opt
     assert tb.plan(t, "numpy", **options).source.shape == (3,)
     assert tb.describe(t).nbytes == 12
     assert tb.to_torch(t) is t
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float8_e4m3fn])
+def test_sums_of_small_floats_are_made_in_their_own_bits_in_numpy(dtype):
+    """As documented: it is ml_dtypes' doing, and the reason to compute in float32."""
+    ones = torch.ones(1000).to(dtype)
+    assert float(tb.to_numpy(ones).sum()) < 1000
+    assert float(tb.to_numpy(ones, dtype="float32").sum()) == 1000

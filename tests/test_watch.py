@@ -50,7 +50,8 @@ def test_guard_raises_before_anything_moves(reversed_array):
         'to_torch: numpy float64 (6,) on cpu would move 48 B, and copy_guard("error") forbids it.\n'
         "  pack   48 B   torch has no negative strides\n"
         "  share   0 B   torch.from_numpy: the same memory\n"
-        'Allow it with copy_guard("allow") around this call, or share x, the argument, unreversed: to_torch(x[::-1]).'
+        'Allow it with copy_guard("allow") around this call, or share x, the argument, '
+        "in the opposite order: to_torch(x[::-1])."
     )
     assert caught.value.plan.bytes_moved == 48
 
