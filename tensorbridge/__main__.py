@@ -24,9 +24,10 @@ def main(argv: list[str] | None = None) -> int:
     _bench.add_arguments(commands.add_parser("bench", help="measure what a copy costs against shared memory, here"))
     demo = commands.add_parser("demo", help="real data from NumPy through torch and back")
     demo.add_argument("topic", nargs="?", choices=("digits", "why-detach"), default="digits")
-    trace = commands.add_parser("trace", help="run a script and report every conversion in it")
+    trace = commands.add_parser("trace", help="run a script or a module and report every conversion in it")
     trace.add_argument("--save", metavar="PATH", help="also write Chrome trace JSON")
-    trace.add_argument("script", help="a Python file, run as __main__")
+    trace.add_argument("-m", dest="module", action="store_true", help="a module follows, as for `python -m`: no file")
+    trace.add_argument("script", help="a Python file, or with -m the name of a module; run as __main__")
     rest = trace.add_argument("args", nargs=argparse.REMAINDER, help="what follows the script is given to it")
     rest.required = False  # argparse would name it as missing where only the script is
     args = parser.parse_args(argv)
@@ -46,7 +47,7 @@ def main(argv: list[str] | None = None) -> int:
         shown = "_demo" if args.topic == "digits" else "_why_detach"
         module = importlib.import_module(f"tensorbridge._commands.{shown}")
         return read_by(module.main)
-    return traced(args.script, args.args, args.save)
+    return traced(args.script, args.args, args.save, module=args.module)
 
 
 def read_by(prints: Callable[[], int | None]) -> int:
@@ -60,12 +61,14 @@ def read_by(prints: Callable[[], int | None]) -> int:
     return status
 
 
-def traced(script: str, arguments: list[str], save: str | None) -> int:
-    """Run a script as ``__main__`` with a trace on; the report is printed even if it fails."""
-    if not os.path.isfile(script):
-        print(f"python -m tensorbridge trace: no such script: {script}", file=sys.stderr)
+def traced(script: str, arguments: list[str], save: str | None, *, module: bool) -> int:
+    """Run a script, or a module, as ``__main__`` with a trace on; the report is printed even if it fails."""
+    if module:
+        sys.path[0] = os.getcwd()  # as Python has it for one
+    if not (_is_module(script) if module else os.path.isfile(script)):
+        print(f"python -m tensorbridge trace: no such {'module' if module else 'script'}: {script}", file=sys.stderr)
         return 2
-    if os.path.splitext(script)[1] not in ("", ".py", ".pyw", ".pyc", ".pyz"):  # JSON would run, as an expression
+    if not module and os.path.splitext(script)[1] not in ("", ".py", ".pyw", ".pyc", ".pyz"):  # JSON would run
         takes = "which is what it takes: a file that ends in .py, or in nothing"
         does = "It runs it and reports the conversions in it"
         opens = "a trace that was saved is opened by Perfetto or chrome://tracing"
@@ -79,15 +82,26 @@ def traced(script: str, arguments: list[str], save: str | None) -> int:
             print(f"python -m tensorbridge trace: --save {save}: {error.strerror}", file=sys.stderr)
             return 2
     sys.argv[:] = [script, *arguments]
-    sys.path[0] = os.path.dirname(os.path.abspath(script))
+    if not module:
+        sys.path[0] = os.path.dirname(os.path.abspath(script))
     with tb.trace() as seen:
         try:
-            runpy.run_path(script, run_name="__main__")
+            if module:
+                runpy.run_module(script, run_name="__main__", alter_sys=True)
+            else:
+                runpy.run_path(script, run_name="__main__")
         finally:
             print(seen.report(), file=sys.stderr)
             if save:
                 seen.save(save)
     return 0
+
+
+def _is_module(name: str) -> bool:
+    try:
+        return find_spec(name) is not None
+    except ModuleNotFoundError:  # of a package above it
+        return False
 
 
 if __name__ == "__main__":

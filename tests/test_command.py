@@ -110,6 +110,34 @@ def test_trace_runs_a_script_and_reports_also_when_it_fails(tmp_path, arguments,
     assert (tmp_path / "trace.json").exists()
 
 
+@pytest.mark.parametrize(("arguments", "code"), [([], 0), (["fail"], 3)])
+def test_trace_runs_a_module_with_imports_of_its_package(tmp_path, arguments, code):
+    package = tmp_path / "pkg"
+    package.mkdir()
+    (package / "__init__.py").write_text("")
+    (package / "data.py").write_text("import numpy as np\nROWS = np.zeros(3)[::-1]\n")
+    (package / "train.py").write_text(
+        "import sys\nimport tensorbridge as tb\nfrom .data import ROWS\ntb.to_torch(ROWS)\n"
+        "print(sys.argv[0], sys.argv[1:], __name__)\nif 'fail' in sys.argv:\n    raise SystemExit(3)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-m", "tensorbridge", "trace", "-m", "pkg.train", *arguments],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        check=False,
+    )
+    assert (done.returncode, done.stdout.strip()) == (code, f"{package / 'train.py'} {arguments} __main__")
+    assert "train.py:4" in done.stderr
+
+
+@pytest.mark.parametrize("name", ["no_such_module", "no_such_package.train"])
+def test_trace_of_a_missing_module_exits_2(name):
+    done = run("trace", "-m", name)
+    assert (done.returncode, done.stderr) == (2, f"python -m tensorbridge trace: no such module: {name}\n")
+
+
 def test_trace_of_a_missing_script_exits_2():
     done = run("trace", "no_such_script.py")
     assert done.returncode == 2

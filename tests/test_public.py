@@ -342,3 +342,7 @@ tb.to_numpy_async(np.zeros(3)).result()
 """
     run = subprocess.run([sys.executable, "-c", f"{PLATFORMS[name]}\n{code}"], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
+
+
+def test_dir_shows_what_is_public_and_nothing_of_how_it_is_made():
+    assert {name for name in dir(tb) if not name.startswith("_")} == set(tb.__all__)
