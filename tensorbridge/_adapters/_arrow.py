@@ -33,9 +33,9 @@ class Joined(NamedTuple):
 
 
 JOINED = "its chunks are joined into one array"
-UNPACKED = "its truths, which are single bits, are unpacked"
+UNPACKED = "its booleans, which are single bits, are unpacked"
 DECODED = "its categories are decoded: an array holds what they stand for"
-_TRUTHS = "its truths, which are bytes of any value, are made True or False"
+_TRUTHS = "its booleans, which are bytes of any value, are made True or False"
 
 
 def made(part: Any) -> Any:

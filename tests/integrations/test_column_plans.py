@@ -55,7 +55,7 @@ def test_a_column_that_has_to_be_copied_is_planned_guarded_and_counted_as_a_copy
             convert(x, copy=False)
 
 
-JOINED, UNPACKED = "its chunks are joined into one array", "its truths, which are single bits, are unpacked"
+JOINED, UNPACKED = "its chunks are joined into one array", "its booleans, which are single bits, are unpacked"
 DECODED = "its categories are decoded: an array holds what they stand for"
 BESIDE = "its columns are joined into one array"
 WHY = {
@@ -74,7 +74,7 @@ WHY = {
     "arrow truths": UNPACKED,
     "arrow chunks": JOINED,
     "arrow categories": DECODED,
-    "arrow bool8": "its truths, which are bytes of any value, are made True or False",
+    "arrow bool8": "its booleans, which are bytes of any value, are made True or False",
     "arrow table": BESIDE,
     "arrow lists of truths": UNPACKED,
     "polars arrays of truths": UNPACKED,

@@ -114,7 +114,7 @@ SOURCES = {
         Source(lambda _: pl.concat([pl.Series([1, 2]), pl.Series([3])], rechunk=False)),
         Source(lambda _: pa.chunked_array([[1, 2], [3]])),
     ],
-    "truths of polars, pyarrow": [
+    "booleans of polars, pyarrow": [
         Source(lambda _: pl.Series([True, False])),
         Source(lambda _: pa.array([True, False])),
     ],
