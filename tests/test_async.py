@@ -295,3 +295,24 @@ def test_nothing_is_left_behind(machine):
     assert machine.cupy_memory.used <= 4
     assert not _lease._leases
     assert _lease.settle() == 0
+
+
+def test_an_error_keeps_nothing_alive_until_the_collector_comes():
+    """Its traceback would hold the frame that raised it, the frame the transfer, and the transfer the error."""
+
+    class Failing:
+        def __array__(self, dtype=None, copy=None):
+            raise ValueError("broken")
+
+    gc.collect()
+    gc.disable()
+    try:
+        source = Failing()
+        alive = weakref.ref(source)
+        transfer = tb.to_numpy_async(source)
+        with pytest.raises(tb.ProducerError):
+            transfer.result()
+        del source, transfer
+        assert alive() is None
+    finally:
+        gc.enable()

@@ -4,8 +4,14 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from importlib.machinery import ModuleSpec
+from types import ModuleType
 
+import numpy as np
 import pytest
+
+import tensorbridge as tb
+from tensorbridge._cuda import _streams
 
 CALLS = {
     "to_torch": "tb.to_torch(a)",
@@ -89,3 +95,26 @@ except tb.MissingFrameworkError:
     print("done")
 """
     assert run(code) == "done\n"
+
+
+@pytest.mark.parametrize("name", ["torch.utils._pytree", "optree.registry"])
+def test_registries_of_containers_may_be_half_imported(monkeypatch, name):
+    half = ModuleType(name)
+    half.__spec__ = ModuleSpec(name, None)
+    half.__spec__._initializing = True
+    monkeypatch.setitem(sys.modules, name, half)
+
+    class Other:
+        pass
+
+    other = Other()
+    assert tb.tree.to_numpy({"x": np.ones(3), "other": other})["other"] is other
+
+
+def test_a_stream_is_identified_while_torch_is_imported(monkeypatch):
+    half = ModuleType("torch")
+    half.__spec__ = ModuleSpec("torch", None)
+    half.__spec__._initializing = True
+    monkeypatch.setitem(sys.modules, "torch", half)
+    with pytest.raises(TypeError, match="is no CUDA stream"):
+        _streams.identify("no stream")

@@ -251,6 +251,12 @@ print(len(tb._watch.watching))
     assert run.stdout == "0\n", run.stderr
 
 
+def test_a_trace_that_is_left_without_having_been_entered_says_so():
+    text = r"^trace\(\): left without having been entered"
+    with pytest.raises(RuntimeError, match=text), contextlib.ExitStack() as stack:
+        stack.push(tb.trace())
+
+
 def test_a_trace_of_the_parent_records_nothing_in_a_forked_child():
     with tb.trace() as seen:
         pid = os.fork()

@@ -75,6 +75,8 @@ class Transfer:
             if self._future.done():
                 raise
             raise TimeoutError(f"the transfer is not done after {timeout} s; it goes on") from None
+        finally:
+            del self  # an error's traceback holds this frame, and the future the error
 
     @eager
     def __await__(self) -> Generator[Any, None, Any]:
@@ -140,14 +142,10 @@ def to_numpy_async(x: Any, *, pinned: bool = False) -> Transfer:
         raise TypeError(f"to_numpy_async(pinned={pinned!r}): pinned is True or False")
     is_tree = kind_of(x) not in (ARRAY, OTHER)
     job = unwrap(tree.to_numpy if is_tree else _api.to_numpy)  # a lane would not ask whether compiled code has called
-    from concurrent.futures import Future
-
-    outcome: Future[Any] = Future()
     try:
         indices = sorted(devices_of(flatten(x).leaves if is_tree else [x]), reverse=True)
         if not indices or not (_streams.usable("torch") or _streams.usable("cupy") or _streams.forked()):
-            outcome.set_result(job(x))
-            return Transfer(outcome)
+            return _done(result=job(x))
         if _streams.forked() or _streams.capturing():  # refused before CUDA is touched
             why, cure = "while a CUDA graph is being captured", "Do it before or after."
             if _streams.forked():
@@ -160,16 +158,21 @@ def to_numpy_async(x: Any, *, pinned: bool = False) -> Transfer:
             side = _streams.identify(_streams.side_stream(index))[0]
             for number in callers.get(index, ()):
                 _stream_order.link(number, side, index)
-    except BaseException as error:
-        if not isinstance(error, Exception):
-            raise
-        outcome.set_exception(error)  # like the errors of a transfer under way
-        return Transfer(outcome)
-    try:
         return Transfer(_started(_into_pinned if pinned else job, x, indices))
-    except RuntimeError as error:  # no thread can be started
+    except Exception as error:  # like the errors of a transfer under way
+        return _done(error=error)
+
+
+def _done(*, result: Any = None, error: Exception | None = None) -> Transfer:
+    """Made here, where no traceback of `error` comes by: it would hold the future, which holds `error`."""
+    from concurrent.futures import Future
+
+    outcome: Future[Any] = Future()
+    if error is None:
+        outcome.set_result(result)
+    else:
         outcome.set_exception(error)
-        return Transfer(outcome)
+    return Transfer(outcome)
 
 
 def _started(job: Callable[[Any], Any], x: Any, indices: list[int]) -> Future[Any]:

@@ -13,6 +13,7 @@ from typing import Any
 
 from tensorbridge import _forks
 from tensorbridge._cuda import _streams
+from tensorbridge._loaded import loaded
 
 # Those not in use, by (thread, whether CuPy's, index). Not thread-local: a forked child would destroy those of other
 # threads.
@@ -88,7 +89,7 @@ class Mark:
 
 def mark(number: int, index: int) -> Mark:
     """An event recorded now on stream `number` of device `index`."""
-    torch = sys.modules.get("torch")
+    torch = loaded("torch")
     if torch is not None and torch.cuda.is_initialized():
         event = torch.cuda.Event()
         event.record(_streams.wrapped("torch", number, index))

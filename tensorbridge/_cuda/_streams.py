@@ -299,7 +299,7 @@ def identify(stream: Any, here: int | None = None) -> tuple[int, int]:
     """
     if isinstance(stream, bool) or stream is None:
         raise TypeError(f"{stream!r} is no CUDA stream; give a stream of torch, CuPy or cuda.core, or its raw handle")
-    torch = sys.modules.get("torch")
+    torch = loaded("torch")
     if torch is not None and isinstance(stream, torch.Stream) and not hasattr(stream, "cuda_stream"):
         if stream.device.type != "cuda":
             raise ValueError(f"{stream!r} is no CUDA stream")

@@ -21,6 +21,7 @@ import numpy as np
 
 from tensorbridge._adapters import _strangers
 from tensorbridge._errors import UnsupportedArrayError
+from tensorbridge._loaded import loaded
 from tensorbridge._refuse import OBSTACLES, plain_dict
 from tensorbridge._trees import _rebuild, _tables
 
@@ -146,8 +147,7 @@ def check_known(tree: Any, framework: str, call: str = "") -> None:
 
 def _registered(cls: type) -> Kind | None:
     """As torch's pytrees or optree open it, where they are loaded and know exactly this class."""
-    pytree = sys.modules.get("torch.utils._pytree")
-    node = None if pytree is None else pytree.SUPPORTED_NODES.get(cls)
+    node = getattr(loaded("torch.utils._pytree"), "SUPPORTED_NODES", {}).get(cls)
     if node is not None:
         return Kind(
             lambda x: _opened(node.flatten_fn(x)),
@@ -168,7 +168,7 @@ def _registered(cls: type) -> Kind | None:
 
 def _in_optree(cls: type) -> Any:
     """The entry of a class in optree's registry, in whatever namespace: nobody says here which one is meant."""
-    known: dict[Any, Any] = getattr(sys.modules.get("optree.registry"), "_NODETYPE_REGISTRY", {})
+    known: dict[Any, Any] = getattr(loaded("optree.registry"), "_NODETYPE_REGISTRY", {})
     return known.get(cls) or next((e for key, e in known.items() if type(key) is tuple and key[1] is cls), None)
 
 
