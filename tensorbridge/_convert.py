@@ -236,7 +236,8 @@ def moment(traits: Traits, want: Want) -> Here:
         on_host = on_host._replace(compiled=True)
     lies_there = traits.device != CPU and traits.device.is_cuda
     if not lies_there and (want.device is None or not want.device.is_cuda):
-        return on_host
+        pins = want.pin_memory and _streams.usable("torch") and not _streams.forked()
+        return on_host._replace(capturing=_streams.capturing()) if pins else on_host
     forked = _streams.forked()
     if forked or (not lies_there and not _streams.usable(want.framework)):
         return on_host._replace(forked=forked)

@@ -277,7 +277,7 @@ def after(traits: Traits, steps: Sequence[Step], here: Here) -> Refusal | None:
     """What can be refused only when the steps are known: work that a CUDA graph capture would not survive."""
     if not here.capturing:
         return None
-    on_device = traits.device.is_cuda or any(step.after.device.is_cuda for step in steps)
+    on_device = traits.device.is_cuda or any(step.after.device.is_cuda or step.op == "pin" for step in steps)
     # Nobody knows which stream the work of a foreign producer is on.
     foreign = any(step.op in ("import", "export") and step.after.device.is_cuda for step in steps)
     if on_device and (not here.same_stream or foreign or any(step.kind for step in steps)):

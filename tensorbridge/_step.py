@@ -188,6 +188,15 @@ def bind(steps: tuple[Step, ...], source: ArrayInfo, want: Want) -> Plan:
         for step in steps
     )
     moved = sum(step.nbytes for step in bound)
-    at_once = want.non_blocking
-    blocking = any(s.kind == "d2h" or (s.kind == "h2d" and not (at_once and s.by != RING)) for s in bound)
+    blocking = any(_waits(step, source, want) for step in bound)
     return Plan(source, bound[-1].after, bound, moved == 0, moved, blocking)
+
+
+def _waits(step: Step, source: ArrayInfo, want: Want) -> bool:
+    """Whether the host waits for a transfer. Into `out`, only a whole block of page-locked memory is read behind it."""
+    if step.kind != "h2d" or not want.non_blocking or step.by == RING:
+        return step.kind in ("d2h", "h2d")
+    out = step.after
+    plain = out.spacing == "dense" and not (out.lazy or source.lazy)
+    whole = plain and (source.dtype, source.order) == (out.dtype, out.order)
+    return step.op == Op.FILL and not (source.pinned and whole)

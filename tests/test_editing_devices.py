@@ -12,6 +12,7 @@ import torch
 
 from tensorbridge._autograd import _editing
 from tensorbridge._autograd._editing import editing
+from tensorbridge._cuda import _streams
 from tensorbridge._errors import DeviceError, GraphError
 
 STALE = "modified by an inplace operation"
@@ -145,14 +146,19 @@ def test_host_copies_open_in_two_threads_close_one_at_a_time(elsewhere):
 
 def test_while_a_cuda_graph_is_captured_a_device_tensor_is_refused(elsewhere, monkeypatch):
     t = torch.zeros(3)
-    monkeypatch.setattr(_editing, "_is_capturing", lambda torch, tensor: True)
+    refuse, capturing = _editing._refuse_moment, [True]
+    like_cuda = SimpleNamespace(
+        device=torch.device("cuda", 0), layout=torch.strided, is_nested=False, dtype=torch.float32, shape=(3,)
+    )
+    monkeypatch.setattr(_streams, "capturing", lambda: capturing[0])
+    monkeypatch.setattr(_editing, "_refuse_moment", lambda torch, tensor: refuse(torch, like_cuda))
     with pytest.raises(DeviceError, match="captur"):
         editing(t)
-    monkeypatch.setattr(_editing, "_is_capturing", lambda torch, tensor: False)
+    capturing[0] = False
     block = editing(t)
     with pytest.raises(DeviceError, match="captur"), block as a:
         a[0] = 1
-        monkeypatch.setattr(_editing, "_is_capturing", lambda torch, tensor: True)  # a capture began inside the block
+        capturing[0] = True  # a capture began inside the block
     assert t[0] == 0
 
 

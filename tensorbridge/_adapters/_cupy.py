@@ -171,9 +171,10 @@ def plain_from_torch(t: Any) -> Any:
         return None
     try:
         dense, address, index = t.is_contiguous(), t.data_ptr(), t.get_device()
+        held = t.storage_offset() * t.element_size() + t.nbytes <= t.untyped_storage().nbytes()
     except RuntimeError:  # of torch.func, functional or sparse: it has no memory of its own
         return None
-    if not dense:
+    if not (dense and held):  # after a `resize_` that failed, a tensor claims more than there is
         return None
     stream = cupy.cuda.get_current_stream(index)
     number = int(stream.ptr) or _streams.LEGACY_DEFAULT

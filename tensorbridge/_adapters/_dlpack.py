@@ -18,7 +18,8 @@ from tensorbridge._errors import CopyRequiredError, ProducerError
 from tensorbridge._refuse import Obstacle
 
 HOST = (1, 3, 11)  # DLPack device types: CPU, CUDA host, ROCm host
-CUDA = (2, 13)  # CUDA, CUDA managed
+PLAIN, MANAGED = 2, 13  # memory of a CUDA device, and what moves between it and the host
+CUDA = (PLAIN, MANAGED)
 READ_ONLY, IS_COPIED = 1, 2
 
 
@@ -110,6 +111,15 @@ class _Taken:
 
     def __del__(self, rename: Any = _rename) -> None:
         rename(self.capsule, self.name)
+
+
+def name_as_plain(capsule: Any) -> bool:
+    """Managed memory in a capsule, that nobody has taken, under the name of a CUDA device's; False for any other."""
+    tensor, _ = read(None, capsule)
+    if tensor.device_type != MANAGED:
+        return False
+    tensor.device_type = PLAIN
+    return True
 
 
 def read(x: Any, capsule: Any) -> tuple[_DLTensor, int | None]:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from tensorbridge import _dtypes
-from tensorbridge._adapters import _numpy
+from tensorbridge._adapters import _dlpack, _numpy
 from tensorbridge._array import CPU, FROM_LARGE, Traits
 from tensorbridge._cuda import _lease, _staging, _stream_order, _streams
 from tensorbridge._errors import ProducerError
@@ -69,8 +69,17 @@ _SHARED = frozenset(row.numpy for row in _dtypes.DTYPES.values() if row.cupy and
 
 def _imported(capsule: Any, index: int) -> Tensor:
     if torch.cuda.current_device() == index:
-        return torch.utils.dlpack.from_dlpack(capsule)
+        return _read(capsule)
     with torch.cuda.device(index):
+        return _read(capsule)
+
+
+def _read(capsule: Any) -> Tensor:
+    try:
+        return torch.utils.dlpack.from_dlpack(capsule)
+    except BufferError:  # torch knows managed memory by no name; it is CUDA's, at an address as any other
+        if not _dlpack.name_as_plain(capsule):
+            raise
         return torch.utils.dlpack.from_dlpack(capsule)
 
 

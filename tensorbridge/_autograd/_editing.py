@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from tensorbridge import _api, _dtypes, _readonly, _refuse, _watch
 from tensorbridge._adapters import adapter_of
 from tensorbridge._array import Device, Traits, shape_text
+from tensorbridge._cuda import _streams
 from tensorbridge._eager import eager
 from tensorbridge._errors import DeviceError, GraphError, UnsupportedArrayError
 from tensorbridge._reentrant import Reentrant
@@ -263,15 +264,11 @@ def _refuse_moment(torch: Any, tensor: torch.Tensor) -> None:
         raise DeviceError(
             f"editing: {_what(tensor, 'cannot be reached from a forked process')}. Start workers with the spawn method."
         )
-    if _is_capturing(torch, tensor):
+    if tensor.device.type == "cuda" and _streams.capturing():
         raise DeviceError(
             f"editing: {_what(tensor, 'cannot be copied to the host and back while a CUDA graph is captured')}: "
             "the copies would break the capture. Edit it before or after, outside the capture."
         )
-
-
-def _is_capturing(torch: Any, tensor: torch.Tensor) -> bool:
-    return tensor.device.type == "cuda" and bool(torch.cuda.is_current_stream_capturing())
 
 
 def _what(tensor: torch.Tensor, predicate: str) -> str:

@@ -46,9 +46,9 @@ def prefetch(
         serves one loop at a time: an earlier one that has been left is waited for.
     to : "torch", "cupy" or "numpy"
     device : as for `to_torch` and `to_cupy`
-        "cpu" converts on the host, which is the only choice for NumPy, and taken there. To a device that only torch
-        knows ("mps", "xpu") a batch is moved when it is asked for, by the thread that asks: the one that reads ahead
-        leaves it on the host, in memory of its own.
+        "cpu" converts on the host, which is the only choice for NumPy, and taken there; None converts where a batch
+        lies. To a device that only torch knows ("mps", "xpu") a batch is moved when it is asked for, by the thread that
+        asks: the one that reads ahead leaves it on the host, in memory of its own.
     depth : int
         How many batches may be ahead of the consumer, at most. They are all in memory at once, on the device too.
     transform : callable, optional

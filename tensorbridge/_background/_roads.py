@@ -71,6 +71,42 @@ class Host:
         return batch.value
 
 
+class Stay(Host):
+    """Batches stay where they lie. What lies on CUDA is converted on the default stream of its device."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.met = False  # a batch on CUDA
+
+    def on_device(self, batch: Any) -> list[Any]:
+        return _device_arrays(batch)
+
+    def converted(self, batch: Any, want: Want, read: list[Any]) -> Batch:
+        read += self.on_device(batch)
+        made = _leaves.converted(batch, want)
+        memory = self.on_device(made)
+        if not (read or memory):
+            return Batch(made)
+        self.met = True
+        _lease.settle()
+        for array in read:  # whose owner knows nothing of this stream
+            _lease.keep(array, _streams.LEGACY_DEFAULT, _index_of(array))
+        return Batch(made, {i: _stream_order.mark(_streams.LEGACY_DEFAULT, i) for i in devices_of(memory)}, memory)
+
+    def may_be_asked(self) -> None:
+        if self.met and _streams.capturing():
+            raise DeviceError(_CAPTURING)
+
+    def handed_over(self, batch: Batch) -> Any:
+        for index, mark in (batch.mark or {}).items():
+            for framework in _frameworks():
+                mark.holds_back(_streams.current(framework, index), index)
+        for array in batch.memory:
+            framework = "cupy" if isinstance(array, getattr(loaded("cupy"), "ndarray", ())) else "torch"
+            _used_by_consumer(array, _current_stream(framework, _index_of(array)), _index_of(array))
+        return batch.value
+
+
 class Elsewhere(Host):
     """Batches go to a device that only torch knows, when they are asked for. What the worker makes lies on the host.
 
@@ -141,11 +177,18 @@ class Cuda(Host):
         number = _streams.identify(stream)[0]
         if number != self.number:
             batch.mark.holds_back(number, self.index)
-            with _streams.on_device(self.index):  # CuPy's default stream is that of whatever device is current
-                for array in batch.memory:
-                    with suppress(ValueError):  # memory of another library that came as it was: used as it was
-                        _lease.used_on(array, stream)
+            for array in batch.memory:
+                _used_by_consumer(array, stream, self.index)
         return batch.value
+
+
+def _used_by_consumer(array: Any, stream: Any, index: int) -> None:
+    with _streams.on_device(index), suppress(ValueError):  # memory of another library that came as it was is used so
+        _lease.used_on(array, stream)  # CuPy's default stream is that of whatever device is current
+
+
+def _index_of(array: Any) -> int:
+    return int(array.get_device() if hasattr(array, "get_device") else array.data.device_id)
 
 
 _CAPTURING = (
@@ -201,6 +244,8 @@ def _current_stream(framework: str, index: int) -> Any:
 
 
 def road_for(want: Want) -> Host:
-    if want.device is None or want.device == CPU:
+    if want.framework == "numpy" or want.device == CPU:
         return Host()
+    if want.device is None:
+        return Stay()
     return Cuda(want.framework, want.device.index) if want.device.is_cuda else Elsewhere(want)

@@ -17,6 +17,7 @@ import numpy as np
 
 from tensorbridge import _dtypes
 from tensorbridge._array import Device, Traits, c_strides
+from tensorbridge._errors import DeviceError
 from tensorbridge._step import Op, Plan, Step, bytes_text
 
 if TYPE_CHECKING:
@@ -280,16 +281,22 @@ class Staging:
 
     def __init__(self, framework: str) -> None:
         self.framework = framework
+        self.pinned = True
 
     def host_block(self, nbytes: int) -> Any:
         from tensorbridge._cuda import _staging
 
-        return _staging.pinned_empty(nbytes)
+        try:
+            return _staging.pinned_empty(nbytes)
+        except DeviceError:  # there is no more of it: ordinary memory will do, and is waited for
+            self.pinned = False
+            return np.empty(nbytes, np.uint8)
 
     def up(self, host: Any, device: Device) -> Any:
         from tensorbridge._cuda import _staging
 
-        return _staging.upload(host, framework=self.framework, index=device.index, pinned=True, non_blocking=True)
+        road = {"pinned": self.pinned, "non_blocking": self.pinned}
+        return _staging.upload(host, framework=self.framework, index=device.index, **road)
 
     def down(self, block: Any, device: Device) -> Any:
         from tensorbridge._cuda import _staging

@@ -1,5 +1,6 @@
 """Bad input on a device, and memory of others: clear errors, and devices, streams and pools are left as found."""
 
+import contextlib
 import gc
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import pytest
 from holding import twice
 
 import tensorbridge as tb
+from tensorbridge._adapters import _dlpack
 from tensorbridge._cuda import _lease, _staging, _streams
 
 pytestmark = pytest.mark.gpu
@@ -281,3 +283,40 @@ def test_the_pool_of_both_gets_the_blocks_of_arrays_in_cycles_back(torch, cupy):
         gc.collect()
     torch.cuda.synchronize()
     assert torch.cuda.memory_allocated() == before
+
+
+@pytest.mark.parametrize("outgrown", [lambda t: t.untyped_storage().resize_(16), lambda t: t.resize_(1 << 45)])
+def test_a_tensor_that_claims_more_than_its_storage_holds_is_refused(torch, cupy, unchanged, outgrown):
+    tb.to_cupy(torch.ones(4, device="cuda"))  # the lanes are open
+    t = torch.ones(1 << 20, device="cuda")
+    with contextlib.suppress(RuntimeError):
+        outgrown(t)
+    for options in ({}, {"detach": True}):
+        with pytest.raises(tb.UnsupportedArrayError, match="its storage holds"):
+            tb.to_cupy(t, **options)
+
+
+class Managed:
+    """As CuPy says of managed memory: the capsule names another type of device."""
+
+    def __init__(self, c):
+        self.c = c
+
+    def __dlpack_device__(self):
+        return (13, 0)
+
+    def __dlpack__(self, **options):
+        capsule = self.c.__dlpack__(**options)
+        tensor, _ = _dlpack.read(self.c, capsule)
+        tensor.device_type = 13
+        return capsule
+
+
+@pytest.mark.parametrize("to", ["numpy", "torch", "cupy"])
+def test_managed_memory_is_read_at_its_address(torch, cupy, unchanged, to):
+    c = cupy.arange(5, dtype=cupy.float32)
+    plan = tb.plan(Managed(c), to)
+    made = {"numpy": tb.to_numpy, "torch": tb.to_torch, "cupy": tb.to_cupy}[to](Managed(c))
+    assert made.tolist() == [0, 1, 2, 3, 4]
+    assert plan.zero_copy == (to != "numpy")
+    assert to == "numpy" or tb.shares_memory(made, c)

@@ -234,3 +234,27 @@ def test_batches_come_to_the_host_while_the_stream_that_they_were_asked_on_is_ca
     graph.replay()
     torch.cuda.synchronize()
     assert set(x.unique().tolist()) == {1.0}
+
+
+BREAKING = {
+    "pin_memory": lambda t: tb.to_torch(np.ones(1 << 20), pin_memory=True),
+    "editing": lambda t: tb.editing(t).__enter__(),
+}
+
+
+@pytest.mark.parametrize("name", BREAKING)
+def test_page_locked_memory_and_editing_are_refused_in_a_capture_by_cupy_too(torch, cupy, warm, name):
+    t, x = torch.ones(5, device="cuda"), cupy.zeros(N, cupy.float32)
+    torch.cuda.synchronize()
+    stream = cupy.cuda.Stream(non_blocking=True)
+    with stream:
+        stream.begin_capture(0)  # global
+        x += 1
+        try:
+            with pytest.raises(tb.DeviceError, match="captured"):
+                BREAKING[name](t)
+        finally:
+            graph = stream.end_capture()
+    graph.launch(stream)
+    stream.synchronize()
+    assert set(cupy.asnumpy(x).tolist()) == {1.0}

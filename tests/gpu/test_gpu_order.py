@@ -421,3 +421,47 @@ def test_the_stream_that_a_sample_names_waits_for_the_batch(torch, cupy, gate):
             return batch[:, 0].tolist()
 
         assert twice(body) == [1.0, 2.0, 3.0]
+
+
+@pytest.mark.parametrize("maker", ["torch", "cupy"])
+@pytest.mark.parametrize("options", [{"copy": True}, {"transform": lambda x: {"x": x["x"] * 1}}], ids=["copy", "made"])
+def test_batches_that_stay_where_they_are_are_handed_over_behind_the_worker(torch, cupy, gate, options, maker):
+    """With `device=None` what a batch becomes is made by the worker, on the default stream."""
+    consumer = gate.beside(torch.cuda.Stream, torch.cuda.default_stream())
+
+    def body(really):
+        value = 2.0 if really else 1.0
+        x = torch.full((N,), value, device="cuda") if maker == "torch" else cupy.full(N, value, cupy.float32)
+        torch.cuda.synchronize()
+
+        def source():
+            gate.put_on(torch.cuda.current_stream())
+            yield {"x": x}
+
+        with torch.cuda.stream(consumer), gate.shut(really=really):
+            batch = next(tb.prefetch(source(), device=None, **options))
+            found = batch["x"].clone()
+            assert not really or not consumer.query(), "blind"
+        return set(found.unique().tolist())
+
+    assert twice(body) == {2.0}
+
+
+def test_batches_that_stay_where_they_are_are_kept_for_their_consumer(torch, cupy, gate):
+    consumer = torch.cuda.Stream()
+
+    def body(really):
+        x = torch.full((N,), 1.0, device="cuda")
+        torch.cuda.synchronize()
+        with torch.cuda.stream(consumer), gate.shut(really=really):
+            batch = next(tb.prefetch([x], device=None, copy=True))
+            address = batch.data_ptr()
+            gate.put_on(consumer)
+            found = batch.clone()
+            del batch
+            with torch.cuda.stream(torch.cuda.default_stream()):
+                again = [torch.full((N,), 7.0, device="cuda") for _ in range(4)]
+            assert address not in [t.data_ptr() for t in again]
+        return set(found.unique().tolist())
+
+    assert twice(body) == {1.0}

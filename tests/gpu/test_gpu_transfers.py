@@ -1,5 +1,7 @@
 """Transfers on a device: by every road the same values, sources free in time, nothing handed out too early."""
 
+import threading
+
 import ml_dtypes
 import numpy as np
 import pytest
@@ -319,3 +321,53 @@ def test_a_pinned_tensor_goes_up_at_once_where_nothing_is_to_be_waited_for(torch
         return set(np.unique(tb.to_numpy(x)).tolist())
 
     assert twice(body) == {1.0}
+
+
+HOST = {
+    "ordinary array": lambda torch, n: np.ones(n, "float32"),
+    "ordinary tensor": lambda torch, n: torch.ones(n),
+    "page-locked": lambda torch, n: torch.ones(n, pin_memory=True),
+    "page-locked, every other": lambda torch, n: torch.ones(2 * n, pin_memory=True)[::2],
+    "page-locked, another dtype": lambda torch, n: torch.ones(n, dtype=torch.int32, pin_memory=True),
+}
+
+
+@pytest.mark.parametrize("n", [1000, 4 * MIB])
+@pytest.mark.parametrize("where", ["out", "device"])
+@pytest.mark.parametrize("kind", HOST)
+def test_plan_says_whether_the_host_waits_for_what_goes_up(torch, cupy, gate, whole_ring, kind, where, n):
+    """The stream is held until it is let go by a timer: who comes back before that has not waited."""
+    mine = torch.cuda.Stream()
+    x = HOST[kind](torch, n)
+    options = {"out": torch.zeros(n, device="cuda")} if where == "out" else {"device": "cuda"}
+    options["non_blocking"] = True
+    said = tb.plan(x, "torch", **options).blocking
+
+    def body(really):
+        torch.cuda.synchronize()
+        with torch.cuda.stream(mine), gate.shut(really=really):
+            gate.put_on(mine)
+            timer = threading.Timer(0.5, gate.open)
+            timer.start()
+            result = tb.to_torch(x, **options)
+            waited = mine.query()
+            timer.join()
+        assert set(result.unique().tolist()) == {1.0}
+        return waited
+
+    assert said or not twice(body)
+
+
+@pytest.mark.parametrize("call", ["tree", "prefetch"])
+def test_small_leaves_cross_where_there_is_no_more_page_locked_memory(torch, cupy, monkeypatch, call):
+    batch = {name: np.full(1000, i, "float32") for i, name in enumerate("abc")}
+
+    def none(nbytes):
+        raise tb.DeviceError("no page-locked host memory")
+
+    monkeypatch.setattr(_staging, "pinned_empty", none)
+    if call == "tree":
+        made = tb.tree.to_torch(batch, device="cuda")
+    else:
+        (made,) = tb.prefetch([batch])
+    assert [set(t.unique().tolist()) for t in made.values()] == [{0.0}, {1.0}, {2.0}]
