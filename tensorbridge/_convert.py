@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from tensorbridge import _casting, _device_lanes, _lanes, _options, _watch
 from tensorbridge import _words as words
-from tensorbridge._adapters import Adapter, adapter_of, named, performer
+from tensorbridge._adapters import Adapter, adapter_of, import_all, named, performer
 from tensorbridge._array import CPU, ArrayInfo, Traits
 from tensorbridge._cuda import _stream_order, _streams
 from tensorbridge._eager import is_inside
@@ -198,6 +198,14 @@ def open_lanes() -> None:
         _lanes.open(adapter_of(tensor))
     if tensor is not None and _device_lanes._Tensor is None and loaded("cupy"):
         _device_lanes.open(adapter_of(tensor), named("cupy"))
+
+
+def import_ahead() -> None:
+    """What conversions import when they first need it, by who is about to start a thread. One that imports while the
+    process forks leaves the child a lock that nobody opens again: the child's own import would wait for good.
+    """
+    import_all()
+    open_lanes()
 
 
 THREADED = frozenset({"medium", "large", "huge"})

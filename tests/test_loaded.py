@@ -118,3 +118,22 @@ def test_a_stream_is_identified_while_torch_is_imported(monkeypatch):
     monkeypatch.setitem(sys.modules, "torch", half)
     with pytest.raises(TypeError, match="is no CUDA stream"):
         _streams.identify("no stream")
+
+
+@pytest.mark.parametrize("start", ["tb.prefetch(source(), device='cpu')", "tb.prefetch(source(), to='numpy')"])
+def test_the_thread_of_prefetch_imports_none_of_our_modules(start):
+    """A worker that is forked meanwhile would find the lock of that import shut for good."""
+    code = f"""
+import sys, threading
+import numpy as np, torch, tensorbridge as tb
+begin = threading.Event()
+def source():
+    begin.wait()
+    yield {{"x": np.ones(3), "y": torch.ones(3), "z": memoryview(bytearray(4)), "n": 1.5, "l": [np.ones(2)] * 2}}
+ready = {start}
+before = set(sys.modules)
+begin.set()
+list(ready)
+print(sorted(name for name in set(sys.modules) - before if name.startswith("tensorbridge")))
+"""
+    assert run(code) == "[]\n"

@@ -19,6 +19,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from tensorbridge._array import ON_A_TENSOR, ArrayInfo, Traits
+from tensorbridge._loaded import loaded
 from tensorbridge._step import Op, Step, Want
 
 
@@ -64,6 +65,12 @@ def is_scalar(cls: type) -> bool:
 
 def named(name: str) -> Adapter:
     return import_module(f"tensorbridge._adapters._{name}")
+
+
+def import_all() -> None:
+    """The adapters of what is here."""
+    for name in ("numpy", "python", "protocols", *filter(loaded, ("torch", "cupy"))):
+        named(name)
 
 
 def performer(step: Step, before: Traits, want: Want) -> Callable[..., Any]:

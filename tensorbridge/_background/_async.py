@@ -179,6 +179,7 @@ def _started(job: Callable[[Any], Any], x: Any, indices: list[int]) -> Future[An
     global _worker
     from concurrent.futures import ThreadPoolExecutor
 
+    _convert.import_ahead()
     with _lock:
         if _worker is None:
             _worker = ThreadPoolExecutor(1, "tensorbridge-transfer")

@@ -18,7 +18,7 @@ from contextvars import copy_context
 from queue import Empty, SimpleQueue
 from typing import Any, NamedTuple
 
-from tensorbridge import _watch
+from tensorbridge import _convert, _watch
 from tensorbridge._background._roads import Batch, Host
 from tensorbridge._loaded import loaded
 from tensorbridge._step import Want
@@ -97,6 +97,7 @@ class Worker(threading.Thread):
     def __init__(
         self, batches: Any, source: Iterator[Any], depth: int, transform: Any, want: Want, road: Host, where: str
     ) -> None:
+        _convert.import_ahead()
         self.state = State(depth)
         self.loader = batches if _hands_out_one(batches) else None
         arguments = (_work, self.state, source, transform, want, road, _grad_mode(), where)
