@@ -298,6 +298,14 @@ def test_used_on_refuses_host_memory_and_foreign_memory_whose_owner_is_unknown(m
         tb.used_on(by_hand, 0x60)
 
 
+def test_used_on_refuses_memory_of_an_allocator_that_hears_of_no_other_stream(machine, torch):
+    x = torch.full(SHAPE, 1.0)
+    machine.backend = "pluggable"
+    with pytest.raises(ValueError, match=r"allocator here \(pluggable\) hears of no other stream"):
+        tb.used_on(x, 0x60)
+    assert not [call for call in machine.calls if call[0] == "record_stream"]
+
+
 def test_used_on_checks_the_stream(machine, torch):
     with pytest.raises(ValueError, match="per-thread"):
         tb.used_on(torch.full(SHAPE, 1.0), 2)

@@ -115,11 +115,16 @@ def lend_array(owner: Any, number: int, index: int) -> Any:
 def lend_tensor(tensor: Any, number: int, index: int, stream: object, *, capturing: bool = False) -> Any:
     """The memory of `tensor`, an alias, is in the hands of CuPy on its stream `number`: what its array is to hold."""
     _streams.hold(number, index, stream)
-    if not tensor.untyped_storage().resizable() or sys.modules["torch"].cuda.get_allocator_backend() != "native":
+    if not (tensor.untyped_storage().resizable() and _records()):
         return lend_array(tensor, number, index)
     if not capturing:
         tensor.record_stream(_streams.wrapped("torch", number, index))
     return tensor
+
+
+def _records() -> bool:
+    """Whether torch's allocator does what `record_stream` asks; one that was plugged in does nothing, silently."""
+    return bool(sys.modules["torch"].cuda.get_allocator_backend() == "native")
 
 
 def keep(owner: Any, number: int, index: int) -> None:
@@ -209,8 +214,8 @@ def used_on(x: Any, stream: Any) -> None:
     Raises
     ------
     TypeError, ValueError
-        `x` is no array on a CUDA device, or one whose memory came from elsewhere without `to_torch` or `to_cupy`;
-        `stream` is no CUDA stream.
+        `x` is no array on a CUDA device, or one whose memory came from elsewhere without `to_torch` or `to_cupy`, or
+        from an allocator that was plugged into torch, and knows one stream only; `stream` is no CUDA stream.
     DeviceError
         This is a forked process that cannot use CUDA.
 
@@ -258,8 +263,14 @@ def _tensor_used_on(t: Any, number: int, index: int) -> None:
     lease = _leases.get(storage._cdata)
     if lease is not None:
         lease.uses.add((number, index))
-    elif storage.resizable():
+    elif storage.resizable() and _records():
         t.detach().record_stream(_streams.wrapped("torch", number, index))
+    elif storage.resizable():
+        raise ValueError(
+            f"used_on: torch's allocator here ({sys.modules['torch'].cuda.get_allocator_backend()}) hears of no other "
+            "stream, and may give the memory out again while that is at work.\n"
+            "Hold the tensor until its work there is done."
+        )
     else:
         raise ValueError(
             "used_on: this tensor stands on memory of another library, whose owner is not known here.\n"
