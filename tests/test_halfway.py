@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import threading
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -78,6 +79,39 @@ def test_an_interrupt_while_a_slot_is_copied_loses_no_slot(machine, ring, way, m
             way(_staging.link_of("cupy", 0), block_with(machine, data), data.copy(), through=ring)
         machine.run()
         assert len(ring._free) == ring._made
+
+
+def test_a_slot_whose_borrower_was_ended_before_he_could_give_it_back_is_found(machine, ring):
+    """As an interrupt does, at any line: the slot dies with his frame."""
+    addresses = []
+    for _ in range(SLOTS + 1):
+        slot = ring.take(wait=True)
+        addresses.append(slot.memory.__array_interface__["data"][0])
+        del slot
+    assert len(set(addresses)) == 1 == ring._made
+    assert len({id(ring.take(wait=False).memory) for _ in range(2)}) == 1
+
+
+def test_one_that_something_may_still_use_is_not_given_out_again_but_replaced(machine, ring):
+    slots = [ring.take(wait=True) for _ in range(SLOTS)]
+    used = {id(slot.memory) for slot in slots[:2]}
+    slots[0].busy = slots[1].busy = "moving"
+    del slots
+    again = [ring.take(wait=False) for _ in range(SLOTS)]
+    assert None not in again
+    assert not used & {id(slot.memory) for slot in again}
+    assert used == {id(slot.memory) for slot in ring._lost}  # kept: nobody else gets that memory
+    assert ring._made == SLOTS
+
+
+def test_who_waits_for_a_slot_finds_one_that_nobody_gave_back(machine, ring):
+    slots = [ring.take(wait=True) for _ in range(SLOTS)]
+    found = []
+    waiting = threading.Thread(target=lambda: found.append(ring.take(wait=True)))
+    waiting.start()
+    slots.pop()
+    waiting.join(10)
+    assert found
 
 
 class NoThreads:

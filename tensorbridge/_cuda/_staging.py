@@ -132,14 +132,25 @@ def pinned_empty(nbytes: int) -> Bytes:
     return np.frombuffer(memory, dtype=np.uint8, count=nbytes)
 
 
+COPYING, MOVING = "copying", "moving"  # what may use a slot that no mark stands for: a thread, a transfer
+
+
 class Slot:
-    """A piece of page-locked memory, and the event behind its last transfer."""
+    """A piece of page-locked memory, and the event behind its last transfer.
 
-    __slots__ = ("mark", "memory")
+    Whoever has taken one gives it back. But an interrupt may end him at any line: then it dies with his frame, and what
+    it was goes where the ring finds it.
+    """
 
-    def __init__(self, memory: Bytes) -> None:
-        self.memory = memory
-        self.mark: _stream_order.Mark | None = None
+    __slots__ = ("_orphans", "busy", "mark", "memory")
+
+    def __init__(
+        self, orphans: deque[Any], memory: Bytes, mark: _stream_order.Mark | None = None, busy: str = ""
+    ) -> None:
+        self._orphans, self.memory, self.mark, self.busy = orphans, memory, mark, busy
+
+    def __del__(self) -> None:
+        self._orphans.append((self.memory, self.mark, self.busy))
 
 
 class Ring:
@@ -149,7 +160,8 @@ class Ring:
         self.nbytes = nbytes
         self._allocate, self._count, self._made = allocate, count, 0
         self._free: deque[Slot] = deque()  # the longest free first
-        self._lost: list[Slot] = []
+        self._orphans: deque[Any] = deque()  # what slots were whose borrowers were ended in the middle
+        self._lost: list[Slot] = []  # whose transfer failed, and may still use them: CuPy's pool would reuse the memory
         self._changed = threading.Condition()
 
     def exists(self) -> bool:
@@ -157,16 +169,16 @@ class Ring:
         with self._changed:
             if not self._made:
                 try:
-                    self._free.append(Slot(self._allocate(self.nbytes)))
+                    self._free.append(self._new())
                 except DeviceError:
                     return False
-                self._made += 1
             return True
 
     def take(self, *, wait: bool) -> Slot | None:
         """A slot that no transfer uses; None if there is none just now and the caller does not `wait`."""
         with self._changed:
             while True:
+                self._adopt()
                 found = self._idle()
                 if found is not None:
                     return found
@@ -177,7 +189,7 @@ class Ring:
                 if self._free:
                     slot = self._free.popleft()
                     break
-                self._changed.wait()
+                self._changed.wait(0.1)  # of an orphan nobody is told
         try:
             if slot.mark is not None:
                 slot.mark.synchronize()
@@ -187,17 +199,24 @@ class Ring:
         slot.mark = None
         return slot
 
+    def _new(self) -> Slot:
+        slot = Slot(self._orphans, self._allocate(self.nbytes))
+        self._made += 1
+        return slot
+
     def _another(self) -> Slot | None:
         """One slot more; where page-locked memory has run out, those that there are have to do."""
         try:
-            made = Slot(self._allocate(self.nbytes))
+            return self._new()
         except DeviceError:
             if not self._made:
                 raise
             self._count = self._made
             return None
-        self._made += 1
-        return made
+
+    def _adopt(self) -> None:
+        while self._orphans:
+            self._back(Slot(self._orphans, *self._orphans.popleft()))
 
     def _idle(self) -> Slot | None:
         for slot in self._free:
@@ -210,15 +229,15 @@ class Ring:
     def give(self, slot: Slot) -> None:
         """Back into the ring; its memory is used again once its mark has passed."""
         with self._changed:
-            self._free.append(slot)
+            self._back(slot)
             self._changed.notify()
 
-    def lose(self, slot: Slot) -> None:
-        """Not back into the ring: a transfer failed that may still use it. Kept, as CuPy's pool would reuse it."""
-        with self._changed:
-            self._lost.append(slot)
+    def _back(self, slot: Slot) -> None:
+        if slot.busy:
             self._made -= 1
-            self._changed.notify()
+            self._lost.append(slot)
+        else:
+            self._free.append(slot)
 
 
 _ring: Ring | None = None
@@ -257,11 +276,15 @@ def fill_host(link: Link, block: Any, out: Bytes, *, through: Ring | None = None
         slot, start, stop = flying[0]
         assert slot.mark is not None
         slot.mark.synchronize()
-        started = _copiers.copying(out[start:stop], slot.memory[: stop - start])
-        flying.popleft()
-        slot.mark = None
+        slot.busy = COPYING
+        try:
+            started = _copiers.copying(out[start:stop], slot.memory[: stop - start])
+        except BaseException:
+            slot.busy = ""
+            raise
         copies.extend(started)
-        _copiers.when_done(started, lambda: slots.give(slot))
+        flying.popleft()
+        _copiers.when_done(started, lambda: _read(slot, slots))
 
     try:
         for start, stop in _pieces(out.size, slots.nbytes):
@@ -270,20 +293,26 @@ def fill_host(link: Link, block: Any, out: Bytes, *, through: Ring | None = None
                 land()
                 slot = slots.take(wait=not flying)
             try:
+                slot.busy = MOVING
                 link.down(block, start, slot.memory[: stop - start])
-                slot.mark = mark(link)
+                slot.mark, slot.busy = mark(link), ""
             except BaseException:
-                slots.lose(slot)
+                slots.give(slot)
                 raise
             flying.append((slot, start, stop))
         while flying:
             land()
     finally:
-        for slot, _, _ in flying:
-            slots.give(slot)
+        while flying:
+            slots.give(flying.popleft()[0])
         _copiers.wait(copies)
     for copy in copies:
         copy.result()
+
+
+def _read(slot: Slot, slots: Ring) -> None:
+    slot.mark, slot.busy = None, ""
+    slots.give(slot)
 
 
 def fill_device(link: Link, block: Any, source: Bytes, *, through: Ring | None = None) -> None:
@@ -295,13 +324,10 @@ def fill_device(link: Link, block: Any, source: Bytes, *, through: Ring | None =
         slot, start, stop, copies = filling[0]
         for copy in copies:
             copy.result()
+        slot.busy = MOVING
+        link.up(block, start, slot.memory[: stop - start])
+        slot.mark, slot.busy = mark(link), ""
         filling.popleft()
-        try:
-            link.up(block, start, slot.memory[: stop - start])
-            slot.mark = mark(link)
-        except BaseException:
-            slots.lose(slot)
-            raise
         slots.give(slot)
 
     try:
@@ -310,17 +336,23 @@ def fill_device(link: Link, block: Any, source: Bytes, *, through: Ring | None =
             while slot is None:
                 lift()
                 slot = slots.take(wait=not filling)
+            slot.busy = COPYING
             try:
                 copies = _copiers.copying(slot.memory[: stop - start], source[start:stop])
             except BaseException:
+                slot.busy = ""
                 slots.give(slot)
                 raise
             filling.append((slot, start, stop, copies))
         while filling:
             lift()
     finally:
-        for slot, _, _, copies in filling:
+        while filling:
+            slot, _, _, copies = filling[0]
             _copiers.wait(copies)
+            if slot.busy == COPYING:
+                slot.busy = ""
+            filling.popleft()
             slots.give(slot)
 
 
