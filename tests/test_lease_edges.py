@@ -306,6 +306,14 @@ def test_used_on_refuses_memory_of_an_allocator_that_hears_of_no_other_stream(ma
     assert not [call for call in machine.calls if call[0] == "record_stream"]
 
 
+def test_used_on_takes_an_array_whose_owner_is_a_numpy_array_of_objects(machine, cupy):
+    block = cupy.full(SHAPE, 1.0)
+    memory = machine.cupy.cuda.UnownedMemory(block.data.ptr, block.nbytes, np.array([block, None], object), 0)
+    x = machine.cupy.ndarray(SHAPE, np.float32, machine.cupy.cuda.MemoryPointer(memory, 0))
+    tb.used_on(x, 0x60)
+    assert any((0x60, 0) in lease.uses for lease in _lease._leases.values())
+
+
 def test_used_on_checks_the_stream(machine, torch):
     with pytest.raises(ValueError, match="per-thread"):
         tb.used_on(torch.full(SHAPE, 1.0), 2)

@@ -283,7 +283,7 @@ def _array_used_on(x: Any, number: int, index: int) -> None:
     if isinstance(owner, getattr(sys.modules.get("torch"), "Tensor", ())):
         _tensor_used_on(owner, number, index)
         return
-    loan = owner.item() if type(owner) is np.ndarray and owner.dtype.hasobject else None
+    loan = owner[()] if type(owner) is np.ndarray and owner.dtype.hasobject and not owner.ndim else None
     base = loan if isinstance(loan, Loan) else x if x.base is None else x.base
     lease = _leases.get(id(base))
     if lease is not None:
