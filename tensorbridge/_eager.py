@@ -57,15 +57,17 @@ def hide_all() -> None:
     frames: Any = getattr(getattr(getattr(sys.modules.get("torch"), "_C", None), "_dynamo", None), "eval_frame", None)
     if frames is None:
         return
-    if not hasattr(frames, "set_code_exec_strategy"):
+    try:
+        mark, strategy, asked = frames.set_code_exec_strategy, frames._FrameExecStrategy, frames.get_eval_frame_callback
+        skip, default = frames._FrameAction.SKIP, frames._FrameAction.DEFAULT
+    except AttributeError:
         unhidden.clear()
         return
-    skip, default = frames._FrameAction.SKIP, frames._FrameAction.DEFAULT
     with suppress(IndexError):  # none is left: another thread may take the last one
         while True:
             code, below = unhidden.pop()
-            frames.set_code_exec_strategy(code, frames._FrameExecStrategy(skip, skip if below else default))
-    compiling = frames.get_eval_frame_callback
+            mark(code, strategy(skip, skip if below else default))
+    compiling = asked
 
 
 eager(hide_all)

@@ -264,3 +264,17 @@ def test_a_function_that_is_not_compiled_shares_though_compiled_code_calls_it():
 
     torch.compile(function, backend="eager")(torch.ones(2))
     assert shared == [True]
+
+
+@pytest.mark.parametrize(
+    "name", ["set_code_exec_strategy", "_FrameExecStrategy", "_FrameAction", "get_eval_frame_callback"]
+)
+def test_a_torch_without_the_names_by_which_code_is_hidden_is_no_error(name):
+    code = f"""
+import torch
+delattr(torch._C._dynamo.eval_frame, {name!r})
+import numpy as np, tensorbridge as tb
+print(tb.to_torch(np.ones(3)).sum().item())
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.stdout == "3.0\n", done.stderr

@@ -420,3 +420,18 @@ def test_a_thread_that_has_the_number_of_the_finished_worker_may_ask_for_batches
     ready._worker.join()
     ready._worker._ident = threading.get_ident()  # as the system gives it out again
     assert len(list(ready)) == 2
+
+
+def test_what_a_source_raises_at_its_end_does_not_hide_why_a_batch_failed():
+    def source():
+        try:
+            yield np.ones(3)
+        finally:
+            raise OSError("at the end")
+
+    def transform(batch):
+        raise ValueError("of the batch")
+
+    with pytest.raises(OSError, match="at the end") as error:
+        list(tb.prefetch(source(), device="cpu", transform=transform))
+    assert isinstance(error.value.__context__, ValueError)

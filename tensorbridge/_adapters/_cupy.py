@@ -81,7 +81,7 @@ def performer(step: Step, before: Traits, want: Want) -> Callable[..., Any]:
     if op == Op.SHARE:
         return from_torch(before, capturing=step.by == CAPTURED) if before.framework == "torch" else _same
     if op == Op.ORDER:
-        return lambda x: _ordered(x, source)
+        return _stream_order.ordered(before, "torch")
     return {Op.RESTRIDE: _same}[op]
 
 
@@ -106,11 +106,6 @@ def _copied_by_bytes(x: Any, order: str) -> Any:
     one_byte = (*source.shape, x.itemsize), np.uint8, source.data, (*source.strides, 1)
     out = cupy.ndarray(source.shape, x.dtype, cupy.ndarray(*one_byte).copy().data)
     return out.transpose(np.argsort(axes)) if x.ndim else out
-
-
-def _ordered(x: Any, index: int) -> Any:
-    _stream_order.order("cupy", "torch", index)
-    return x
 
 
 # -- Memory of others

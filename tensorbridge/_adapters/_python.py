@@ -22,7 +22,6 @@ class Parts(NamedTuple):
     """A list to stack: `numbers` as it came, or the arrays in it and the shape of the lists around them."""
 
     shape: tuple[int, ...]
-    outer: tuple[int, ...]
     arrays: list[Any] | None
     numbers: Sequence[Any]
     mixed: bool = False  # arrays of several dtypes, which are cast as they are stacked
@@ -58,7 +57,7 @@ def open(x: Any, want: Want) -> tuple[Any, Traits]:
     outer, leaves, kinds = _unfolded(x)
     if all(is_scalar(kind) for kind in kinds):
         dtype = _numbers.dtype_of(leaves, kinds, want, outer)
-        parts = Parts(outer, outer, None, x)
+        parts = Parts(outer, None, x)
         size = size_class(math.prod(outer) * _dtypes.DTYPES[dtype].itemsize)
         return parts, Traits("numpy list", dtype=dtype, size=size)
     return _arrays(outer, leaves, want)
@@ -165,7 +164,7 @@ def _arrays(outer: tuple[int, ...], leaves: Sequence[Any], want: Want) -> tuple[
         graph=any(t.graph for t, _ in kinds),
         size=size_class(math.prod(shape) * _dtypes.DTYPES[dtype].itemsize, len(shape)),
     )
-    return Parts(shape, outer, handles, (), bool(mixed)), found
+    return Parts(shape, handles, (), bool(mixed)), found
 
 
 def are_cast(dtypes: Iterable[str], wanted: str | None) -> bool:

@@ -263,8 +263,12 @@ def _subclass_obstacle(t: Tensor) -> str:
             return name
     if t.is_nested:
         return "nested"
-    dispatch = type(t).__torch_dispatch__
-    return "" if dispatch is torch._C._disabled_torch_dispatch_impl else "intercepting"
+    return "intercepting" if intercepts(t) else ""
+
+
+def intercepts(t: Tensor) -> bool:
+    """Whether a subclass answers every operation itself, so that its memory need not be its value."""
+    return type(t).__torch_dispatch__ is not torch._C._disabled_torch_dispatch_impl
 
 
 def describe(t: Tensor, traits: Traits) -> ArrayInfo:

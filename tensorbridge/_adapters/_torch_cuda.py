@@ -239,15 +239,3 @@ def filler(before: Traits, want: Want) -> Callable[[Tensor, Tensor], object] | N
             _staging.upload(bytes_of(source), framework="torch", index=index, into=flat(target))
 
     return _settling(fill)
-
-
-def ordered(before: Traits) -> Callable[[Any], Any]:
-    """The other framework's stream waits for that of the framework which has the array."""
-    giver, receiver = (before.framework, "cupy" if before.framework == "torch" else "torch")
-    index = before.device.index
-
-    def order(x: Any) -> Any:
-        _stream_order.order(giver, receiver, index)
-        return x
-
-    return order

@@ -16,6 +16,7 @@ from torch import Tensor
 from tensorbridge import _dtypes, _engine, _readonly
 from tensorbridge._adapters import _numpy, _torch_cuda
 from tensorbridge._array import ON_A_TENSOR, Traits
+from tensorbridge._cuda import _stream_order
 from tensorbridge._step import Op, Step, Want
 
 DTYPES: dict[str, Any] = {
@@ -55,7 +56,7 @@ def performer(step: Step, before: Traits, want: Want) -> Callable[[Any], Any]:
     if op == Op.TO_HOST:
         return _torch_cuda.to_host(before, step)
     if op == Op.ORDER:
-        return _torch_cuda.ordered(before)
+        return _stream_order.ordered(before, "cupy")
     if op == Op.STACK:
         return lambda parts: parts.stacked(stacked)
     return {

@@ -280,11 +280,6 @@ def on_host(tensor: torch.Tensor) -> bool:
     return tensor.device.type == "cpu"
 
 
-def intercepts(tensor: torch.Tensor) -> bool:
-    """Whether a subclass answers every operation itself, so that its memory need not be its value."""
-    return getattr(type(tensor).__torch_dispatch__, "__name__", "") != "_disabled_torch_dispatch_impl"
-
-
 def torch_of(tensor: object, asked: str) -> Any:
     """The torch module. Whoever holds a tensor has loaded it."""
     torch = sys.modules.get("torch")

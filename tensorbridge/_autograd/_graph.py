@@ -12,9 +12,10 @@ import sys
 from itertools import islice
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from tensorbridge._adapters import named
 from tensorbridge._array import Device, shape_text
 from tensorbridge._autograd import _picture
-from tensorbridge._autograd._editing import intercepts, on_host, torch_of
+from tensorbridge._autograd._editing import on_host, torch_of
 from tensorbridge._dtypes import of_torch
 from tensorbridge._eager import eager
 from tensorbridge._errors import GraphError
@@ -342,7 +343,8 @@ class _Extent(NamedTuple):
 
 
 def _memory(tensor: torch.Tensor) -> _Extent | None:
-    if intercepts(tensor):  # to ask a fake tensor for its address makes torch warn
+    adapter: Any = named("torch")
+    if adapter.intercepts(tensor):  # to ask a fake tensor for its address makes torch warn
         return None
     try:
         address, strides, size = tensor.data_ptr(), tensor.stride(), tensor.element_size()

@@ -168,11 +168,11 @@ class Prefetch(Iterator[Any]):
             self.close()
             raise StopIteration
         if isinstance(item, Failure):
-            self.close()
             try:
                 raise item.error
             finally:
                 del item  # the traceback holds this frame
+                self.close()  # what the source raises at its end has the failure as its context
         try:
             return self._road.handed_over(item)
         except BaseException:  # it ends the iteration, as one of the worker's; none is left out

@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import sys
 import threading
+from collections.abc import Callable
 from typing import Any
 
 from tensorbridge import _forks
+from tensorbridge._array import Traits
 from tensorbridge._cuda import _streams
 from tensorbridge._loaded import loaded
 
@@ -23,6 +25,16 @@ _events: dict[tuple[int, bool, int], Any] = {}
 def order(giver: str, receiver: str, index: int) -> None:
     """`receiver`'s current stream waits for the work now on `giver`'s; the host does not."""
     link(_streams.current(giver, index), _streams.current(receiver, index), index)
+
+
+def ordered(before: Traits, receiver: str) -> Callable[[Any], Any]:
+    """The step of a plan: the same array, which the receiver's stream may read from now on."""
+
+    def order_first(x: Any) -> Any:
+        order(before.framework, receiver, before.device.index)
+        return x
+
+    return order_first
 
 
 def wait(framework: str, number: int, index: int) -> None:
