@@ -86,6 +86,7 @@ class Traits(NamedTuple):
     # Who stands behind a view: "tensor" (a NumPy view of one), "narrowed" (such a view that was made read-only, or to
     # overlap, by others: the array that lies on the tensor is not), "memmap", "unknown" (`__array__`). Nobody: "copied"
     # (the producer made a copy for us and says so), "made" (it is seen to have). Of a column: how it becomes an array.
+    # Of a list of arrays of several dtypes: that they are cast.
     origin: str = ""
 
 

@@ -49,13 +49,11 @@ class Reentrant(AbstractContextManager[_T], Generic[_T]):
     @eager
     def __exit__(self, *exc: Any) -> bool | None:
         place = self._place()
-        mine = self._open.get(place) or next(
-            filter(None, list(self._open.values())), None
-        )  # a generator ends elsewhere
+        others = filter(None, list(self._open.values()))  # a generator may end elsewhere
+        mine = self._open.get(place) or next(others, None)
         if mine is None:
-            raise RuntimeError(
-                f"{self._line.partition(' as ')[0]}: left without having been entered; open it by a with block"
-            )
+            call = self._line.partition(" as ")[0]
+            raise RuntimeError(f"{call}: left without having been entered; open it by a with block")
         block = mine.pop()
         if not self._open.get(place):
             self._open.pop(place, None)

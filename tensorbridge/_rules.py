@@ -52,7 +52,8 @@ def make_array(steps: Steps, want: Want, here: Here) -> None:
     if traits.framework.endswith(" list"):
         holder = traits.framework.removesuffix(" list")
         native = traits.dtype.lstrip(">")
-        then(Op.STACK, f"the list becomes one array, by {holder}", framework=holder, by=holder, dtype=native)
+        why = f"the list becomes one array, by {holder}{traits.origin}"
+        then(Op.STACK, why, framework=holder, by=holder, dtype=native)
     if traits.framework in COLUMNS:
         then(Op.STACK, traits.origin, framework="numpy", by="numpy")
     if traits.framework == "python scalar":

@@ -99,6 +99,7 @@ def test_arrays_of_several_dtypes_are_stacked_in_the_one_that_is_asked_for(dtype
         assert tb.describe(made).dtype == "float32"
         assert np.array_equal(numbers(made), expected)
     assert tb.plan(items, "torch", dtype="float32").bytes_moved == expected.nbytes  # each element is written once
+    assert "which casts its parts, of several dtypes, to float32" in str(tb.plan(items, "torch", dtype="float32"))
     out = torch.zeros(expected.shape)
     tb.to_torch(items, out=out)
     assert np.array_equal(out.numpy(), expected)

@@ -163,6 +163,7 @@ def _arrays(outer: tuple[int, ...], leaves: Sequence[Any], want: Want) -> tuple[
         "C" if all(t.order == "C" for t, _ in kinds) else "K",  # else the framework's choice
         graph=any(t.graph for t, _ in kinds),
         size=size_class(math.prod(shape) * _dtypes.DTYPES[dtype].itemsize, len(shape)),
+        origin=f", which casts its parts, of several dtypes, to {dtype}" if mixed else "",
     )
     return Parts(shape, handles, (), bool(mixed)), found
 
