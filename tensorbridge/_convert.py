@@ -8,7 +8,7 @@ import threading
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-from tensorbridge import _casting, _device_lanes, _lanes, _options, _watch
+from tensorbridge import _casting, _device_lanes, _dtypes, _lanes, _options, _watch
 from tensorbridge import _words as words
 from tensorbridge._adapters import Adapter, adapter_of, import_all, named, performer
 from tensorbridge._array import CPU, ArrayInfo, Traits
@@ -208,13 +208,25 @@ def import_ahead() -> None:
     open_lanes()
 
 
-THREADED = frozenset({"medium", "large", "huge"})
+# Sizes and dtypes of arrays that may have the 32 768 elements from which on torch uses threads.
+_THREADED_SIZES = frozenset({"medium", "large", "huge"})
+_THREADED_DTYPES = frozenset(name for name, row in _dtypes.DTYPES.items() if row.itemsize == 1)
 
 
 def _starts_threads() -> bool:
-    """Whether torch would use threads. In a forked process, OpenMP's have not survived the fork, and it may hang."""
+    """Whether torch would use threads, which are OpenMP's."""
     torch = loaded("torch")
     return torch is not None and bool(torch.get_num_threads() > 1)
+
+
+def has_lost_threads() -> bool:
+    """Whether torch would wait for threads that a forked process does not have."""
+    return os.getpid() != imported_in and _starts_threads()
+
+
+def waits_for_threads(traits: Traits) -> bool:
+    """Whether it would, to copy an array of this kind."""
+    return (traits.size in _THREADED_SIZES or traits.dtype in _THREADED_DTYPES) and has_lost_threads()
 
 
 def has_threads() -> bool:
@@ -234,8 +246,8 @@ def moment(traits: Traits, want: Want) -> Here:
     on_host = WITH_TORCH if want.framework == "torch" or loaded("torch") else HERE
     if on_host is WITH_TORCH and is_intercepted():
         on_host = INTERCEPTED
-    if traits.size in THREADED and os.getpid() != imported_in:
-        on_host = on_host._replace(worker=_starts_threads())
+    if waits_for_threads(traits):
+        on_host = on_host._replace(worker=True)
     elif traits.size == "huge" and on_host is WITH_TORCH and has_threads():
         on_host = WITH_THREADS
     if on_host.torch and _casting.is_heard():

@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from tensorbridge import _dtypes
 from tensorbridge._array import CPU, FROM_LARGE
+from tensorbridge._step import Op
 
 if TYPE_CHECKING:
     from tensorbridge._array import Traits
-    from tensorbridge._step import Here
+    from tensorbridge._step import Here, Step
 
 _HALF = frozenset(name for name in _dtypes.DTYPES if name in ("float16", "bfloat16") or name.startswith("float8"))
 
@@ -25,6 +26,9 @@ _HALF = frozenset(name for name in _dtypes.DTYPES if name in ("float16", "bfloat
 _WIDE = frozenset({"float32", "float64"})
 _ROUNDED_ALIKE = frozenset({"float16", "bfloat16"})
 _WITHIN_HALF = frozenset({"bool", "uint8", "int8", "int16"})  # no value of theirs is beyond float16's range
+
+
+IN_PIECES = "torch in pieces"
 
 
 class Kernel(NamedTuple):
@@ -57,10 +61,8 @@ def kernel(now: Traits, dtype: str, order: str, here: Here) -> Kernel:
 
 
 def of_tensor(now: Traits, dtype: str, order: str, here: Here) -> Kernel:
-    """The same for a tensor. A cast has torch's values, whatever its size; but a forked process must not wait for
-    threads that it does not have.
-    """
-    if now.dtype == dtype or here.worker:
+    """The same for a tensor. A cast has torch's values, whatever its size."""
+    if now.dtype == dtype:
         return kernel(now, dtype, order, here._replace(torch=True))
     return Kernel("torch")
 
@@ -77,6 +79,18 @@ def in_numpy_pages(now: Traits, dtype: str, by: str) -> bool:
     small pages.
     """
     return numpy_may_copy(now, dtype) and (by == "numpy" or now.size in FROM_LARGE)
+
+
+def in_pieces(step: Step, before: Traits) -> Step:
+    """The step as a forked process does it: torch's threads have not survived the fork, and it would wait for them.
+    What is recorded in a graph stays whole.
+    """
+    if step.kind != "h2h" or step.op not in _PIECEWISE or before.graph or (step.by or step.after.framework) != "torch":
+        return step
+    return step._replace(by=IN_PIECES, why=step.why + "; in pieces: torch's threads have not survived the fork")
+
+
+_PIECEWISE = frozenset({Op.STACK, Op.RESOLVE, Op.CAST, Op.PACK, Op.COPY, Op.FILL})
 
 
 def numpy_may_copy(now: Traits, dtype: str) -> bool:

@@ -8,7 +8,7 @@ rules are asked, which is the order of the steps; `_rules` has each of them, `_r
 
 from __future__ import annotations
 
-from tensorbridge import _dtypes, _refuse, _roads, _rules
+from tensorbridge import _dtypes, _engine, _refuse, _roads, _rules
 from tensorbridge._array import CPU, Device, Traits
 from tensorbridge._errors import CopyRequiredError
 from tensorbridge._step import HERE, Decision, Here, Op, Refusal, Want, cure_of
@@ -21,6 +21,9 @@ def decide(traits: Traits, want: Want, here: Here = HERE) -> Decision:
         return Decision((), refusal)
     steps = _steps(traits, want, here)
     _rules.order_back(steps)
+    if here.worker:
+        befores = [traits, *(step.after for step in steps)]
+        steps[:] = map(_engine.in_pieces, steps, befores)
     refusal = _refuse.after(traits, steps, here)
     if refusal is None and want.copy is False:
         moving = [step for step in steps if step.kind]

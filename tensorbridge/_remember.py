@@ -7,7 +7,6 @@ questions; options are taken as the caller wrote them.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from functools import wraps
 from typing import Any, TypeVar
@@ -62,8 +61,9 @@ def remembering(full: _F) -> _F:
         watched = _watch.watching and (recipe is None or recipe.moves or _watch.is_traced())
         if (
             recipe is None
+            or traits is None
             or watched
-            or _may_start_threads(traits)
+            or _convert.waits_for_threads(traits)
             or (recipe.by_torch and _may_be_otherwise())
             or not (out is None or _are_apart(x, traits, out))
         ):
@@ -90,7 +90,7 @@ def fills(framework: str, sources: Sequence[Any], outs: Sequence[Any]) -> list[_
         filled = None if kind is None else _kind_of_out(out, x)
         recipes = None if filled is None else _asked.get((framework, filled))
         traits = kind(x) if recipes and kind is not None else None
-        if traits is None or traits.spacing != "dense" or _may_start_threads(traits):
+        if traits is None or traits.spacing != "dense" or _convert.waits_for_threads(traits):
             return None
         recipe = recipes.get(_key(traits)) if recipes else None
         if recipe is None or (recipe.by_torch and _may_be_otherwise()):
@@ -147,11 +147,6 @@ def _are_apart(x: Any, traits: Any, out: Any) -> bool:
 def _may_be_otherwise() -> bool:
     """Whether a copy by torch's kernels is decided otherwise at this moment."""
     return _lanes._intercepted() or _casting.is_heard()
-
-
-def _may_start_threads(traits: Any) -> bool:
-    """Whether a kernel might use threads in a process that was forked since, and so has to be chosen anew."""
-    return traits.size in _convert.THREADED and os.getpid() != _convert.imported_in
 
 
 def _key(traits: Any) -> Any:

@@ -192,7 +192,8 @@ def test_large_tensor_is_transposed_by_torch():
     tensor = Traits("torch", size="large")
     assert _engine.of_tensor(tensor, "float32", "F", HERE).by == "torch"
     assert _engine.of_tensor(tensor, "float32", "C", HERE).by == "numpy"
-    assert _engine.of_tensor(tensor, "int32", "C", HERE._replace(worker=True)).by == "numpy"
+    assert _engine.of_tensor(tensor, "int32", "C", HERE._replace(worker=True)).by == "torch"
+    assert _engine.of_tensor(tensor, "float32", "C", HERE._replace(worker=True)).by == "numpy"
 
 
 def test_plan_of_a_fill_says_whose_kernel_and_why():
@@ -238,6 +239,52 @@ with multiprocessing.get_context("fork").Pool(1) as pool:
 def test_a_forked_process_that_imports_us_first_has_no_threads_either():
     run = subprocess.run([sys.executable, "-c", LAZY], capture_output=True, text=True, check=False, timeout=60)
     assert run.stdout == f"{float(1 << 21)} numpy\n", run.stderr[-1500:]
+
+
+CASTS = """
+import multiprocessing
+import numpy as np
+import tensorbridge as tb
+import torch
+
+FLOATS = torch.from_numpy(np.random.default_rng(0).standard_normal((300, 2, 500)) * 500)
+STRIDED = FLOATS.transpose(0, 2)[1:, :, ::2]
+BYTES = torch.arange(40_000).to(torch.uint8)  # fewer bytes than a medium array, and more elements than one thread takes
+SHAPED = [FLOATS, STRIDED, FLOATS[:, :1].expand(300, 3, 500), FLOATS.flatten()[:, None], BYTES]
+SHAPED.append(torch.full((1, 1 << 20), 1e4))
+
+def work(_):
+    made = []
+    for t in SHAPED:
+        for name in ("float16", "float8_e4m3fn"):
+            out = torch.empty(t.shape, dtype=getattr(torch, name))
+            seen = np.empty_like(tb.to_numpy(out))
+            made += [tb.to_numpy(t, dtype=name), tb.to_numpy(tb.to_torch(t, dtype=name))]
+            made += [tb.to_numpy(tb.to_torch(t, out=out)), tb.to_numpy(t, out=seen)]
+        alike = torch.empty_like(t)
+        made += [tb.to_numpy(tb.to_torch(t, copy=True)), tb.to_numpy(tb.to_torch(t, out=alike))]
+        made += [tb.to_numpy([t, t]), tb.to_numpy(tb.collate([t, t]))]
+    made.append(tb.to_numpy(MARKED))
+    made += [tb.to_numpy(t) for t in tb.tree.to_torch({"a": BYTES, "b": FLOATS}, dtype="float16").values()]
+    return [(x.strides, x.tobytes()) for x in made], str(tb.plan(FLOATS, "numpy", dtype="float16"))
+
+MARKED = torch.complex(FLOATS, -FLOATS).conj()
+torch.set_num_threads(2)
+(torch.ones(1 << 22) + 1).sum()  # the threads are there
+here = work(0)
+with multiprocessing.get_context("fork").Pool(1) as pool:
+    there = pool.apply_async(work, (0,)).get(timeout=30)
+print(here[0] == there[0], len(here[0]))
+print(there[1].splitlines()[-2])
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+def test_a_forked_process_casts_tensors_to_the_same_values_without_threads():
+    run = subprocess.run([sys.executable, "-c", CASTS], capture_output=True, text=True, check=False, timeout=60)
+    same, step = run.stdout.splitlines() or [run.stderr[-1500:], ""]
+    assert same == "True 75"
+    assert step.endswith("   dtype=float16 was asked for; in pieces: torch's threads have not survived the fork")
 
 
 @pytest.mark.parametrize("size", [100, 1 << 16, 1 << 21])

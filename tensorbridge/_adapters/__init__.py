@@ -83,7 +83,7 @@ def performer(step: Step, before: Traits, want: Want) -> Callable[..., Any]:
     if step.op == Op.WRAP:
         return named("python").performer(step, before, want)
     if step.op == Op.STACK:
-        return named(step.by).performer(step, before, want)
+        return named(receiver).performer(step, before, want)
     if step.op == Op.IMPORT or giver not in ("numpy", "torch", "cupy"):
         return named("protocols").performer(step, before, want)
     owner = receiver if receiver != "numpy" else giver

@@ -308,7 +308,8 @@ imported, plain_from_cupy = _torch_cuda.imported, _torch_cuda.plain_from_cupy
 # -- What the fast lanes ask for
 
 
-IN_NUMPY, modes, stacked = _torch_steps.IN_NUMPY, _modes, _torch_steps.stacked
+IN_NUMPY, modes = _torch_steps.IN_NUMPY, _modes
+stacked, stacked_in_pieces = _torch_steps.stacked, _torch_steps.stacked_in_pieces
 COMMON, HOST = torch.float32, frozenset({"cpu", torch.device("cpu")})
 PLAIN = frozenset(dtype for name, dtype in DTYPES.items() if _dtypes.crosses_plainly(name))
 # Not the complex ones, whose alignment has to be asked.

@@ -42,6 +42,11 @@ def performer(step: Step, before: Traits, want: Want) -> Callable[[Any], Any]:
         return _torch_cuda.from_cupy(before) if before.framework == "cupy" else _same
     if op == Op.FILL:
         return _filler(before, step, want)
+    if step.by == _engine.IN_PIECES and op == Op.STACK:
+        return lambda parts: parts.stacked(stacked_in_pieces)
+    if step.by == _engine.IN_PIECES and not _engine.in_numpy_pages(before, after.dtype, step.by):
+        dtype = DTYPES[after.dtype]
+        return lambda t: _in_pieces(torch.empty_like(t, dtype=dtype, memory_format=packed), t)
     if op in (Op.CAST, Op.COPY) and before.framework == "numpy":
         return _array_copied(before, after)
     if op in (Op.CAST, Op.COPY) and _engine.in_numpy_pages(before, after.dtype, step.by):
@@ -84,6 +89,33 @@ def stacked(tensors: list[Tensor]) -> Tensor:
     if not (tensors[0].is_cpu or tensors[0].is_cuda):
         tensors = [_true_sign(t) for t in tensors]
     return torch.stack(tensors)
+
+
+def stacked_in_pieces(tensors: list[Tensor], out: Tensor | None = None) -> Tensor:
+    """Tensors of one shape, dtype and device: the host."""
+    if out is None:
+        out = torch.empty((len(tensors), *tensors[0].shape), dtype=tensors[0].dtype, device="cpu")
+    for row, t in zip(out, tensors, strict=True):
+        _in_pieces(row, t)
+    return out
+
+
+# From so many elements on, torch's loops are shared by its threads.
+_GRAIN = 32768
+
+
+def _in_pieces(out: Tensor, t: Tensor) -> Tensor:
+    """`out.copy_(t)`, without threads. `t` is cut across the axis on which its elements lie farthest apart."""
+    if t.numel() < _GRAIN:
+        return out.copy_(t)
+    strides, longest = t.stride(), 0
+    for axis, n in enumerate(t.shape):
+        if n > 1 and (t.shape[longest] == 1 or strides[axis] > strides[longest]):
+            longest = axis
+    half = t.shape[longest] // 2
+    for start, length in ((0, half), (half, t.shape[longest] - half)):
+        _in_pieces(out.narrow(longest, start, length), t.narrow(longest, start, length))
+    return out
 
 
 def _same(t: Tensor) -> Tensor:
@@ -184,7 +216,8 @@ def _into_numpy_pages(before: Traits, after: Traits, by: str) -> Callable[[Tenso
         fresh = np.empty_like(source, dtype=dtype, order=order)
         if by == "numpy":
             return view(fill(source, fresh))
-        return view(fresh).copy_(t)
+        write = _in_pieces if by == _engine.IN_PIECES else Tensor.copy_
+        return write(view(fresh), t)
 
     return copy
 
@@ -216,7 +249,7 @@ def _filler(before: Traits, step: Step, want: Want) -> Callable[..., Any]:
 
         return by_numpy
     share = _from_numpy(before) if before.framework == "numpy" else _same
-    fill: Any = _torch_cuda.filler(before, want) or Tensor.copy_
+    fill: Any = _torch_cuda.filler(before, want) or (_in_pieces if step.by == _engine.IN_PIECES else Tensor.copy_)
     if want.out is not None and want.out.device.is_other and "neg" in want.out.lazy:
         fill = _fill_negative
     if want.framework == "numpy":

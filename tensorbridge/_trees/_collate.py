@@ -308,9 +308,10 @@ def _plain_tensors(values: list[Any]) -> Tensor | None:
         elif min(map(torch.UntypedStorage.nbytes, map(tensor.untyped_storage, values))) < values[0].nbytes:
             return None
         nbytes = len(values) * values[0].nbytes
-        if nbytes >= LARGE and not (_in_worker() or (nbytes >= HUGE and _convert.has_threads())):
+        lost = _convert.has_lost_threads()
+        if lost or (nbytes >= LARGE and not (_in_worker() or (nbytes >= HUGE and _convert.has_threads()))):
             batch = _without_threads(values)
-            if batch is not None:
+            if lost or batch is not None:
                 return batch
         made: Any = _stack(values) if nbytes >= LARGE or _in_worker() else torch.stack(values)
         return made if made.is_cpu and (made.data_ptr() or not made.numel()) else None
@@ -319,7 +320,7 @@ def _plain_tensors(values: list[Any]) -> Tensor | None:
 
 
 def _without_threads(tensors: list[Tensor]) -> Tensor | None:
-    """By NumPy: at this size torch would start threads, which wait for any core that is busy."""
+    """By NumPy: at this size torch would use threads, which wait for any core that is busy."""
     adapter: Any = named("torch")
     seen = [None if t.requires_grad else adapter.dense(t) for t in tensors]
     return None if any(a is None for a in seen) else _plain_arrays(seen)
@@ -348,6 +349,8 @@ def _stack(tensors: list[Tensor]) -> Tensor:
     if _lanes._forward_ad._current_level >= 0 or any(t.requires_grad for t in tensors):
         return torch.stack(tensors)  # type: ignore[no-any-return]
     out = _empty((len(tensors), *tensors[0].shape), tensors[0].dtype)
+    if _convert.has_lost_threads():
+        return named("torch").stacked_in_pieces(tensors, out)  # type: ignore[no-any-return, attr-defined]
     return torch.stack(tensors, out=out)  # type: ignore[no-any-return]
 
 
