@@ -250,8 +250,8 @@ def ctypes_array(kind, *values):
     return (kind * len(values))(*values)
 
 
-def mapped():
-    region = mmap.mmap(-1, 4)
+def mapped(**how):
+    region = mmap.mmap(-1, 4, **how)
     region[:] = b"\x01\x02\x03\x04"
     return region
 
@@ -327,7 +327,10 @@ GROWING = {
     "bytearray": (lambda: bytearray(b"\x01\x02\x03\x04"), extend),
     "array": (lambda: array.array("B", b"\x01\x02\x03\x04"), extend),
     "mmap": (mapped, lambda source: source.close()),
-    "mmap resized": (mapped, lambda source: source.resize(4 * mmap.PAGESIZE)),
+    "mmap resized": (
+        lambda: mapped(flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS),
+        lambda source: source.resize(4 * mmap.PAGESIZE),
+    ),
     "BytesIO": (lambda: io.BytesIO(b"\x01\x02\x03\x04"), lambda source: source.write(b"x" * 4096)),
     "SharedMemory": (shared_memory_buffer, lambda source: source.close()),
 }

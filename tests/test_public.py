@@ -260,7 +260,7 @@ def test_data_loader_rebuilds_the_error_of_its_worker():
             return tb.to_torch(np.zeros(3)[::-1], copy=False)
 
     with pytest.raises(tb.CopyRequiredError, match="torch has no negative strides"):
-        next(iter(torch.utils.data.DataLoader(Reversed(), num_workers=1)))
+        next(iter(torch.utils.data.DataLoader(Reversed(), num_workers=1, multiprocessing_context="fork")))
 
 
 def test_tree_of_errors_is_drawn_in_the_docstring_of_its_module():
