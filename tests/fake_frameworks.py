@@ -16,6 +16,8 @@ import tensorbridge._adapters as adapters
 from tensorbridge import _device_lanes
 from tensorbridge._cuda import _lease, _staging, _stream_order, _streams
 
+adapters.named("torch")  # made for the real torch, before another stands in its place
+
 
 def installed(monkeypatch, *, devices=1, without=()):
     """For a fixture: the machine, with torch and CuPy on it where tensorbridge looks for them, and nothing kept yet."""
