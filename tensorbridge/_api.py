@@ -11,7 +11,9 @@ from tensorbridge import _device_lanes, _lanes, _options
 from tensorbridge._array import ArrayInfo
 from tensorbridge._convert import convert, described, planned
 from tensorbridge._eager import eager, noticing
+from tensorbridge._loaded import Named
 from tensorbridge._memory import infos_share
+from tensorbridge._options import PlanOptions, Unpack
 from tensorbridge._remember import remembering
 from tensorbridge._step import Plan
 
@@ -19,10 +21,8 @@ if TYPE_CHECKING:
     import cupy
     import torch
     from numpy.typing import NDArray
-    from typing_extensions import Unpack
-
-    from tensorbridge._options import PlanOptions
-
+else:
+    cupy, torch = Named("cupy"), Named("torch")
 _Out = TypeVar("_Out", bound="NDArray[Any]")
 _Scalar = TypeVar("_Scalar", bound=np.generic)
 
@@ -319,7 +319,7 @@ def describe(x: Any) -> ArrayInfo:
 
     Cost
     ----
-    No element is read; waits for nothing. An object of another library exports its array, and may read a file for it.
+    No element is read; waits for nothing. Another library's object exports its array: it may read a file for that.
 
     Examples
     --------

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Mapping
 from importlib import import_module
 from inspect import signature
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
 from tensorbridge import _dtypes
 from tensorbridge import _words as words
@@ -20,21 +20,26 @@ from tensorbridge._memory import infos_share
 from tensorbridge._refuse import CALLED, FORKED, Obstacle
 from tensorbridge._step import Want, usual
 
-if TYPE_CHECKING:
-    from typing_extensions import TypedDict
+if sys.version_info >= (3, 11):
+    from typing import Unpack as Unpack
+elif TYPE_CHECKING:
+    from typing_extensions import Unpack as Unpack
+else:
+    Unpack = dict  # what reads hints there finds a type
 
-    class PlanOptions(TypedDict, total=False):
-        """Those of all conversions. Which of them one has, is asked when it is planned."""
 
-        device: Any
-        dtype: Any
-        copy: bool | None
-        writable: bool | None
-        share_readonly: bool
-        detach: bool
-        pin_memory: bool
-        non_blocking: bool
-        out: Any
+class PlanOptions(TypedDict, total=False):
+    """Those of all conversions. Which of them one has, is asked when it is planned."""
+
+    device: Any
+    dtype: Any
+    copy: bool | None
+    writable: bool | None
+    share_readonly: bool
+    detach: bool
+    pin_memory: bool
+    non_blocking: bool
+    out: Any
 
 
 _OR_NONE = frozenset({"copy", "writable"})  # flags that may be None

@@ -9,7 +9,9 @@ import pickle
 import re
 import subprocess
 import sys
+import typing
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -168,6 +170,27 @@ def test_types_are_what_a_caller_expects(tmp_path):
     environment = {"MYPYPATH": str(ROOT.parent), "PATH": ""}
     run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False, env=environment)
     assert run.stdout == "Success: no issues found in 1 source file\n", run.stdout + run.stderr
+
+
+def with_hints():
+    """What is called, by the name that a user reads."""
+    for module in (tb, tree):
+        for name in module.__all__:
+            x = getattr(module, name)
+            members = vars(x).items() if inspect.isclass(x) else ()
+            yield from ((f"{name}.{key}", f) for key, f in members if inspect.isfunction(f) and key[0] != "_")
+            if callable(x):
+                yield f"{module.__name__}.{name}", x
+
+
+@pytest.mark.parametrize(("name", "x"), [pytest.param(*case, id=case[0]) for case in with_hints()])
+def test_hints_can_be_read_where_the_program_runs(name, x):
+    """By Sphinx, pydantic and others; what is not installed may be anything."""
+    hints = typing.get_type_hints(x)
+    if name == "tensorbridge.to_torch":
+        assert hints["return"] is importlib.import_module("torch").Tensor
+    if name == "tensorbridge.to_cupy":
+        assert hints["return"] is getattr(sys.modules.get("cupy"), "ndarray", Any)
 
 
 def test_package_says_that_it_is_typed():

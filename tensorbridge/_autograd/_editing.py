@@ -12,27 +12,31 @@ import sys
 import threading
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from tensorbridge import _api, _dtypes, _readonly, _refuse, _watch
 from tensorbridge._adapters import adapter_of
 from tensorbridge._array import Device, Traits, shape_text
 from tensorbridge._cuda import _streams
 from tensorbridge._eager import eager
 from tensorbridge._errors import DeviceError, GraphError, UnsupportedArrayError
+from tensorbridge._loaded import Named
 from tensorbridge._reentrant import Reentrant
 from tensorbridge._step import HERE, Plan, Want, bytes_text
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
-    from contextlib import AbstractContextManager
 
     import torch
     from numpy.typing import NDArray
 
     Key = tuple[object, ...]
+else:
+    NDArray, torch = np.ndarray, Named("torch")
 
 
 @eager
-def editing(tensor: torch.Tensor) -> AbstractContextManager[NDArray[Any]]:
+def editing(tensor: torch.Tensor) -> contextlib.AbstractContextManager[NDArray[Any]]:
     """Write into `tensor` with NumPy, and let autograd know: ``with editing(t) as a: a[...] = 0``.
 
     It is like an in-place operation of torch under ``no_grad``: the write is not recorded, but a backward that needed

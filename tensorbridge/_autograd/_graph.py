@@ -19,6 +19,7 @@ from tensorbridge._autograd._editing import on_host, torch_of
 from tensorbridge._dtypes import of_torch
 from tensorbridge._eager import eager
 from tensorbridge._errors import GraphError
+from tensorbridge._loaded import Named
 from tensorbridge._memory import elements, overlap
 
 if TYPE_CHECKING:
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
     import torch
 
     Shape = tuple[int, ...]
+else:
+    torch = Named("torch")
 
 DEEPEST = 20_000  # functions in a row: 50 000 that Python had looked at ended the process when torch dropped them
 

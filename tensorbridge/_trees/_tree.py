@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from tensorbridge import _eager, _options
 from tensorbridge._array import ArrayInfo, Traits
+from tensorbridge._options import PlanOptions, Unpack
 from tensorbridge._step import Plan, bytes_text, step_lines
 from tensorbridge._trees._containers import check_known, is_array, may_hold_arrays
 from tensorbridge._trees._fill import aligned, checked
@@ -15,11 +16,6 @@ from tensorbridge._trees._leaf import decided
 from tensorbridge._trees._leaves import blocks_of, check_pack, converted, outside, plan_of
 from tensorbridge._trees._pack import Block
 from tensorbridge._trees._walk import flatten
-
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
-
-    from tensorbridge._options import PlanOptions
 
 
 @_eager.noticing
