@@ -215,7 +215,7 @@ def to_torch(
     tensorbridge.CopyRequiredError: to_torch(copy=False): numpy float64 (3,) on cpu cannot be shared.
       pack   24 B   torch has no negative strides
       share   0 B   torch.from_numpy: the same memory
-    Allow the copy with copy=None, or share x, the argument, in the opposite order: to_torch(x[::-1]).
+    Allow the copy with copy=None, or share x, the argument, as it lies, values in opposite order: to_torch(x[::-1]).
     """
     _options.require("torch")
     want = _options.want(

@@ -117,6 +117,10 @@ OBSTACLES: dict[str, Refusal] = {
     "container": _unsupported(
         "a container is not one array", "Convert every leaf: tensorbridge.tree.to_{framework}(x)."
     ),
+    "queue": _unsupported(
+        "a container is not one array",
+        "Convert list(x), or every array in it: tensorbridge.tree.to_{framework}(x).",
+    ),
     "text": _unsupported("text is not an array", "Encode it as numbers first."),
     "big integer": _unsupported(
         "a Python integer is int64 here, and this one does not fit",

@@ -215,7 +215,7 @@ def make_holdable(steps: Steps) -> None:
     now, then = steps.now, steps.then
     if now.spacing == "reversed":
         frozen = "" if now.writable else ", share_readonly=True"
-        cure = f"share x, the argument, in the opposite order: to_torch({{reversed}}{frozen})"
+        cure = f"share x, the argument, as it lies, values in opposite order: to_torch({{reversed}}{frozen})"
         then(Op.PACK, "torch has no negative strides", cure=cure)
     elif now.spacing == "odd":
         then(Op.PACK, "torch strides are whole elements", cure="keep the column in an array of its own")

@@ -142,7 +142,7 @@ class copy_guard(ContextDecorator):
     tensorbridge.CopyRequiredError: to_torch: numpy float64 (3,) on cpu would move 24 B, and copy_guard("error") forbids it.
       pack   24 B   torch has no negative strides
       share   0 B   torch.from_numpy: the same memory
-    Allow it with copy_guard("allow") around this call, or share x, the argument, in the opposite order: to_torch(x[::-1]).
+    Allow it with copy_guard("allow") around this call, or share x, the argument, as it lies, values in opposite order: to_torch(x[::-1]).
     """  # noqa: E501
 
     def __init__(self, mode: Mode, *, min_bytes: int = 0, kinds: Iterable[str] | None = None) -> None:
@@ -334,6 +334,8 @@ def perform(plan: Plan, asked: str, run: Callable[[], Any]) -> Any:
         return run()
     began = time.perf_counter()
     result = run()
+    if result is None:  # it turned out to take another road, which is seen by itself
+        return None
     seconds = time.perf_counter() - began
     kinds = dict.fromkeys(step.kind for step in plan.steps if step.kind)
     made = plan.target

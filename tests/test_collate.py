@@ -23,6 +23,7 @@ from torch.autograd import forward_ad
 from torch.utils.data import DataLoader, Dataset
 
 import tensorbridge as tb
+from tensorbridge._trees import _collate
 
 
 class Sample(typing.NamedTuple):
@@ -152,10 +153,20 @@ def test_it_gives_what_torch_gives_where_torch_can():
 
 @pytest.mark.parametrize("name", LEAVES)
 def test_batch_is_the_same_while_a_trace_looks_on(name):
-    """Then every sample is converted by itself, and no lane is taken."""
+    check_batches_of(name, look_on=True)
+
+
+@pytest.mark.parametrize("name", LEAVES)
+def test_batch_is_the_same_where_every_sample_is_converted_by_itself(name, monkeypatch):
+    check_batches_of(name, patch=monkeypatch)
+
+
+def check_batches_of(name, *, look_on=False, patch=None):
     samples = [LEAVES[name](i) for i in range(4)]
     made = tb.collate(samples)
-    with tb.trace():
+    for road in ("_plain_arrays", "_plain_tensors") if patch else ():
+        patch.setattr(_collate, road, lambda values: None)
+    with tb.trace() if look_on else contextlib.nullcontext():
         slow = tb.collate(samples)
     assert (made.dtype, made.stride()) == (slow.dtype, slow.stride())
     assert np.array_equal(numbers(made), numbers(slow))
@@ -402,14 +413,24 @@ def test_trace_and_guard_see_numbers_stacked(samples):
 
 
 def test_trace_and_guard_see_the_copy():
-    samples = [frozen(np.zeros(3)), np.ones(3)]
-    with tb.trace() as seen:
-        tb.collate(samples)
-    assert seen.totals.nbytes == 48  # every element once, read-only or not
-    with tb.copy_guard("error"), pytest.raises(tb.CopyRequiredError, match=r"^collate: batch: torch list .* 48 B"):
-        tb.collate(samples)
-    with tb.copy_guard("error"), pytest.raises(tb.CopyRequiredError, match=r"^collate: batch: sample 1: numpy .* 24 B"):
-        tb.collate([np.ones(3), np.ones(3)[::-1]])
+    """Every element is copied once, read-only or not, reversed or not; as when nobody looks on."""
+    for samples in ([frozen(np.zeros(3)), np.ones(3)], [np.ones(3), np.ones(3)[::-1]]):
+        with tb.trace() as seen:
+            tb.collate(samples)
+        assert [[step.op for step in event.steps] for event in seen.events] == [["stack", "share"]]
+        assert (seen.totals.nbytes, seen.events[0].source) == (48, "numpy list float64 (2, 3) on cpu")
+        with tb.copy_guard("error"), pytest.raises(tb.CopyRequiredError, match=r"^collate: batch: numpy list .* 48 B"):
+            tb.collate(samples)
+    with tb.copy_guard("error"), pytest.raises(tb.CopyRequiredError, match=r"^collate: batch: torch list .* 24 B"):
+        tb.collate([torch.zeros(3), torch.zeros(3)])
+    swapped = np.ones(3, ">f4")
+    with tb.copy_guard("error", min_bytes=24), pytest.raises(tb.CopyRequiredError, match=r"^collate: batch: numpy"):
+        tb.collate([swapped, swapped])
+    with (
+        tb.copy_guard("error"),
+        pytest.raises(tb.UnsupportedArrayError, match=r"sample 0 has shape \(3,\), sample 1 has \(2,\)"),
+    ):
+        tb.collate([np.zeros(3), np.zeros(2)])
 
 
 # -- In worker processes

@@ -44,7 +44,7 @@ NO_COPY = {
         """to_torch(copy=False): numpy float64 (1000, 3) on cpu cannot be shared.
   pack   24 000 B   torch has no negative strides
   share       0 B   torch.from_numpy: the same memory
-Allow the copy with copy=None, or share x, the argument, in the opposite order: to_torch(x[::-1]).""",
+Allow the copy with copy=None, or share x, the argument, as it lies, values in opposite order: to_torch(x[::-1]).""",
     ),
     "cast": (
         lambda: tb.to_torch(six(), copy=False, dtype="float32"),
@@ -159,7 +159,7 @@ def test_the_cure_for_negative_strides_names_the_axes_that_have_them_and_works(n
     a = make(np.arange(24.0).reshape(2, 3, 4))
     with pytest.raises(tb.CopyRequiredError) as raised:
         tb.to_torch(a, copy=False)
-    assert str(raised.value).endswith(f"or share x, the argument, in the opposite order: {cure}.")
+    assert str(raised.value).endswith(f"or share x, the argument, as it lies, values in opposite order: {cure}.")
     with tb.copy_guard("error"):
         unreversed = eval(cure, {"x": a, "to_torch": tb.to_torch})
     assert tb.shares_memory(unreversed, a)

@@ -269,6 +269,19 @@ def test_plan_says_nothing_of_ordinary_values(name, a):
     assert tree.plan({"a": a, "x": KEPT[name]}, "torch").left == ()
 
 
+def test_plan_names_lists_of_numbers_which_stay_lists(a):
+    source = {"ids": [[1, 2], [3, 4]], "label": [0, True, 2.0], "x": a, "n": 3, "t": (np.float32(1), None)}
+    plan = tree.plan(source, "torch")
+    assert [tuple(left) for left in plan.left] == [
+        ("batch['ids'][0]", "numbers"),
+        ("batch['ids'][1]", "numbers"),
+        ("batch['label']", "numbers"),
+    ]
+    made = tree.to_torch(source)
+    assert all(made[name] == source[name] for name in ("ids", "label", "t"))
+    assert str(tree.plan([1, 2], "numpy")) == "0 arrays -> numpy: zero copy\n1 x left as it is: batch (numbers)"
+
+
 def test_plan_of_a_fill_names_what_is_left(a):
     source = {"x": a, "space": Space(a)}
     assert [left.type for left in tree.plan(source, "numpy", out={"x": np.zeros((2, 3))}).left] == ["Space"]

@@ -51,7 +51,7 @@ def test_guard_raises_before_anything_moves(reversed_array):
         "  pack   48 B   torch has no negative strides\n"
         "  share   0 B   torch.from_numpy: the same memory\n"
         'Allow it with copy_guard("allow") around this call, or share x, the argument, '
-        "in the opposite order: to_torch(x[::-1])."
+        "as it lies, values in opposite order: to_torch(x[::-1])."
     )
     assert caught.value.plan.bytes_moved == 48
 

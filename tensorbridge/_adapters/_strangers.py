@@ -16,7 +16,9 @@ from tensorbridge._refuse import Obstacle
 def obstacle_of(x: Any) -> str:
     """What it is that offers no array."""
     cls = type(x)
-    if isinstance(x, (Mapping, deque)) or hasattr(cls, "__dataclass_fields__") or hasattr(cls, "__attrs_attrs__"):
+    if isinstance(x, deque):
+        return "queue"
+    if isinstance(x, Mapping) or hasattr(cls, "__dataclass_fields__") or hasattr(cls, "__attrs_attrs__"):
         return "container"
     if isinstance(x, (Set, range)):
         return "set" if isinstance(x, Set) else "range"

@@ -67,9 +67,9 @@ def collate(samples: Sequence[Any]) -> Any:
 
     Cost
     ----
-    Every element is copied once; twice where torch cannot hold the samples as they are (swapped bytes; while a trace
-    or a guard is open, negative strides). In a worker process the batch lies in shared memory. Samples that are NumPy
-    arrays, dense tensors or numbers cost a fraction of a microsecond each, others a few.
+    Every element is copied once; twice where torch cannot hold the samples as they are (swapped bytes). In a worker
+    process the batch lies in shared memory. Samples that are NumPy arrays, dense tensors or numbers cost a fraction of
+    a microsecond each, others a few.
 
     Examples
     --------
@@ -243,11 +243,12 @@ def _plain_numbers(values: list[Any]) -> Tensor | None:
 
 
 def _arrays(values: list[Any], where: _Where | None) -> Tensor:
-    if not (_watch.watching or _lanes._intercepted()):
-        made = _plain_arrays(values) if set(map(type, values)) <= _ARRAYS else _plain_tensors(values)
+    asked = f"collate: {_path(where)}"
+    if not _lanes._intercepted():
+        plain = _plain_arrays if set(map(type, values)) <= _ARRAYS else _plain_tensors
+        made = _seen(plain, values, asked) if _watch.watching else plain(values)
         if made is not None:
             return made
-    asked = f"collate: {_path(where)}"
     tensors = [_converted(value, f"{asked}: sample {number}") for number, value in enumerate(values)]
     _check_alike(tensors, asked)
     if _in_worker() and any(t.requires_grad for t in tensors):
@@ -268,6 +269,16 @@ def _arrays(values: list[Any], where: _Where | None) -> Tensor:
 _ARRAYS = frozenset({np.ndarray, np.memmap})
 
 
+def _seen(plain: Callable[[list[Any]], Tensor | None], values: list[Any], asked: str) -> Tensor | None:
+    """The same batch, made in the same way, as where no guard or trace looks on."""
+    try:
+        plan = _api.plan(values, "torch")
+    except BridgeError:  # to be refused, sample by sample
+        return None
+    made: Tensor | None = _watch.perform(plan, asked, lambda: plain(values))
+    return made
+
+
 def _plain_arrays(values: list[Any]) -> Tensor | None:
     """Arrays of one shape and dtype are written into the batch by one call of NumPy, whatever their strides are."""
     first = values[0]
@@ -275,13 +286,12 @@ def _plain_arrays(values: list[Any]) -> Tensor | None:
     for a in values:
         if a.shape != shape or (a.dtype is not dtype and a.dtype != dtype):
             return None
-    try:
-        out = _empty((len(values), *shape), _api.to_torch(np.empty(0, dtype)).dtype)
-    except BridgeError:  # to be refused again, by name
+    torch: Any = named("torch")
+    wanted = torch.DTYPES.get(_dtypes.of_numpy(dtype))
+    if wanted is None:  # of swapped bytes, or to be refused by name
         return None
-    into = _api.to_numpy(out)
-    if into.dtype != dtype:
-        return None
+    out = _empty((len(values), *shape), wanted)
+    into = torch.borrowed(out)
     if shape and first.size:
         np.concatenate(values, out=into.reshape(-1, *shape[1:]))
     else:

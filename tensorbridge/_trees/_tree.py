@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 from tensorbridge import _eager, _options
+from tensorbridge._adapters import is_scalar
 from tensorbridge._array import ArrayInfo, Traits
 from tensorbridge._options import PlanOptions, Unpack
 from tensorbridge._step import Plan, bytes_text, step_lines
@@ -204,7 +205,9 @@ class LeafPlan(NamedTuple):
 
 
 class LeftPart(NamedTuple):
-    """An object that may hold arrays, and is left as it is: it is not a container that tensorbridge knows."""
+    """What is left as it is and might have been meant: an object that may hold arrays, and is not a container that
+    tensorbridge knows; a list of numbers, of type "numbers".
+    """
 
     path: str
     type: str
@@ -332,9 +335,15 @@ def plan(
 
 def _left(tree: Any) -> tuple[LeftPart, ...]:
     flat = flatten(tree, everything=True)
-    others = [i for i, x in enumerate(flat.leaves) if not is_array(x) and may_hold_arrays(x)]
-    paths = flat.paths() if others else []
-    return tuple(LeftPart(paths[i], type(flat.leaves[i]).__name__) for i in others)
+    left: list[LeftPart] = []
+    for number, frame in enumerate(flat.frames):
+        mine = range(frame.first, frame.first + frame.size)
+        leaves = [flat.leaves[i] for i in mine]
+        if type(frame.node) is list and leaves and all(map(is_scalar, map(type, leaves))):
+            left.append(LeftPart(flat.way(number), "numbers"))
+        others = [i for i, x in zip(mine, leaves, strict=True) if not is_array(x) and may_hold_arrays(x)]
+        left += [LeftPart(flat.path(i), type(flat.leaves[i]).__name__) for i in others]
+    return tuple(left)
 
 
 _FUNCTIONS: dict[str, Callable[..., Any]] = {"numpy": to_numpy, "torch": to_torch, "cupy": to_cupy}

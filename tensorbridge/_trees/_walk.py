@@ -41,18 +41,19 @@ class Flat(NamedTuple):
     def path(self, leaf: int) -> str:
         """How a person writes the way to a leaf: ``batch['obs'][1].mask``."""
         number = next(n for n, f in enumerate(self.frames) if f.first <= leaf < f.first + f.size)
-        return self._to(number) + _leaf_name(self.frames[number], leaf - self.frames[number].first)
+        return self.way(number) + _leaf_name(self.frames[number], leaf - self.frames[number].first)
 
     def paths(self) -> list[str]:
         """The ways to all leaves."""
         found = [""] * len(self.leaves)
         for number, frame in enumerate(self.frames):
-            before = self._to(number) if frame.size else ""
+            before = self.way(number) if frame.size else ""
             for i in range(frame.size):
                 found[frame.first + i] = before + _leaf_name(frame, i)
         return found
 
-    def _to(self, number: int) -> str:
+    def way(self, number: int) -> str:
+        """The way to a container."""
         names: list[str] = []
         while number > 0:
             frame = self.frames[number]
@@ -84,7 +85,7 @@ class Flat(NamedTuple):
             elif kind.exotic:
                 frame.built = frame.node
                 continue
-            where = partial(self._to, number)
+            where = partial(self.way, number)
             frame.built = rebuilt(kind, frame.node, frame.keys, children, where, frames[frame.above].node)
         return frames[0].built
 
@@ -123,8 +124,8 @@ def flatten(tree: Any, *, everything: bool = False) -> Flat:
                 stack.append((known, _inner(flat.frames[known], flat.leaves, everything)))
                 break
             if flat.frames[known].open:
-                here = flat._to(number) + frame.kind.name(frame.node, frame.keys, place)
-                text = f"{here} is {flat._to(known)} again: a tree that contains itself has no end"
+                here = flat.way(number) + frame.kind.name(frame.node, frame.keys, place)
+                text = f"{here} is {flat.way(known)} again: a tree that contains itself has no end"
                 raise UnsupportedArrayError(f"{text}.\nTake the cycle out first.")
             frame.inner.append((place, known))
         else:
