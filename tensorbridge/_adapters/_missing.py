@@ -72,7 +72,7 @@ def refuse_count(x: Any, count: int, cure: str, whose: str = "it", inside: bool 
     """Raise if `count` values are missing, `inside` the rows of the column or as rows."""
     if count:
         detail = f"{whose} has {count} missing value{'s' * (count > 1)}{' inside its rows' * inside}"
-        raise Obstacle("missing", type(x).__name__, f"{detail}, for which arrays have no sign").cured(cure)
+        raise Obstacle("missing", type(x).__name__, f"{detail}, for which arrays have no sign but NaN").cured(cure)
 
 
 # By library and by what the column holds, where filling or coding can do without dropping rows.
@@ -97,6 +97,11 @@ _FILL = {
         "truth": "x.fill_null(False)",
         "nothing": "x.cast(polars.Int64).fill_null(0)",
     },
+}
+_NAN = {  # of integers, of floats
+    "pyarrow": ('x.cast("float64").fill_null(float("nan"))', 'x.fill_null(float("nan"))'),
+    "pandas": ('x.astype("float64")', 'x.astype("float64")'),
+    "polars": ('x.cast(polars.Float64).fill_null(float("nan"))', 'x.fill_null(float("nan"))'),
 }
 _CODES = {
     "pyarrow": {
@@ -126,6 +131,9 @@ def cure_of_nulls(x: Any, where: str, kind: str, said: object) -> str:
     if kind == "unknown dtype":
         return f"Leave the column out: {_SELECT[where]}."
     fill = _FILL[where].get(kind)
+    if kind == "number":
+        floats = str(said) == "double" or "float" in str(said).lower()
+        fill = f"{_NAN[where][floats]} for NaN, {fill}"
     return f"Fill or drop them first: {fill}, {drop}." if fill else f"Drop them first: {drop}."
 
 

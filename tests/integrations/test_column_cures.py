@@ -334,6 +334,33 @@ def test_the_cure_that_is_said_works(name):
             assert a.tolist() == expected
 
 
+NAN = {
+    "arrow integers": (lambda: pa.array([1, None]), 'x.cast("float64").fill_null(float("nan"))'),
+    "arrow integers in chunks": (lambda: pa.chunked_array([[1], [None]]), 'x.cast("float64").fill_null(float("nan"))'),
+    "arrow floats": (lambda: pa.array([1.0, None]), 'x.fill_null(float("nan"))'),
+    "arrow half floats": (lambda: pa.array([1.0, None], pa.float16()), 'x.fill_null(float("nan"))'),
+    "pandas integers": (lambda: pd.Series([1, None], dtype="Int64"), 'x.astype("float64")'),
+    "pandas floats": (lambda: pd.Series([1, None], dtype="Float64"), 'x.astype("float64")'),
+    "pandas labels": (lambda: pd.Index([1, None], dtype="Int64"), 'x.astype("float64")'),
+    "pandas, of arrow": (lambda: arrow_pandas([1, None], pa.int8()), 'x.astype("float64")'),
+    "polars integers": (lambda: pl.Series([1, None]), 'x.cast(polars.Float64).fill_null(float("nan"))'),
+    "polars floats": (lambda: pl.Series([1.0, None], dtype=pl.Float32), 'x.fill_null(float("nan"))'),
+}
+
+
+@pytest.mark.parametrize("name", NAN)
+def test_the_first_cure_of_missing_numbers_keeps_them_missing(name):
+    make, cure = NAN[name]
+    x = make()
+    with pytest.raises(
+        tb.UnsupportedArrayError, match=r"for which arrays have no sign but NaN\.\nFill or drop"
+    ) as caught:
+        tb.to_torch(x)
+    assert str(caught.value).partition("Fill or drop them first: ")[2].startswith(f"{cure} for NaN, x.fill")
+    made = tb.to_numpy(eval(cure, {"x": x, "polars": pl}))
+    np.testing.assert_array_equal(made, [1, np.nan])
+
+
 ONLY_CODES = {
     "text": lambda: pd.Series(["b", "a"], dtype=object),
     "mixed": lambda: pd.Series([1, "a", None], dtype=object),
