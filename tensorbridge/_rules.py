@@ -287,6 +287,9 @@ def protect(steps: Steps, want: Want, guarded: bool) -> None:
         steps.then(Op.PROTECT, "writable=False: a read-only view", by=by, writable=False, origin=origin)
     elif want.writable is None and frozen:
         steps.then(Op.PROTECT, f"a read-only view: {frozen}", by=by, writable=False, origin=origin)
+    elif frozen and guarded:
+        word = "; writable on your word, and autograd does not see a write (tensorbridge.editing tells it)"
+        steps[-1] = steps[-1]._replace(why=steps[-1].why + word)
 
 
 def narrowed(now: Traits) -> str:

@@ -275,6 +275,14 @@ def test_truths_cross_dlpack():
     assert tb.to_numpy(Producer(memory)).dtype == np.bool_
 
 
+def test_the_plan_says_what_is_promised_where_a_tensor_in_a_graph_is_shared_writable():
+    y = torch.ones(3, requires_grad=True).exp()
+    said = "; writable on your word, and autograd does not see a write (tensorbridge.editing tells it)"
+    assert tb.plan(y, "numpy", writable=True).steps[-1].why.endswith(said)
+    for x, options in ((y, {}), (y.detach(), {"writable": True}), (y, {"writable": True, "copy": True})):
+        assert "on your word" not in str(tb.plan(x, "numpy", **options))
+
+
 def test_no_grad_does_not_make_a_tensor_writable():
     t = torch.ones(3, requires_grad=True)
     with torch.no_grad():
