@@ -24,35 +24,13 @@ from pathlib import Path
 from tensorbridge._bench._measure import Timing, median, spread
 from tensorbridge._bench._report import duration, goals_table, table
 from tensorbridge._bench._results import Result, Run, compared, load
+from tensorbridge._bench._short import HEADLINE
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 MACHINE = "intel-xeon-2-cores"
 PAGES = (ROOT / "docs" / "cost.md", ROOT / "README.md")
 MARK = re.compile(r"(<!-- (time|slow|rate|ratio|fact|table)(?:@([\w-]+))?: (.*?) -->)(.*?)(<!-- end -->)", re.DOTALL)
-
-# What the README tells first: the words, the row, the line that people write, and the fastest for one who knows.
-HEADLINE = (
-    ("tensor to NumPy, shared", "A1 · float32 (16,)", "by hand", "limit"),
-    ("tensor that requires grad to NumPy, shared", "A1 · float32 (16,), requires grad", "by hand", "limit"),
-    ("array to torch, shared", "A2 · float32 (16,)", "torch.as_tensor", "torch.from_numpy"),
-    ("64 MiB to torch, copied", "B1 · to_torch(a, copy=True), 64 MiB", "torch.tensor", "NumPy's copy"),
-    ("64 MiB float32 to float16", "B2 · float32 to float16, 64 MiB", "NumPy", "torch"),
-    ("64 MiB transposed into `out=`", "B2 · float32 transposed, to torch, 64 MiB", "NumPy", "torch"),
-    (
-        "dict of 1000 arrays, copied",
-        "B3 · flat dict, copied to torch",
-        "torch.tensor, leaf by leaf",
-        "from_numpy of a copy, leaf by leaf",
-    ),
-    ("dict of 5 arrays, shared", "B3 · dict of 5 arrays, shared with torch", None, "from_numpy, leaf by leaf"),
-    (
-        "64 samples of (3, 32, 32) and a label, collated",
-        "B3 · 64 samples of (3, 32, 32) and a label, collated",
-        "torch's default_collate",
-        None,
-    ),
-)
 
 
 def result(run: Run, key: str) -> Result:
@@ -100,7 +78,7 @@ def headline(run: Run) -> str:
     lines = []
     for words, key, written, fastest in HEADLINE:
         ours = timing(run, key, "tensorbridge")
-        line = [words, duration(median(ours.ns))]
+        line = [words.format(key.rpartition(", ")[2]), duration(median(ours.ns))]
         for way in (written, fastest):
             other = timing(run, key, way) if way else None
             ratio = f"{median(compared('cost', ours, other)):.2f}x" if other else ""

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from tensorbridge._bench import _calls, _command, _cuda, _cuda_batches, _cuda_crossings, _measure
+from tensorbridge._bench import _calls, _command, _cuda, _cuda_batches, _cuda_crossings, _measure, _results, _short
 from tensorbridge._bench._measure import Settings, Timing, check, measure, spread
 from tensorbridge._bench._results import Result, reaches, verdict
 from tensorbridge._bench._rows import FRESH, Case, Goal, Row, Scope, Unavailable, Way, WrongResult, random_array
@@ -380,6 +380,22 @@ def test_random_data_is_of_the_dtype_and_not_constant(dtype: str) -> None:
     a = random_array(dtype, 64)
     assert str(a.dtype) == dtype
     assert len({x.tobytes() for x in a}) > 1
+
+
+def test_a_run_in_short_is_of_the_rows_that_were_measured() -> None:
+    run = _results.load(ROOT / "benchmarks" / "results" / "intel-xeon-2-cores" / "results.json")
+    lines = _short.short(run).splitlines()
+    assert lines[0].split() == ["tensorbridge", "by", "hand", "ours", "/", "by", "hand", "the", "line", "by", "hand"]
+    assert [line.partition("  ")[0] for line in lines[1:]] == [
+        words.format("64 MiB").replace("`", "") for words, *_ in _short.HEADLINE
+    ]
+    as_tensor = next(line for line in lines if line.startswith("array to torch, shared"))
+    assert as_tensor.endswith("x  torch.as_tensor(a)")
+    timed = next(r for r in run.results if r.key == "B2 · float32 to float16, 64 MiB")
+    sizes = [timed._replace(title=f"float32 to float16, {n} MiB", nbytes=n << 20) for n in (1, 16)]
+    assert _short.short(run._replace(results=tuple(sizes))).splitlines()[1].startswith("16 MiB float32 to float16  ")
+    none = tuple(r._replace(missing="no device", timings=()) for r in run.results)
+    assert _short.short(run._replace(results=none)) == ""
 
 
 def test_suites_run_with_timing_off() -> None:

@@ -32,6 +32,7 @@ from tensorbridge._bench import (
 from tensorbridge._bench._measure import QUICK, Settings, measure
 from tensorbridge._bench._results import Result, Run
 from tensorbridge._bench._rows import Question, Row, Scope, Unavailable, WrongResult, bytes_name
+from tensorbridge._bench._short import short
 from tensorbridge._errors import BridgeError
 
 QUESTIONS: tuple[Question, ...] = (
@@ -82,6 +83,8 @@ def main(args: argparse.Namespace) -> int:
     if stop is not None:
         print(f"bench: {run.stopped}; writing what there is", file=sys.stderr)
     write(run, args.out, asked)
+    if text := short(run):
+        print(text, end="\n\n")
     print(
         f"{args.out / 'report.md'}: {sum(not r.missing for r in run.results)} rows"
         + (f"; {run.stopped}" if run.stopped else "")
