@@ -35,7 +35,7 @@ def test_the_table_of_the_seed_question_reads_well():
         "2  PowBackward0  float32 (4, 2)     1     self: y (4, 2)",
         "3  SumBackward0  z: float32 ()      2",
         "4  the tensor    z: float32 ()      3",
-        "   - - - to_numpy cuts here: no gradient comes back - - -",
+        "   - - - to_numpy would cut here: no gradient comes back - - -",
         "5  NumPy array   float32 ()         4     the memory of the tensor *",
         "* shares memory with the NumPy array: a write to the array changes it",
     ]
@@ -70,7 +70,7 @@ def test_mermaid_declares_every_node_once_and_links_them():
         ("3", "4"),
         ("4", "5"),
     ]
-    assert 'n4 -. "to_numpy cuts here" .-> n5' in text
+    assert 'n4 -. "to_numpy would cut here" .-> n5' in text
 
 
 def test_mermaid_labels_hold_no_character_that_mermaid_reads():
@@ -231,7 +231,7 @@ def test_many_leaves_of_one_operation_stand_in_rows():
 
 def test_the_svg_says_what_the_graph_says():
     words = words_of(square()._repr_svg_())
-    for part in ("MmBackward0", "saved self: x (4, 3)", "to_numpy cuts here", "no gradient comes back", "NumPy array"):
+    for part in ("MmBackward0", "saved self: x (4, 3)", "to_numpy would cut here", "no gradient comes back", "NumPy array"):
         assert part in words
     x = torch.ones(3, requires_grad=True)
     y = x.exp()

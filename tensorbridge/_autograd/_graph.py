@@ -69,7 +69,7 @@ class Edge(NamedTuple):
     source: int
     target: int
     input_nr: int = 0  # which result of the source, as torch counts (`next_functions`)
-    cut: bool = False  # to_numpy cuts here: no gradient comes back over this edge
+    cut: bool = False  # to_numpy would cut here: no gradient comes back over this edge
 
 
 class Graph(NamedTuple):

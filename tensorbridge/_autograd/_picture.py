@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 LIMIT = 300  # nodes in a picture or a table; beyond, it is folded
 SAVED_LIMIT = 12  # saved tensors named at one node
 
-CUT = "to_numpy cuts here"
+CUT = "to_numpy would cut here"
 SHARES = "shares memory with the NumPy array: a write to the array changes it"
 
 
