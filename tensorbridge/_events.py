@@ -48,8 +48,7 @@ class Trace:
 
     @eager
     def __repr__(self) -> str:
-        t = self.totals
-        return f"<Trace: {t.conversions} conversions, {t.shared} of them shared, {bytes_text(t.nbytes)} moved>"
+        return f"<Trace: {_said(self.totals)}, {bytes_text(self.totals.nbytes)} moved; report() is the table>"
 
     @property
     @eager
@@ -102,7 +101,7 @@ class Trace:
         t = self.totals
         kinds = ", ".join(f"{kind} {bytes_text(n)}" for kind, n in sorted(t.by_kind.items()))
         end = (
-            f"{t.conversions} conversions, {t.shared} of them shared; {bytes_text(t.nbytes)} moved"
+            f"{_said(t)}; {bytes_text(t.nbytes)} moved"
             f"{f' ({kinds})' if kinds else ''} in {t.seconds * 1e3:.2f} ms."
         )
         note = "Conversions by tensorbridge in this process; those made by hand and in child processes are not seen."
@@ -152,6 +151,10 @@ class Trace:
         except OSError as error:
             text = f"the trace cannot be written ({error.strerror}); its {len(events)} events are kept"
             raise OSError(error.errno, text, os.fspath(path)) from error
+
+
+def _said(totals: Totals) -> str:
+    return f"{totals.conversions} conversion{'s' * (totals.conversions != 1)}, {totals.shared} of them shared"
 
 
 def _short(where: str) -> str:

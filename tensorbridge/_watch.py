@@ -159,8 +159,16 @@ class copy_guard(ContextDecorator):
             raise ValueError('copy_guard(kinds=[]): guards nothing; leave kinds out for all, or say mode="allow"')
         self._mode, self._min_bytes, self._kinds = mode, min_bytes, chosen
         self._open: list[_Opened] = []  # blocks of any thread or task that have not ended
+        self._used = False
+
+    _used = True  # where it could not be made
+
+    def __del__(self) -> None:
+        if not self._used:
+            warn(f"{self!r} was never opened, and guarded nothing; open it by a with block", RuntimeWarning)
 
     def __call__(self, function: _F) -> _F:
+        self._used = True
         if inspect.isclass(function):
             raise TypeError(
                 f"copy_guard as a decorator of a class would guard only the making of {function.__name__}, not its "
@@ -184,7 +192,7 @@ class copy_guard(ContextDecorator):
 
     @eager
     def __enter__(self) -> copy_guard:
-        opened = _Opened(self)
+        self._used, opened = True, _Opened(self)
         self._open.append(opened)
         _change(opened, enter=True)
         return self

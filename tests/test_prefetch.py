@@ -337,6 +337,7 @@ def test_where_the_default_is_not_there_one_that_is_is_named(monkeypatch, there,
     monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: there)
     with pytest.raises(tb.DeviceError) as refused:
         tb.prefetch([np.zeros(3)])
+    assert str(refused.value).startswith("prefetch(device='cuda'): cuda:0 does not exist")
     assert str(refused.value).splitlines()[2:] == [f'That is where prefetch goes by default: give device="{said}".']
     with pytest.raises(tb.DeviceError) as refused:
         tb.prefetch([np.zeros(3)], device="cuda")

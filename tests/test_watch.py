@@ -63,6 +63,31 @@ def test_guarded_fill_leaves_out_as_it_was(reversed_array):
     assert not out.any()
 
 
+def test_a_guard_that_was_never_opened_says_so_at_its_line():
+    with pytest.warns(RuntimeWarning) as told:
+        tb.copy_guard("error", min_bytes=8)
+        line = sys._getframe().f_lineno - 1
+    (warning,) = told
+    assert str(warning.message) == (
+        "copy_guard('error', min_bytes=8) was never opened, and guarded nothing; open it by a with block"
+    )
+    assert (warning.filename, warning.lineno) == (__file__, line)
+
+
+def test_a_guard_that_was_opened_or_decorates_ends_without_a_word():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        guard = tb.copy_guard("error")
+        with guard:
+            pass
+        del guard
+        tb.copy_guard("error")(len)
+        for wrong in ({"mode": "eror"}, {"mode": "error", "kinds": []}):
+            with pytest.raises(ValueError, match="copy_guard"):
+                tb.copy_guard(**wrong)
+        gc.collect()
+
+
 def test_guard_lets_shared_conversions_pass():
     with tb.copy_guard("error"):
         assert tb.to_torch(np.zeros(3)).shape == (3,)
@@ -125,13 +150,15 @@ def test_unknown_mode_is_refused_at_once():
 
 
 def test_guards_and_traces_say_what_they_are(reversed_array):
-    assert repr(tb.copy_guard("error")) == "copy_guard('error')"
-    guard = tb.copy_guard("warn", min_bytes=3, kinds=["h2d", "d2h"])
+    with tb.copy_guard("error") as guard:
+        assert repr(guard) == "copy_guard('error')"
+    with tb.copy_guard("warn", min_bytes=3, kinds=["h2d", "d2h"]) as guard:
+        pass
     assert repr(guard) == "copy_guard('warn', min_bytes=3, kinds=['d2h', 'h2d'])"
     with tb.trace() as seen:
         tb.to_torch(reversed_array)
         tb.to_numpy(1.0)
-    assert repr(seen) == "<Trace: 2 conversions, 1 of them shared, 48 B moved>"
+    assert repr(seen) == "<Trace: 2 conversions, 1 of them shared, 48 B moved; report() is the table>"
     assert repr(tb.trace()) == "<trace: open it by a with block>"
 
 

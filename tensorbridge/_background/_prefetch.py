@@ -134,6 +134,7 @@ def _want(to: str, device: Any, depth: int, transform: Any, copy: Any) -> Want:
     try:
         return _options.placed(_options.want(to, "prefetch", device=device, copy=copy), Traits("numpy"))
     except DeviceError as error:
+        error.args = (str(error).replace(f"to_{to}(", "prefetch(", 1),)
         if device is _USUAL and to == "torch" and not _streams.forked():
             there = framework.accelerator.current_accelerator(check_available=True)
             error.args = (f'{error}\nThat is where prefetch goes by default: give device="{there or CPU}".',)
