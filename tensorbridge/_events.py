@@ -100,10 +100,7 @@ class Trace:
         ]
         t = self.totals
         kinds = ", ".join(f"{kind} {bytes_text(n)}" for kind, n in sorted(t.by_kind.items()))
-        end = (
-            f"{_said(t)}; {bytes_text(t.nbytes)} moved"
-            f"{f' ({kinds})' if kinds else ''} in {t.seconds * 1e3:.2f} ms."
-        )
+        end = f"{_said(t)}; {bytes_text(t.nbytes)} moved{f' ({kinds})' if kinds else ''} in {t.seconds * 1e3:.2f} ms."
         note = "Conversions by tensorbridge in this process; those made by hand and in child processes are not seen."
         return "\n".join([*lines, end, note] if len(rows) > 1 else ["No conversion was performed.", note])
 

@@ -110,6 +110,10 @@ class Step(NamedTuple):
     by: str = ""  # whose kernel moves the bytes, or by which road, where there is a choice
     cure: str = ""  # what avoids it
 
+    @eager
+    def __repr__(self) -> str:
+        return f"<Step {self.op}: {bytes_text(self.nbytes)}{self.kind and f' {self.kind}'}, {self.why}>"
+
 
 class Refusal(NamedTuple):
     error: type[Exception]

@@ -331,6 +331,13 @@ def test_missing_device_is_an_error_at_the_call(monkeypatch):
     assert source.read == 0
 
 
+def test_it_says_what_it_is():
+    batches = tb.prefetch([np.zeros(3)], device="cpu")
+    assert repr(batches) == "<tensorbridge.Prefetch of list>"
+    list(batches)
+    assert repr(batches) == "<tensorbridge.Prefetch of list, used up>"
+
+
 @pytest.mark.parametrize(("there", "said"), [(None, "cpu"), (torch.device("mps"), "mps")])
 def test_where_the_default_is_not_there_one_that_is_is_named(monkeypatch, there, said):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)

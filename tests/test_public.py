@@ -108,6 +108,14 @@ def test_str_of_a_plan_and_of_an_array_is_for_a_person():
     )
 
 
+def test_a_step_says_what_it_does_in_a_line():
+    import numpy as np
+
+    pack, share = tb.plan(np.zeros(4)[::-1], "torch").steps
+    assert repr(pack) == "<Step pack: 32 B h2h, torch has no negative strides>"
+    assert repr(share) == "<Step share: 0 B, torch.from_numpy: the same memory>"
+
+
 def test_steps_that_a_plan_may_show_are_all_named_where_a_step_is_documented():
     ops = {value for name, value in vars(Op).items() if name.isupper()}
     moving, still = tb.Step.__doc__.split("These write every")[::-1]

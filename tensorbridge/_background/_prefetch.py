@@ -148,8 +148,12 @@ class Prefetch(Iterator[Any]):
         self._state, self._worker, self._road = worker.state, worker, road
         self._sized = batches if isinstance(batches, Sized) else None
         self._again = f"prefetch({type(batches).__name__})" if again else ""  # the call for another loop over them
-        self._used_up = False
+        self._source, self._used_up = type(batches).__name__, False
         weakref.finalize(self, dropped, worker).atexit = False
+
+    @eager
+    def __repr__(self) -> str:
+        return f"<tensorbridge.Prefetch of {self._source}{', used up' * self._used_up}>"
 
     @eager
     def __iter__(self) -> Prefetch:
