@@ -98,8 +98,8 @@ class ArrayInfo(NamedTuple):
     that has no addresses ("mps:0" ...) it may be a handle, and means something only inside one `storage`.
     """
 
-    # "numpy", "torch", "cupy"; "python scalar"; "numpy list", "torch list" ..., by who stacks it; "column", "table"; what
-    # another library's object speaks: "dlpack", "cuda_array_interface", "array_interface", "buffer", "__array__"
+    # "numpy", "torch", "cupy"; "python scalar"; "numpy list", "torch list" ..., by who stacks it; "column", "table";
+    # what another library's object speaks: "dlpack", "cuda_array_interface", "array_interface", "buffer", "__array__"
     framework: str
     device: Device
     dtype: str

@@ -334,6 +334,9 @@ def _traced() -> Iterator[Trace]:
         watching.pop(id(seen), None)
 
 
+NOT_DONE: Any = object()  # what `run` gives where another road has to be taken, which is seen by itself
+
+
 def perform(plan: Plan, asked: str, run: Callable[[], Any]) -> Any:
     """Run a conversion under this context's guard and every open trace."""
     allow(plan, asked)
@@ -342,8 +345,8 @@ def perform(plan: Plan, asked: str, run: Callable[[], Any]) -> Any:
         return run()
     began = time.perf_counter()
     result = run()
-    if result is None:  # it turned out to take another road, which is seen by itself
-        return None
+    if result is NOT_DONE:
+        return result
     seconds = time.perf_counter() - began
     kinds = dict.fromkeys(step.kind for step in plan.steps if step.kind)
     made = plan.target

@@ -275,8 +275,9 @@ def _seen(plain: Callable[[list[Any]], Tensor | None], values: list[Any], asked:
         plan = _api.plan(values, "torch")
     except BridgeError:  # to be refused, sample by sample
         return None
-    made: Tensor | None = _watch.perform(plan, asked, lambda: plain(values))
-    return made
+    run = lambda: _watch.NOT_DONE if (made := plain(values)) is None else made
+    made = _watch.perform(plan, asked, run)
+    return None if made is _watch.NOT_DONE else made
 
 
 def _plain_arrays(values: list[Any]) -> Tensor | None:
