@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import warnings
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import pytest
 import torch
@@ -217,8 +219,27 @@ def test_a_cast_has_the_values_of_the_framework_that_holds_the_source():
             np.testing.assert_array_equal(tb.to_numpy(from_torch).astype("float64"), by_torch.numpy())
 
 
+def test_a_cast_of_an_array_has_the_values_of_numpy_in_whatever_order_out_lies():
+    between, beyond, huge = (np.full((200, 300), x) for x in (1 + 2**-11 + 2**-40, 500.0, 1e300))
+    for a, wanted in ((between, np.float16), (beyond.astype("float32"), ml_dtypes.float8_e4m3fn), (huge, np.float32)):
+        for convert, new in ((tb.to_numpy, np.empty), (tb.tree.to_numpy, np.empty), (tb.to_torch, empty_tensor)):
+            with pytest.warns(RuntimeWarning, match="overflow") if a is huge else contextlib.nullcontext():
+                out = convert(a, out=new((300, 200), wanted).T)
+            expected = np.inf if a is huge else a.astype(wanted).astype("float64")
+            np.testing.assert_array_equal(tb.to_numpy(out).astype("float64"), expected)
+    with np.errstate(over="raise"), pytest.raises(FloatingPointError):
+        tb.to_numpy(huge, out=np.empty((300, 200), "float32").T)
+    images = np.zeros((2, 224, 224, 3), "uint8").transpose(0, 3, 1, 2)
+    assert tb.plan(images, "torch", out=torch.empty(images.shape)).steps[-1].by == "torch"  # which keeps every value
+
+
+def empty_tensor(shape, dtype):
+    return tb.to_torch(np.empty(shape, dtype))
+
+
 LAZY = """
 import multiprocessing
+import ml_dtypes
 import numpy as np
 import torch
 
@@ -243,6 +264,7 @@ def test_a_forked_process_that_imports_us_first_has_no_threads_either():
 
 CASTS = """
 import multiprocessing
+import ml_dtypes
 import numpy as np
 import tensorbridge as tb
 import torch
