@@ -390,6 +390,37 @@ def test_a_target_that_is_none_is_told_as_by_plan(to):
     assert str(told.value).removeprefix("prefetch") == str(planned.value).removeprefix("plan")
 
 
+def test_an_interrupt_while_a_batch_is_waited_for_costs_none_and_no_room():
+    """It does not wake the wait: it strikes when the batch has just been taken, which is given out by the next call."""
+    code = """
+    import _thread, threading, time
+    import numpy as np
+    import tensorbridge as tb
+
+    def source():
+        for i in range(8):
+            time.sleep(0.2 if i % 2 else 0.0)
+            yield np.full(2, i)
+
+    got, interrupts = [], 0
+    batches = tb.prefetch(source(), device="cpu", depth=2)
+    while True:
+        timer = threading.Timer(0.1, _thread.interrupt_main)
+        timer.start()
+        try:
+            got.append(int(next(batches)[0]))
+            timer.cancel()
+            timer.join()
+        except StopIteration:
+            timer.cancel()
+            break
+        except KeyboardInterrupt:
+            interrupts += 1
+    print(got, interrupts > 2)
+    """
+    assert run(code).stdout == "[0, 1, 2, 3, 4, 5, 6, 7] True\n"
+
+
 def test_an_interrupt_while_a_loop_that_was_left_is_waited_for_is_not_lost():
     """Python drops what a finalizer raises."""
     code = """

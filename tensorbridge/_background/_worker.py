@@ -12,9 +12,11 @@ import atexit
 import os
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext, suppress
 from contextvars import copy_context
+from operator import methodcaller
 from queue import Empty, SimpleQueue
 from typing import Any, NamedTuple
 
@@ -25,6 +27,9 @@ from tensorbridge._step import Want
 from tensorbridge._trees._walk import flatten
 
 PATIENCE = 1.0  # seconds that close() waits for a worker whose source does not answer
+
+
+_GET = methodcaller("get")
 
 
 class Failure(NamedTuple):
@@ -42,6 +47,7 @@ class State:
         self.room: SimpleQueue[None] = SimpleQueue()  # an entry for each batch that may be read
         for _ in range(depth):
             self.room.put(None)
+        self.back: deque[Batch | Failure | None] = deque()  # what was taken and could not be given out
         self.closed = False  # the consumer wants no more
         self.outran = False  # a later prefetch has taken the source
         self.consumer = threading.get_ident()
@@ -63,18 +69,34 @@ class State:
         if os.getpid() != self.process:
             raise RuntimeError("prefetch: the worker thread is in the parent process; make the iterator after the fork")
         self.consumer = threading.get_ident()
-        item = None if self.closed else self.ready.get()
+        item = None if self.closed else self._taken()
         if item is None:  # what was taken before another consumer closed is given out still
             self.ready.put(None)  # for whoever asks again
             if self.outran:
                 text = "prefetch: a later prefetch reads this loader, whose persistent workers serve one loop at a time"
                 raise RuntimeError(f"{text}; give each loop a loader of its own")
             return None
-        self.room.put(None)
         return item
+
+    def _taken(self) -> Batch | Failure | None:
+        """Waited for and taken by one call of C's: an exception of a signal handler comes before it or after, where the
+        item is given back.
+        """
+        taken: deque[Batch | Failure | None] = deque()
+        try:
+            with suppress(IndexError):
+                taken.append(self.back.popleft())
+            if not taken:
+                taken.extend(map(_GET, (self.ready,)))
+            self.room.put(None)
+            return taken[0]
+        except BaseException:
+            self.back.extend(taken)
+            raise
 
     def close(self) -> None:
         self.closed = True
+        self.back.clear()
         with suppress(Empty):
             while True:
                 self.ready.get_nowait()
