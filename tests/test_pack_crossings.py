@@ -349,7 +349,7 @@ def test_plan_of_a_leaf_that_comes_down_says_every_move():
     info = tb.describe(torch.zeros(8))._replace(device=CUDA0)
     route = _pack.route(ON_CUDA, steps)
     (block,) = _pack.blocks([(route, (8,), [0, 1])])
-    plan = _pack.planned(bind(steps, info, Want("numpy")), route.step, block)
+    plan = _pack.planned(bind(steps, info, Want("numpy")), block)
     assert [(s.op, s.kind, s.nbytes) for s in plan.steps if s.kind] == [
         ("pack", "d2d", 32),
         ("to_host", "d2h", 32),

@@ -231,9 +231,7 @@ def _allowed(flat: Flat, leaves: Iterable[tuple[Leaf, Block | None]]) -> Abstrac
 def plan_of(leaf: Leaf, block: Block | None) -> Plan:
     """The steps that are run for a leaf."""
     plan = leaf.case.plan(leaf.handle)
-    if block is None:
-        return plan
-    return _pack.planned(plan, _step_across(leaf.case), block)
+    return plan if block is None else _pack.planned(plan, block)
 
 
 def _watched(leaf: Leaf, block: Block | None, run: Callable[[], Any]) -> Any:
@@ -263,36 +261,28 @@ def _cross_at_once(
     block: Block, arrays: Sequence[Any], cases: list[Case], places: Sequence[int], results: list[Any]
 ) -> None:
     """The arrays of a block, each run of one kind, converted into `results` at `places`."""
-    befores = [_before(case) for case in cases]
-    given = [
-        [_through(arrays[i], before) for i in run.leaves] if before else [arrays[i] for i in run.leaves]
-        for run, before in zip(block.runs, befores, strict=True)
-    ]
+    runs = list(zip(block.runs, cases, strict=True))
+    given = [_through([arrays[i] for i in run.leaves], _before(case, run.route.step)) for run, case in runs]
     crossing = _pack.upload if block.route.kind == "h2d" else _pack.download
     made: list[Any] = []
-    for case, crossed in zip(cases, crossing(block, given, _pack.bus_for(block)), strict=True):
-        after = _after(case)
-        made += [_through(x, after) for x in crossed] if after else crossed
+    for (run, case), crossed in zip(runs, crossing(block, given, _pack.bus_for(block)), strict=True):
+        made += _through(crossed, _after(case, run.route.step))
     for place, x in zip(places, made, strict=True):
         results[place] = x
 
 
-def _step_across(case: Case) -> int:
-    return next(i for i, step in enumerate(case.recipe.decision.steps) if step.kind in ("h2d", "d2h"))
-
-
-def _before(case: Case) -> Sequence[Callable[..., Any]]:
+def _before(case: Case, step: int) -> Sequence[Callable[..., Any]]:
     """What is done before a leaf crosses. As bytes for a block, a NumPy array need not become a tensor first."""
-    steps, step = case.recipe.decision.steps, _step_across(case)
+    steps = case.recipe.decision.steps
     if step and steps[step - 1].op == Op.SHARE and steps[step - 1].after.framework == "torch":
         giver = steps[step - 2].after if step > 1 else case.traits
         step -= giver.framework == "numpy"
     return case.recipe.functions[:step]
 
 
-def _after(case: Case) -> Sequence[Callable[..., Any]]:
+def _after(case: Case, step: int) -> Sequence[Callable[..., Any]]:
     """What is done after a leaf has crossed. Out of a block that came down, it is a NumPy array already."""
-    steps, step = case.recipe.decision.steps, _step_across(case)
+    steps = case.recipe.decision.steps
     rest = case.recipe.functions[step + 1 :]
     if steps[step].kind == "h2d":
         return rest
@@ -305,7 +295,7 @@ def _after(case: Case) -> Sequence[Callable[..., Any]]:
     return (*_convert.compiled((share,), made._replace(framework="numpy"), case.want), *rest)
 
 
-def _through(x: Any, functions: Sequence[Callable[..., Any]]) -> Any:
+def _through(arrays: Sequence[Any], functions: Sequence[Callable[..., Any]]) -> Sequence[Any]:
     for function in functions:
-        x = function(x)
-    return x
+        arrays = list(map(function, arrays))
+    return arrays

@@ -127,9 +127,9 @@ def filled(groups: Iterable[Group]) -> list[Block]:
     return [*found, Block(tuple(runs), end)]
 
 
-def planned(plan: Plan, at: int, block: Block) -> Plan:
-    """The plan of a leaf that crosses at step `at`, with what packing adds to it."""
-    step = plan.steps[at]
+def planned(plan: Plan, block: Block) -> Plan:
+    """The plan of a leaf that crosses in a block, with what packing adds to it."""
+    at, step = next((i, step) for i, step in enumerate(plan.steps) if step.kind == block.route.kind)
     before = plan.steps[at - 1].after if at else Traits(plan.source.framework, plan.source.device)
     others = f"a block of {bytes_text(block.nbytes)} with {len(block.members) - 1} more"
     if block.route.kind == "h2d":
