@@ -56,7 +56,7 @@ def check_pack(pack: object, call: str) -> None:
 def _through_decisions(
     flat: Flat, want: Want, rest: Sequence[int], results: list[Any], seen: dict[Any, int], pack: bool
 ) -> None:
-    at_once: list[tuple[Block, dict[int, Case]]] = []
+    at_once: list[tuple[Block, list[Case]]] = []
     if pack and not _watch.watching and len(rest) == len(results):
         at_once, rest = _decided_at_once(flat, want)
     leaves, same = decided(flat, want, rest, seen)
@@ -65,7 +65,7 @@ def _through_decisions(
     packed = ((leaves[i], block) for block in blocks for i in block.members)
     with _allowed(flat, chain(packed, ((leaf, None) for leaf in alone))):
         for block, cases in at_once:
-            _cross_at_once(block, flat.leaves, [cases[id(run.route)] for run in block.runs], block.members, results)
+            _cross_at_once(block, flat.leaves, cases, block.members, results)
         for block in blocks:
             _cross(block, leaves, results)
         for leaf in alone:
@@ -107,25 +107,24 @@ def _alone(flat: Flat, leaf: Leaf, out: Any = None) -> Any:
 # A thousand small arrays of few kinds and shapes: decided by kind and shape, without a look at each by itself.
 
 
-def _decided_at_once(flat: Flat, want: Want) -> tuple[list[tuple[Block, dict[int, Case]]], Sequence[int]]:
-    """The blocks of a tree whose arrays are all plain and all apart, with the case of each route; the other places.
+def _decided_at_once(flat: Flat, want: Want) -> tuple[list[tuple[Block, list[Case]]], Sequence[int]]:
+    """The blocks of a tree whose arrays are all plain and all apart, with the case of each run; the other places.
 
     No block where any array is a view, comes twice, or could be the same memory as another: that takes a closer look.
     """
-    leaves, everything = flat.leaves, range(len(flat.leaves))
+    leaves = flat.leaves
     classes = set(map(type, leaves))
     up = _goes_up(want)
     if classes == {np.ndarray} and up:
-        groups = _owned(leaves)
+        alike = _owned(leaves)
     elif classes == {_lanes._Tensor} and (up or want.framework == "numpy" or want.device == CPU):
-        groups = _tensors(leaves, on_host=up)
+        alike = _tensors(leaves, on_host=up)
     else:
-        groups = {}
-    rest: list[int] = []
-    ways: dict[Any, list[_pack.Group]] = {}
+        alike = {}
+    groups: list[_pack.Group] = []
     cases: dict[int, Case] = {}  # by the identity of routes
     routes: dict[Any, _pack.Route | None] = {None: None}
-    for members in groups.values():
+    for members in alike.values():
         first = leaves[members[0]]
         key = key_of(first)
         if key not in routes:
@@ -137,13 +136,12 @@ def _decided_at_once(flat: Flat, want: Want) -> tuple[list[tuple[Block, dict[int
             routes[key] = _pack.route(case.traits, case.recipe.decision.steps)
             cases[id(routes[key])] = case
         route = routes[key]
-        if route is None:
-            rest += members
-        else:
-            ways.setdefault(route.way, []).append((route, tuple(first.shape), members))
-    blocks = [block for way in ways.values() for block in _pack.filled(way)]
-    rest += [i for block in blocks if len(block.members) == 1 for i in block.members]
-    return [(block, cases) for block in blocks if len(block.members) > 1], rest if groups else everything
+        if route is not None:
+            groups.append((route, tuple(first.shape), members))
+    blocks = _pack.blocks(groups)
+    packed = {i for block in blocks for i in block.members}
+    rest = [i for i in range(len(leaves)) if i not in packed]
+    return [(block, [cases[id(run.route)] for run in block.runs]) for block in blocks], rest
 
 
 def _owned(leaves: list[Any]) -> dict[Any, list[int]]:

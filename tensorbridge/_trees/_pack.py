@@ -103,10 +103,10 @@ def blocks(groups: Iterable[Group]) -> list[Block]:
     ways: dict[Any, list[Group]] = {}
     for group in groups:
         ways.setdefault(group[0].way, []).append(group)
-    return [block for way in ways.values() for block in filled(way) if len(block.members) > 1]
+    return [block for way in ways.values() for block in _filled(way) if len(block.members) > 1]
 
 
-def filled(groups: Iterable[Group]) -> list[Block]:
+def _filled(groups: Iterable[Group]) -> list[Block]:
     """Blocks for leaves that go one way, one after the other, each as full as the cap allows."""
     found: list[Block] = []
     runs: list[Run] = []
