@@ -53,6 +53,12 @@ class Run(NamedTuple):
     step: int  # bytes
     nbytes: int  # of one leaf
 
+    @property
+    def rows(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """The shape of all leaves in one array, and its strides in bytes."""
+        within = c_strides(self.shape, _dtypes.DTYPES[self.route.dtype].itemsize)
+        return (len(self.leaves), *self.shape), (self.step, *within)
+
 
 class Block(NamedTuple):
     """Leaves that cross together."""
@@ -160,10 +166,8 @@ class Bus(Protocol):
 
 def _rows(run: Run, block: Any) -> Any:
     """The leaves of a run as rows of the host block, of the carrier type."""
-    row = _dtypes.DTYPES[run.route.dtype]
-    carrier = np.dtype(row.carrier or row.numpy)
-    shape = (len(run.leaves), *run.shape)
-    return np.ndarray(shape, carrier, block, run.offset, (run.step, *c_strides(run.shape, carrier.itemsize)))
+    row, (shape, strides) = _dtypes.DTYPES[run.route.dtype], run.rows
+    return np.ndarray(shape, row.carrier or row.numpy, block, run.offset, strides)
 
 
 def upload(block: Block, arrays: Sequence[Sequence[Any]], bus: Bus) -> list[Sequence[Any]]:
@@ -207,19 +211,18 @@ def _torch_leaves(block: Tensor, runs: Sequence[Run]) -> list[Sequence[Tensor]]:
         typed = {name: block.view(getattr(torch, _dtypes.DTYPES[name].torch)) for name in {r.route.dtype for r in runs}}
         found: list[Sequence[Tensor]] = []
         for run in runs:
-            itemsize = _dtypes.DTYPES[run.route.dtype].itemsize
-            whole, strides = typed[run.route.dtype], c_strides(run.shape, 1)
+            whole = typed[run.route.dtype]
             if len(run.leaves) == 1:
-                found.append([whole.as_strided(run.shape, strides, run.offset // itemsize)])
+                start = run.offset // whole.element_size()
+                found.append([whole.as_strided(run.shape, c_strides(run.shape, 1), start)])
             else:
-                found.append(_torch_rows(whole, run, itemsize).unbind(0))
+                found.append(_torch_rows(whole, run).unbind(0))
     return found if found[0][0]._base is None else [[leaf.data for leaf in leaves] for leaves in found]
 
 
-def _torch_rows(typed: Tensor, run: Run, itemsize: int) -> Tensor:
-    shape = (len(run.leaves), *run.shape)
-    strides = (run.step // itemsize, *c_strides(run.shape, 1))
-    return typed.as_strided(shape, strides, run.offset // itemsize)
+def _torch_rows(typed: Tensor, run: Run) -> Tensor:
+    itemsize, (shape, strides) = typed.element_size(), run.rows
+    return typed.as_strided(shape, [s // itemsize for s in strides], run.offset // itemsize)
 
 
 def _cupy_leaves(block: Any, runs: Sequence[Run]) -> list[Sequence[Any]]:
@@ -257,7 +260,7 @@ def _fill_torch_block(block: Block, arrays: Sequence[Sequence[Tensor]]) -> Tenso
         plain = _OPAQUE.get(row.name) or row.carrier
         dtype = getattr(torch, plain or row.torch)
         parts = [t.view(dtype) for t in members] if plain else list(members)
-        torch.stack(parts, out=_torch_rows(there.view(dtype), run, row.itemsize))
+        torch.stack(parts, out=_torch_rows(there.view(dtype), run))
     return there
 
 
@@ -267,12 +270,8 @@ def _fill_cupy_block(block: Block, arrays: Sequence[Sequence[Any]]) -> Any:
     with arrays[0][0].device:
         there = cupy.empty(block.nbytes, dtype=cupy.uint8)
         for run, members in zip(block.runs, arrays, strict=True):
-            dtype = _dtypes.DTYPES[run.route.dtype].numpy
-            assert dtype is not None
-            shape = (len(run.leaves), *run.shape)
-            strides = (run.step, *c_strides(run.shape, dtype.itemsize))
-            rows = cupy.ndarray(shape, dtype, there.data + run.offset, strides)
-            cupy.stack(members, out=rows)
+            dtype, (shape, strides) = _dtypes.DTYPES[run.route.dtype].numpy, run.rows
+            cupy.stack(members, out=cupy.ndarray(shape, dtype, there.data + run.offset, strides))
     return there
 
 
