@@ -99,7 +99,8 @@ _ALIASES = {  # what torch calls them too; NumPy means something else by some of
     "double": "float64", "float": "float32", "half": "float16", "long": "int64", "int": "int32", "short": "int16",
     "cdouble": "complex128", "cfloat": "complex64", "chalf": "complex32",
 }  # fmt: skip
-_OF_PYTHON: dict[Any, str] = {bool: "bool", int: "int64", float: "float64", complex: "complex128"}
+# A bool is an int too: it comes first.
+OF_PYTHON: dict[type, str] = {bool: "bool", int: "int64", float: "float64", complex: "complex128"}
 
 
 def of_numpy(dtype: np.dtype[Any]) -> str:
@@ -146,8 +147,8 @@ def parse(dtype: object) -> str:
         if name in DTYPES:
             return name
         raise _no_such(dtype)
-    if isinstance(dtype, type) and dtype in _OF_PYTHON:
-        return _OF_PYTHON[dtype]
+    if isinstance(dtype, type) and dtype in OF_PYTHON:
+        return OF_PYTHON[dtype]
     try:
         name = of_numpy(np.dtype(dtype)) if dtype is not None else ""  # type: ignore[call-overload]
     except TypeError:

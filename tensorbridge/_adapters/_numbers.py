@@ -12,18 +12,16 @@ from typing import Any
 import numpy as np
 
 from tensorbridge import _dtypes
-from tensorbridge._dtypes import BOUNDS
+from tensorbridge._dtypes import BOUNDS, OF_PYTHON
 from tensorbridge._refuse import Obstacle
 from tensorbridge._step import Want
 
-_NAMES: dict[type, str] = {bool: "bool", int: "int64", float: "float64", complex: "complex128"}
 _INT64 = BOUNDS["int64"]
-_SIZES = ("8", "16", "32", "64")
 
 
 def base_of(number: Any) -> type:
     """Which of Python's numbers this is, an enum for one."""
-    return next(cls for cls in _NAMES if isinstance(number, cls))
+    return next(cls for cls in OF_PYTHON if isinstance(number, cls))
 
 
 def dtype_of(numbers: Sequence[Any], kinds: set[type], want: Want, outer: tuple[int, ...]) -> str:
@@ -33,12 +31,12 @@ def dtype_of(numbers: Sequence[Any], kinds: set[type], want: Want, outer: tuple[
     """
     asked = BOUNDS.get(want.dtype or "")
     whole = kinds <= {int, bool}
-    dtypes = {np.dtype(_NAMES[kind]) for kind in kinds if kind in _NAMES}
+    dtypes = {np.dtype(OF_PYTHON[kind]) for kind in kinds if kind in OF_PYTHON}
     if len(dtypes) < len(kinds):
-        dtypes |= {np.asarray(x).dtype for x in numbers if type(x) not in _NAMES}
+        dtypes |= {np.asarray(x).dtype for x in numbers if type(x) not in OF_PYTHON}
     found = np.result_type(*dtypes) if dtypes else np.dtype("float64")
     if asked is not None and found.kind != "c":  # of complex numbers the imaginary part is in the way first
-        own = numbers if kinds <= _NAMES.keys() else [x for x in numbers if _is_python(x)]
+        own = numbers if kinds <= OF_PYTHON.keys() else [x for x in numbers if _is_python(x)]
         if own and not (_between(own, asked) if whole else _fit(own, asked)):
             raise _out_of_bounds(numbers, own, asked, want, outer)
         exact = own is numbers or _fit(numbers, asked)  # else NumPy's numbers are cast as an array is: they wrap
@@ -100,7 +98,7 @@ def _out_of_bounds(
     place = next(i for i, x in enumerate(numbers) if _is_python(x) and not _fits(x, asked))
     why = f"it does not fit {want.dtype}, which holds {asked[0]} to {asked[1]}"
     kinds = ("uint", "int") if str(want.dtype).startswith("u") else ("int", "uint")
-    names = [kind + size for size in _SIZES for kind in kinds]
+    names = [kind + size for size in ("8", "16", "32", "64") for kind in kinds]
     cure = next((name for name in names if _fit(own, BOUNDS[name])), "float64")
     return Obstacle("big integer", _what(numbers, place, outer), why).cured(_say(cure, numbers, want))
 

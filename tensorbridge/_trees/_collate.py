@@ -18,6 +18,7 @@ import numpy as np
 
 from tensorbridge import _api, _convert, _dtypes, _lanes, _options, _watch
 from tensorbridge._adapters import _foreign, is_scalar, named
+from tensorbridge._adapters._numbers import base_of
 from tensorbridge._array import HUGE, LARGE, shape_text
 from tensorbridge._cuda import _stream_order, _streams
 from tensorbridge._eager import eager
@@ -225,7 +226,7 @@ def _numbers(values: list[Any], where: _Where | None, alike: bool) -> Tensor:
 def _dtype_of_number(x: Any) -> Any:
     if isinstance(x, np.generic):
         return x.dtype
-    return next(np.dtype(cls) for cls in (bool, int, float, complex) if isinstance(x, cls))
+    return np.dtype(_dtypes.OF_PYTHON[base_of(x)])
 
 
 def _plain_numbers(values: list[Any]) -> Tensor | None:
