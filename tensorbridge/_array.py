@@ -187,6 +187,12 @@ def c_strides(shape: tuple[int, ...], itemsize: int) -> tuple[int, ...]:
     return tuple(strides)
 
 
+def by_stride(strides: tuple[int, ...]) -> tuple[list[int], list[int]]:
+    """The axes as they lie in memory, from the longest stride to the shortest; and the axes that transpose back."""
+    axes = sorted(range(len(strides)), key=lambda i: (-abs(strides[i]), i))
+    return axes, sorted(range(len(axes)), key=axes.__getitem__)
+
+
 def reach(shape: tuple[int, ...], strides: tuple[int, ...], itemsize: int) -> tuple[int, int]:
     """How far the bytes of an array lie from its first element: from where, and up to where."""
     if 0 in shape:

@@ -15,7 +15,19 @@ import cupy
 import numpy as np
 
 from tensorbridge import _dtypes
-from tensorbridge._array import CPU, ArrayInfo, Device, Traits, layout, order_text, reach, shape_text, size_class
+from tensorbridge._array import (
+    CPU,
+    ArrayInfo,
+    Device,
+    Traits,
+    by_stride,
+    c_strides,
+    layout,
+    order_text,
+    reach,
+    shape_text,
+    size_class,
+)
 from tensorbridge._cuda import _lease, _staging, _stream_order, _streams
 from tensorbridge._refuse import Obstacle, askew
 from tensorbridge._roads import CAPTURED, PINNED
@@ -101,11 +113,11 @@ def _same(x: Any) -> Any:
 
 def _copied_by_bytes(x: Any, order: str) -> Any:
     """A dense copy that reads no element whole."""
-    axes = _axes_by_stride(x) if order == "K" else list(range(x.ndim))
+    axes, back = by_stride(x.strides if order == "K" else c_strides(x.shape, x.itemsize))
     source = x.transpose(axes)
     one_byte = (*source.shape, x.itemsize), np.uint8, source.data, (*source.strides, 1)
     out = cupy.ndarray(source.shape, x.dtype, cupy.ndarray(*one_byte).copy().data)
-    return out.transpose(np.argsort(axes)) if x.ndim else out
+    return out.transpose(back)
 
 
 # -- Memory of others
@@ -204,33 +216,29 @@ def open_lane(dtypes: dict[str, Any]) -> None:
 # -- Over the bus
 
 
-def _axes_by_stride(x: Any) -> list[int]:
-    return sorted(range(x.ndim), key=lambda i: (-abs(x.strides[i]), i))
-
-
 def _bytes(a: Any) -> Any:
     """The memory of a dense host array, in whatever order its axes lie."""
-    return a.transpose(_axes_by_stride(a)).reshape(-1).view(np.uint8)
+    return a.transpose(by_stride(a.strides)[0]).reshape(-1).view(np.uint8)
 
 
 def uploaded(a: Any, index: int, *, pinned: bool, non_blocking: bool) -> Any:
     """A dense host array, in its own memory order, on the current device."""
-    axes = _axes_by_stride(a)
+    axes, back = by_stride(a.strides)
     block = a.transpose(axes)
     out = cupy.empty(block.shape, dtype=block.dtype)
     if block.size:
         options = {"pinned": pinned, "non_blocking": non_blocking}
         _staging.upload(_bytes(a), framework="cupy", index=index, into=out, **options)
-    return out.transpose(np.argsort(axes)) if a.ndim else out
+    return out.transpose(back)
 
 
 def downloaded(x: Any, index: int) -> Any:
     """A dense device array, in its own memory order, as an ordinary NumPy array."""
-    axes = _axes_by_stride(x)
+    axes, back = by_stride(x.strides)
     out = np.empty([x.shape[axis] for axis in axes], np.dtype(x.dtype))
     if x.size:
         _staging.download(x, framework="cupy", index=index, out=out.reshape(-1).view(np.uint8))
-    return out.transpose(np.argsort(axes)) if x.ndim else out
+    return out.transpose(back)
 
 
 def _peer_copied(x: Any, source: int, target: int) -> Any:
@@ -239,11 +247,11 @@ def _peer_copied(x: Any, source: int, target: int) -> Any:
     """
     there, here = _streams.current("cupy", source), _streams.current("cupy", target)
     _stream_order.link(there, here, source, target)
-    axes = _axes_by_stride(x)
+    axes, back = by_stride(x.strides)
     out = x.transpose(axes).copy()
     _lease.keep(x, here, target)
     _stream_order.link(here, there, target, source)
-    return out.transpose(np.argsort(axes)) if x.ndim else out
+    return out.transpose(back)
 
 
 def _filler(before: Traits, want: Want) -> Callable[..., Any]:

@@ -16,10 +16,8 @@ from contextlib import ExitStack
 from inspect import unwrap
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from tensorbridge import _api, _convert, _dtypes, _forks, _watch, tree
-from tensorbridge._array import CPU, ArrayInfo
+from tensorbridge._array import CPU, ArrayInfo, by_stride
 from tensorbridge._background._roads import devices_of
 from tensorbridge._cuda import _staging, _stream_order, _streams
 from tensorbridge._eager import eager, noticing
@@ -233,6 +231,5 @@ def _laid_out(block: Any, info: ArrayInfo) -> Any:
     dtype = _dtypes.DTYPES[info.dtype].numpy
     if dtype is None:
         return None
-    axes = sorted(range(len(info.shape)), key=lambda i: (-abs(info.strides[i]), i))
-    dense = block.view(dtype).reshape([info.shape[axis] for axis in axes])
-    return dense.transpose(np.argsort(axes)) if axes else dense
+    axes, back = by_stride(info.strides)
+    return block.view(dtype).reshape([info.shape[axis] for axis in axes]).transpose(back)
