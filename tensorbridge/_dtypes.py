@@ -141,8 +141,7 @@ def parse(dtype: object) -> str:
             name = dtype.removeprefix("torch.")
             if (name := _ALIASES.get(name, name)) in DTYPES:
                 return name
-    torch = sys.modules.get("torch")
-    if torch is not None and isinstance(dtype, getattr(torch, "dtype", ())):
+    if isinstance(dtype, getattr(sys.modules.get("torch"), "dtype", ())):
         name = of_torch(dtype)
         if name in DTYPES:
             return name

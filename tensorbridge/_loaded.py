@@ -26,3 +26,8 @@ class Named:
             return getattr(import_module(self._name), attribute)
         except ImportError:
             return Any
+
+
+def array_class(framework: str) -> Any:
+    """The class of its arrays, for `isinstance`: () as long as there is none."""
+    return getattr(sys.modules.get(framework), "Tensor" if framework == "torch" else "ndarray", ())

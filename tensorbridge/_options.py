@@ -15,7 +15,7 @@ from tensorbridge._adapters import adapter_of
 from tensorbridge._array import CPU, ArrayInfo, Device, Traits
 from tensorbridge._cuda import _streams
 from tensorbridge._errors import INSTALL, DeviceError, MissingFrameworkError, nearest
-from tensorbridge._loaded import loaded
+from tensorbridge._loaded import array_class, loaded
 from tensorbridge._memory import infos_share
 from tensorbridge._refuse import CALLED, FORKED, Obstacle
 from tensorbridge._step import Want, usual
@@ -225,8 +225,7 @@ def require(framework: str, call: str = "") -> Any:
 
 def with_out(want: Want, out: Any) -> Want:
     call = f"to_{want.framework}(out=...)"
-    cls = getattr(sys.modules.get(want.framework), {"torch": "Tensor"}.get(want.framework, "ndarray"), ())
-    if not isinstance(out, cls):
+    if not isinstance(out, array_class(want.framework)):
         raise TypeError(f"{call}: out is {type(out).__name__}, not an array of {want.framework}")
     try:
         _, traits = adapter_of(type(out)).open(out, Want("numpy"))

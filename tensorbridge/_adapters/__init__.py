@@ -11,7 +11,6 @@ Nothing is imported until its array shows up: a caller can hold a tensor only if
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from importlib import import_module
 from typing import Any, Protocol
@@ -19,7 +18,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from tensorbridge._array import ON_A_TENSOR, ArrayInfo, Traits
-from tensorbridge._loaded import loaded
+from tensorbridge._loaded import array_class, loaded
 from tensorbridge._step import Op, Step, Want
 
 
@@ -49,9 +48,8 @@ def adapter_of(cls: type) -> Adapter:
 def _name_of(cls: type) -> str:
     if issubclass(cls, np.ndarray):
         return "numpy"
-    for name, attribute in (("torch", "Tensor"), ("cupy", "ndarray")):
-        array_type = getattr(sys.modules.get(name), attribute, None)
-        if array_type is not None and issubclass(cls, array_type):
+    for name in ("torch", "cupy"):
+        if issubclass(cls, array_class(name)):
             return name
     if issubclass(cls, (list, tuple)) or is_scalar(cls):
         return "python"

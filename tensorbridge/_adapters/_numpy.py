@@ -6,7 +6,7 @@ import ctypes
 import sys
 from collections.abc import Callable, Sequence
 from functools import lru_cache
-from typing import Any, Literal, TypeAlias, cast
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 
@@ -23,6 +23,7 @@ from tensorbridge._array import (
     shape_text,
     size_class,
 )
+from tensorbridge._loaded import array_class
 from tensorbridge._refuse import OBSTACLES, Obstacle, cure_rows
 from tensorbridge._step import IN_PLACE, Op, Step, Want
 
@@ -111,10 +112,9 @@ def _origin(a: Array, lay: Layout) -> str:
         return ""
     if type(base).__name__ == "mmap":
         return "memmap"
-    torch = sys.modules.get("torch")
-    if torch is None or not isinstance(base, getattr(torch, "Tensor", ())):
+    if not isinstance(base, array_class("torch")):
         return ""
-    storage = cast(Any, base).untyped_storage()
+    storage = base.untyped_storage()
     first: int = a.__array_interface__["data"][0] - storage.data_ptr()
     low, high = reach(a.shape, a.strides, a.itemsize)
     within = first + low >= 0 and first + high <= storage.nbytes()

@@ -16,7 +16,7 @@ from tensorbridge._adapters import _foreign
 from tensorbridge._array import CPU
 from tensorbridge._cuda import _lease, _stream_order, _streams
 from tensorbridge._errors import DeviceError, UnsupportedArrayError
-from tensorbridge._loaded import loaded
+from tensorbridge._loaded import array_class
 from tensorbridge._step import Want
 from tensorbridge._trees import _leaves
 from tensorbridge._trees._walk import flatten
@@ -102,7 +102,7 @@ class Stay(Host):
             for framework in _frameworks():
                 mark.holds_back(_streams.current(framework, index), index)
         for array in batch.memory:
-            framework = "cupy" if isinstance(array, getattr(loaded("cupy"), "ndarray", ())) else "torch"
+            framework = "cupy" if isinstance(array, array_class("cupy")) else "torch"
             _used_by_consumer(array, _current_stream(framework, _index_of(array)), _index_of(array))
         return batch.value
 
@@ -211,7 +211,7 @@ def leaves_of(batch: Any) -> list[Any]:
 def devices_of(leaves: Iterable[Any]) -> set[int]:
     """The CUDA devices on which leaves lie, those of other libraries too."""
     found: set[int] = set()
-    tensor, cupy_array = getattr(loaded("torch"), "Tensor", ()), getattr(loaded("cupy"), "ndarray", ())
+    tensor, cupy_array = array_class("torch"), array_class("cupy")
     for leaf in leaves:
         if isinstance(leaf, tensor):
             if leaf.is_cuda:
@@ -228,7 +228,7 @@ def devices_of(leaves: Iterable[Any]) -> set[int]:
 def _device_arrays(batch: Any) -> list[Any]:
     """Those of torch and CuPy on CUDA; one for each storage."""
     found: dict[int, Any] = {}
-    tensor, cupy_array = getattr(loaded("torch"), "Tensor", ()), getattr(loaded("cupy"), "ndarray", ())
+    tensor, cupy_array = array_class("torch"), array_class("cupy")
     for leaf in leaves_of(batch):
         if isinstance(leaf, tensor) and leaf.is_cuda:
             with suppress(NotImplementedError):  # sparse: the conversion refuses it

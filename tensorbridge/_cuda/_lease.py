@@ -29,6 +29,7 @@ import numpy as np
 
 from tensorbridge import _forks
 from tensorbridge._cuda import _stream_order, _streams
+from tensorbridge._loaded import array_class
 
 Uses: TypeAlias = "frozenset[tuple[int, int]]"  # streams, as (number, device)
 
@@ -233,8 +234,8 @@ def used_on(x: Any, stream: Any) -> None:
             y = t * 2
         tensorbridge.used_on(t, side)         # and for this one
     """
-    is_tensor = isinstance(x, getattr(sys.modules.get("torch"), "Tensor", ()))
-    if not is_tensor and not isinstance(x, getattr(sys.modules.get("cupy"), "ndarray", ())):
+    is_tensor = isinstance(x, array_class("torch"))
+    if not is_tensor and not isinstance(x, array_class("cupy")):
         raise TypeError(f"used_on: {type(x).__name__} is neither a tensor nor a CuPy array")
     if is_tensor and not x.is_cuda:
         raise ValueError(f"used_on: the tensor is on {x.device}, where no CUDA stream uses it")
@@ -280,7 +281,7 @@ def _tensor_used_on(t: Any, number: int, index: int) -> None:
 
 def _array_used_on(x: Any, number: int, index: int) -> None:
     owner = getattr(x.data.mem, "_owner", None)
-    if isinstance(owner, getattr(sys.modules.get("torch"), "Tensor", ())):
+    if isinstance(owner, array_class("torch")):
         _tensor_used_on(owner, number, index)
         return
     loan = owner[()] if type(owner) is np.ndarray and owner.dtype.hasobject and not owner.ndim else None

@@ -21,7 +21,7 @@ import numpy as np
 
 from tensorbridge._adapters import _strangers
 from tensorbridge._errors import UnsupportedArrayError
-from tensorbridge._loaded import loaded
+from tensorbridge._loaded import array_class, loaded
 from tensorbridge._refuse import OBSTACLES, plain_dict
 from tensorbridge._trees import _rebuild, _tables
 
@@ -184,7 +184,7 @@ def _pytree_name(node: Any, x: Any, i: int) -> str:
 
 
 def _by_class(x: Any, cls: type) -> Any:
-    if _is_framework_array(cls):
+    if issubclass(cls, (np.ndarray, array_class("torch"), array_class("cupy"))):
         if len(EXACT) < _REMEMBERED:
             EXACT[cls] = ARRAY
         return ARRAY
@@ -211,11 +211,6 @@ def _by_class(x: Any, cls: type) -> Any:
         return FIELDS
     # A sparse array would make an array if told to: it is refused by name, not left alone.
     return ARRAY if hasattr(cls, "toarray") and hasattr(x, "shape") else OTHER
-
-
-def _is_framework_array(cls: type) -> bool:
-    frameworks = ((sys.modules.get("torch"), "Tensor"), (sys.modules.get("cupy"), "ndarray"))
-    return issubclass(cls, (np.ndarray, *(getattr(module, name, ()) for module, name in frameworks if module)))
 
 
 def _is_array(x: Any, cls: type) -> bool:
