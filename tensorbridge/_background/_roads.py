@@ -47,8 +47,7 @@ class Host:
         if any(self.marks.values()):
             for index in devices_of(leaves_of(batch)):
                 for mark in self.marks.get(index, ()):
-                    for framework in _frameworks():
-                        mark.holds_back(_streams.current(framework, index), index)
+                    _hold_back(index, mark)
         return self.on_device(batch)
 
     def entered(self) -> AbstractContextManager[Any]:
@@ -99,8 +98,7 @@ class Stay(Host):
 
     def handed_over(self, batch: Batch) -> Any:
         for index, mark in (batch.mark or {}).items():
-            for framework in _frameworks():
-                mark.holds_back(_streams.current(framework, index), index)
+            _hold_back(index, mark)
         for array in batch.memory:
             framework = "cupy" if isinstance(array, array_class("cupy")) else "torch"
             _used_by_consumer(array, _current_stream(framework, _index_of(array)), _index_of(array))
@@ -171,8 +169,7 @@ class Cuda(Host):
 
     def handed_over(self, batch: Batch) -> Any:
         for index in batch.others:
-            for framework in _frameworks():
-                batch.mark.holds_back(_streams.current(framework, index), index)
+            _hold_back(index, batch.mark)
         stream = _current_stream(self.framework, self.index)
         number = _streams.identify(stream)[0]
         if number != self.number:
@@ -199,6 +196,12 @@ _CAPTURING = (
 
 def _frameworks() -> list[str]:
     return [framework for framework in ("torch", "cupy") if _streams.usable(framework)]
+
+
+def _hold_back(index: int, mark: _stream_order.Mark) -> None:
+    """What either framework queues on a device from now on waits for the mark."""
+    for framework in _frameworks():
+        mark.holds_back(_streams.current(framework, index), index)
 
 
 def leaves_of(batch: Any) -> list[Any]:
