@@ -146,12 +146,13 @@ def compiled(steps: tuple[Any, ...], traits: Traits, want: Want, here: Here = HE
     befores = [traits, *(step.after for step in steps)]
     functions = [performer(step, before, want) for step, before in zip(steps, befores, strict=False)]
     for i, step in enumerate(steps):
-        if step.by == BOTH_WAYS and step.op == Op.IMPORT:
-            read = next(j for j in range(i, len(steps)) if steps[j].kind)
+        if step.by != BOTH_WAYS:
+            continue
+        read = next(j for j in range(i, len(steps)) if steps[j].kind)
+        if step.op == Op.IMPORT:
             whole = _given_back(functions[i : read + 1], befores[read])
             functions[i : read + 1] = [*([_as_it_is] * (read - i)), whole]
-        elif step.by == BOTH_WAYS:
-            read = next(j for j in range(i, len(steps)) if steps[j].kind)
+        else:
             functions[read] = _ordered_back(functions[read], steps[i + 1].after.framework, befores[i])
     if here.intercepted:
         torch: Any = named("torch")

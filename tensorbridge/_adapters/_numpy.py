@@ -60,7 +60,8 @@ def traits(a: Array) -> Traits:
     if type(a) is not np.ndarray and not a.dtype.names:  # a record's fields may be called anything
         refuse_meaning(a, f"numpy {a.dtype} {shape_text(a.shape)}")
     dtype, base, flags = a.dtype, a.base, a.flags.num
-    lay = PLAIN if flags & _IN_C and a.size and 1 not in a.shape else layout_of(a)
+    in_c = flags & _IN_C and a.size and 1 not in a.shape
+    lay = PLAIN if in_c else layout(a.shape, a.strides, a.itemsize)
     plain = base is None or (type(base) is np.ndarray and base.base is None)
     origin = "" if plain else _origin(a, lay)
     aligned = dtype.kind != "c" or _is_aligned_whole(a)
@@ -99,12 +100,6 @@ def _is_aligned_whole(a: Array) -> bool:
     return address % min(a.itemsize, 16) == 0 or not a.size
 
 
-def layout_of(a: Array) -> Layout:
-    if a.flags.c_contiguous and a.size and 1 not in a.shape:
-        return PLAIN
-    return layout(a.shape, a.strides, a.itemsize)
-
-
 def _origin(a: Array, lay: Layout) -> str:
     """Who stands behind a view: "tensor" (all of the view lies in its storage), "narrowed", "memmap"."""
     base: Any = owner_of(a)
@@ -124,7 +119,8 @@ def _origin(a: Array, lay: Layout) -> str:
         return "tensor"
     whole: Array = _chain(a)[-2]  # the array on the tensor
     frozen = whole.flags.writeable and not a.flags.writeable
-    return "narrowed" if frozen or (lay.overlap and not layout_of(whole).overlap) else "tensor"
+    expanded = lay.overlap and not layout(whole.shape, whole.strides, whole.itemsize).overlap
+    return "narrowed" if frozen or expanded else "tensor"
 
 
 def owner_of(a: Any) -> Any:

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from tensorbridge._adapters import _strangers
+from tensorbridge._adapters import _columns, _strangers
 from tensorbridge._errors import UnsupportedArrayError
 from tensorbridge._loaded import array_class, loaded
 from tensorbridge._refuse import OBSTACLES, plain_dict
@@ -214,7 +214,7 @@ def _by_class(x: Any, cls: type) -> Any:
 
 
 def _is_array(x: Any, cls: type) -> bool:
-    if _tables.is_scalar(x):
+    if _columns.is_scalar(x):  # one value of pyarrow: its text would offer letters as bytes
         return False
     own = getattr(x, "__dict__", ())
     if any(hasattr(cls, name) or name in own for name in _PROTOCOLS):

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from tensorbridge._adapters import _columns, _missing
+from tensorbridge._adapters import _missing
 from tensorbridge._errors import UnsupportedArrayError
 
 Open = Callable[[Any], tuple[list[Any], list[Any]]]
@@ -30,11 +30,6 @@ def opener(x: Any) -> Open | None:
 def is_one_batch(x: Any) -> bool:
     """Whether iterating `x` gives its keys, columns or letters, and so neither batches nor samples."""
     return isinstance(x, (Mapping, str, bytes)) or opener(x) is not None
-
-
-def is_scalar(x: Any) -> bool:
-    """Whether `x` is one value of pyarrow, which is left alone like a number: its text would offer letters as bytes."""
-    return _columns.is_scalar(x)
 
 
 def _arrow_columns(x: Any) -> tuple[list[Any], list[Any]]:
