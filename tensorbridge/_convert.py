@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from tensorbridge import _casting, _device_lanes, _dtypes, _lanes, _options, _watch
 from tensorbridge import _words as words
-from tensorbridge._adapters import Adapter, adapter_of, import_all, named, performer
+from tensorbridge._adapters import Adapter, adapter_of, as_it_is, import_all, named, performer
 from tensorbridge._array import CPU, ArrayInfo, Traits
 from tensorbridge._cuda import _stream_order, _streams
 from tensorbridge._eager import is_inside
@@ -151,7 +151,7 @@ def compiled(steps: tuple[Any, ...], traits: Traits, want: Want, here: Here = HE
         read = next(j for j in range(i, len(steps)) if steps[j].kind)
         if step.op == Op.IMPORT:
             whole = _given_back(functions[i : read + 1], befores[read])
-            functions[i : read + 1] = [*([_as_it_is] * (read - i)), whole]
+            functions[i : read + 1] = [*([as_it_is] * (read - i)), whole]
         else:
             functions[read] = _ordered_back(functions[read], steps[i + 1].after.framework, befores[i])
     if here.intercepted:
@@ -187,10 +187,6 @@ def _given_back(functions: Sequence[Callable[..., Any]], read: Traits) -> Callab
         return result
 
     return run
-
-
-def _as_it_is(x: Any) -> Any:
-    return x
 
 
 def open_lanes() -> None:

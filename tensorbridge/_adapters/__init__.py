@@ -65,6 +65,11 @@ def named(name: str) -> Adapter:
     return import_module(f"tensorbridge._adapters._{name}")
 
 
+def as_it_is(x: Any) -> Any:
+    """What performs a step that has nothing to do."""
+    return x
+
+
 def import_all() -> None:
     """The adapters of what is here."""
     for name in ("numpy", "python", "protocols", *filter(loaded, ("torch", "cupy"))):

@@ -15,6 +15,7 @@ import cupy
 import numpy as np
 
 from tensorbridge import _dtypes
+from tensorbridge._adapters import as_it_is
 from tensorbridge._array import (
     CPU,
     ArrayInfo,
@@ -46,7 +47,7 @@ def traits(x: Any) -> Traits:
     device = Device(f"cuda:{x.data.device_id}")
     aligned = not x.size or x.data.ptr % x.itemsize == 0
     size = size_class(x.size * x.itemsize)
-    return Traits("cupy", device, name, lay.order, lay.spacing, lay.overlap, lay.loose, aligned, size=size)
+    return Traits("cupy", device, name, *lay, aligned, size=size)
 
 
 def describe(x: Any, traits: Traits) -> ArrayInfo:
@@ -91,10 +92,10 @@ def performer(step: Step, before: Traits, want: Want) -> Callable[..., Any]:
     if op == Op.FILL:
         return _on(source if want.framework == "numpy" else target, _filler(before, want))
     if op == Op.SHARE:
-        return from_torch(before, capturing=step.by == CAPTURED) if before.framework == "torch" else _same
+        return from_torch(before, capturing=step.by == CAPTURED) if before.framework == "torch" else as_it_is
     if op == Op.ORDER:
         return _stream_order.ordered(before, "torch")
-    return {Op.RESTRIDE: _same}[op]
+    return {Op.RESTRIDE: as_it_is}[op]
 
 
 def _on(index: int, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -105,10 +106,6 @@ def _on(index: int, function: Callable[..., Any]) -> Callable[..., Any]:
             return function(*arrays)
 
     return run
-
-
-def _same(x: Any) -> Any:
-    return x
 
 
 def _copied_by_bytes(x: Any, order: str) -> Any:

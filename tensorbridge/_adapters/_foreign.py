@@ -172,16 +172,12 @@ def stream_named(x: Any) -> int | None:
 
 def traits(x: Foreign, via: str) -> Traits:
     itemsize = _dtypes.DTYPES[x.dtype].itemsize
-    lay = layout(x.shape, x.strides, itemsize)
     count = math.prod(x.shape)
     return Traits(
         via,
         x.device,
         x.dtype,
-        lay.order,
-        lay.spacing,
-        lay.overlap,
-        lay.loose,
+        *layout(x.shape, x.strides, itemsize),
         not count or x.address % itemsize == 0,
         writable=not x.readonly,
         size=size_class(count * itemsize),

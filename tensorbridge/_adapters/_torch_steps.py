@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from tensorbridge import _dtypes, _engine, _readonly
-from tensorbridge._adapters import _numpy, _torch_cuda
+from tensorbridge._adapters import _numpy, _torch_cuda, as_it_is
 from tensorbridge._array import ON_A_TENSOR, Traits
 from tensorbridge._cuda import _stream_order
 from tensorbridge._step import Op, Step, Want
@@ -39,7 +39,7 @@ def performer(step: Step, before: Traits, want: Want) -> Callable[[Any], Any]:
             return _to_numpy(before.dtype)
         if before.framework == "numpy":
             return _shared(before)
-        return _torch_cuda.from_cupy(before) if before.framework == "cupy" else _same
+        return _torch_cuda.from_cupy(before) if before.framework == "cupy" else as_it_is
     if op == Op.FILL:
         return _filler(before, step, want)
     if step.by == _engine.IN_PIECES and op == Op.STACK:
@@ -116,10 +116,6 @@ def _in_pieces(out: Tensor, t: Tensor) -> Tensor:
     for start, length in ((0, half), (half, t.shape[longest] - half)):
         _in_pieces(out.narrow(longest, start, length), t.narrow(longest, start, length))
     return out
-
-
-def _same(t: Tensor) -> Tensor:
-    return t
 
 
 def _to_numpy(name: str) -> Callable[[Tensor], Any]:
@@ -248,7 +244,7 @@ def _filler(before: Traits, step: Step, want: Want) -> Callable[..., Any]:
             return out
 
         return by_numpy
-    share = _from_numpy(before) if before.framework == "numpy" else _same
+    share = _from_numpy(before) if before.framework == "numpy" else as_it_is
     fill: Any = _torch_cuda.filler(before, want) or (_in_pieces if step.by == _engine.IN_PIECES else Tensor.copy_)
     if want.out is not None and want.out.device.is_other and "neg" in want.out.lazy:
         fill = _fill_negative
