@@ -21,7 +21,7 @@ from tensorbridge._eager import eager
 _F = TypeVar("_F", bound=Callable[..., Any])
 _Recipes = dict[Any, _convert.Recipe]  # by what `_key` says
 
-_kinds: dict[type, Callable[[Any], Traits | None]] = {}  # of the types that have plain arrays
+_quick_traits: dict[type, Callable[[Any], Traits | None]] = {}  # of the types that have plain arrays
 _asked: dict[tuple[Any, ...], _Recipes | None] = {}  # by the options in the caller's words; None: leads off the host
 _NOTHING: _Recipes = {}
 _borrowed: Callable[[Any], Any] = lambda x: x  # a tensor's memory as an array
@@ -36,10 +36,10 @@ def remembering(full: _F) -> _F:
 
     @wraps(full)
     def convert_again(x: Any, **options: Any) -> Any:
-        kind = _kinds.get(type(x))
-        if kind is None:
+        tell = _quick_traits.get(type(x))
+        if tell is None:
             result = full(x, **options)
-            if not _kinds and _lanes._Tensor is not None:
+            if not _quick_traits and _lanes._Tensor is not None:
                 _open()
             return result
         out = options.get("out")
@@ -49,14 +49,14 @@ def remembering(full: _F) -> _F:
                     return full(x, **options)
             words = (framework, *options, *options.values())
         else:
-            filled = _kind_of_out(out, x) if len(options) == 1 else None
+            filled = _traits_of_out(out, x) if len(options) == 1 else None
             if filled is None:
                 return full(x, **options)
             words = (framework, filled)
         recipes = _asked.get(words, _NOTHING)
         if recipes is None:
             return full(x, **options)
-        traits = kind(x)
+        traits = tell(x)
         recipe = recipes.get(_key(traits))
         watched = _watch.watching and (recipe is None or recipe.moves or _watch.is_traced())
         if (
@@ -86,10 +86,10 @@ def fills(framework: str, sources: Sequence[Any], outs: Sequence[Any]) -> list[_
     found: list[_convert.Recipe] = []
     spans: list[tuple[int, int, bool]] = []
     for x, out in zip(sources, outs, strict=True):
-        kind = _kinds.get(type(x))
-        filled = None if kind is None else _kind_of_out(out, x)
+        tell = _quick_traits.get(type(x))
+        filled = None if tell is None else _traits_of_out(out, x)
         recipes = None if filled is None else _asked.get((framework, filled))
-        traits = kind(x) if recipes and kind is not None else None
+        traits = tell(x) if recipes and tell is not None else None
         if traits is None or traits.spacing != "dense" or _convert.waits_for_threads(traits):
             return None
         recipe = recipes.get(_key(traits)) if recipes else None
@@ -114,20 +114,20 @@ def _no_write_meets(spans: list[tuple[int, int, bool]]) -> bool:
 
 def remember_fills(framework: str, sources: Sequence[Any], outs: Sequence[Any]) -> None:
     """Keep how these were filled, where `fills` did not know it."""
-    if not _kinds and _lanes._Tensor is not None:
+    if not _quick_traits and _lanes._Tensor is not None:
         _open()
     for x, out in zip(sources, outs, strict=True):
-        kind = _kinds.get(type(x))
-        filled = None if kind is None else _kind_of_out(out, x)
-        traits = None if filled is None or kind is None else kind(x)
+        tell = _quick_traits.get(type(x))
+        filled = None if tell is None else _traits_of_out(out, x)
+        traits = None if filled is None or tell is None else tell(x)
         if traits is not None and not traits.graph and _key(traits) not in (_asked.get((framework, filled)) or ()):
             _remember((framework, filled), {"out": out}, traits)
 
 
-def _kind_of_out(out: Any, x: Any) -> Traits | None:
-    """The kind of a dense `out` of the shape of `x`, where it is quickly told."""
-    kind = _kinds.get(type(out))
-    traits = None if kind is None else kind(out)
+def _traits_of_out(out: Any, x: Any) -> Traits | None:
+    """The traits of a dense `out` of the shape of `x`, where they are quickly told."""
+    tell = _quick_traits.get(type(out))
+    traits = None if tell is None else tell(out)
     if traits is None or traits.spacing != "dense" or (type(out) is not np.ndarray and out.is_inference()):
         return None
     try:
@@ -176,5 +176,5 @@ def _open() -> None:
     _borrowed = torch.borrowed
     _address = lambda x: numpy.address(x) if type(x) is np.ndarray else x.data_ptr()
     _WORDS.update(map(type, {torch.COMMON, *torch.HOST}))
-    _kinds[np.ndarray] = numpy.kind
-    _kinds.update(dict.fromkeys(torch.EXACT, torch.kind))
+    _quick_traits[np.ndarray] = numpy.quick_traits
+    _quick_traits.update(dict.fromkeys(torch.EXACT, torch.quick_traits))

@@ -324,7 +324,7 @@ def test_a_tensor_that_looks_like_one_that_was_seen_is_still_looked_at(name, fir
     pair = [torch.ones(4), TWINS[name]()]
     for t in pair if first == "plain" else pair[::-1]:
         for _ in range(2):
-            assert adapter.kind(t) == outright(t)
+            assert adapter.quick_traits(t) == outright(t)
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script.* is deprecated")  # which torch uses for that itself
@@ -336,16 +336,16 @@ def test_a_tensor_that_looks_like_one_that_was_seen_may_carry_a_tangent(first):
         pair = [torch.ones(4), torch.autograd.forward_ad.make_dual(torch.ones(4), torch.ones(4))]
         for t in pair if first == "plain" else pair[::-1]:
             for _ in range(2):
-                assert adapter.kind(t) == outright(t)
-        assert adapter.kind(pair[1]).graph
-    assert not adapter.kind(torch.ones(4)).graph
+                assert adapter.quick_traits(t) == outright(t)
+        assert adapter.quick_traits(pair[1]).graph
+    assert not adapter.quick_traits(torch.ones(4)).graph
 
 
 def test_an_empty_tensor_needs_no_storage():
     adapter: Any = _convert.adapter_of(torch.Tensor)
     adapter._seen.clear()
     for _ in range(2):
-        assert adapter.kind(torch.ones(0, 3)).size == "empty"
+        assert adapter.quick_traits(torch.ones(0, 3)).size == "empty"
     assert len(adapter._seen) == 1
 
 
@@ -354,5 +354,5 @@ def test_the_kinds_that_are_kept_are_not_many(monkeypatch):
     adapter._seen.clear()
     monkeypatch.setattr(adapter, "_KEPT", 3)
     for n in range(10):
-        adapter.kind(torch.ones(n))
+        adapter.quick_traits(torch.ones(n))
     assert len(adapter._seen) <= 3

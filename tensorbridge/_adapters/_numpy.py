@@ -36,7 +36,7 @@ def open(x: Array, want: Want) -> tuple[Array, Traits]:
     return _base(x), traits(x)
 
 
-def kind(a: Array) -> Traits | None:
+def quick_traits(a: Array) -> Traits | None:
     """The traits of a plain array, where they are quickly told."""
     base, seen = a.base, (a.dtype, a.flags.num, a.shape, a.strides)
     plain = base is None or (type(base) is np.ndarray and base.base is None)

@@ -90,7 +90,7 @@ def device_at(address: int) -> int:
     return int(ask(address))
 
 
-def kind(t: Tensor) -> Traits | None:
+def quick_traits(t: Tensor) -> Traits | None:
     """The traits of a plain tensor on the host, where they are quickly told."""
     if not is_plain(t):
         return None
