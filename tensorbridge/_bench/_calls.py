@@ -8,6 +8,7 @@ import subprocess
 import sys
 import types
 from collections.abc import Callable
+from functools import partial
 from importlib import import_module, metadata
 from importlib.util import find_spec
 from pathlib import Path
@@ -77,7 +78,7 @@ def _to_numpy_rows(scope: Scope) -> list[Row]:
 
         return Case(ways, {"tb": tb, "torch": torch, "np": np, "t": t}, check, goals=(A1_GOAL,))
 
-    return [Row(title, lambda make=make: build(make)) for title, make in TENSORS.items()]  # type: ignore[misc]
+    return [Row(title, partial(build, make)) for title, make in TENSORS.items()]
 
 
 def _to_torch_rows(scope: Scope) -> list[Row]:
@@ -99,7 +100,7 @@ def _to_torch_rows(scope: Scope) -> list[Row]:
         names = {"tb": tb, "torch": torch, "a": a, "t": torch.from_numpy(a)}
         return Case(ways, names, result_is(a), goals=A2_GOALS)
 
-    return [Row(title, lambda make=make: build(make)) for title, make in ARRAYS.items()]  # type: ignore[misc]
+    return [Row(title, partial(build, make)) for title, make in ARRAYS.items()]
 
 
 # -- A3: what other libraries offer for the same thing. Name on PyPI, module, to NumPy, to torch, whether A3 names it.
@@ -145,7 +146,7 @@ def _peer_rows(scope: Scope) -> list[Row]:
         return Case(ways, names, result_is(t if direction == "to NumPy" else a), goals=goals)
 
     return [
-        Row(f"{name}, {direction}", lambda name=name, direction=direction: build(name, direction))  # type: ignore[misc]
+        Row(f"{name}, {direction}", partial(build, name, direction))
         for name in PEERS
         for direction in ("to NumPy", "to torch")
     ]
@@ -209,7 +210,7 @@ def _watch_rows(scope: Scope) -> list[Row]:
         goals = (Goal("A4", ("without the check",), "extra", 30.0),)
         return Case(ways, names, result_is(names[given]), goals=goals)
 
-    return [Row(d, lambda d=d: build(d)) for d in ("to_numpy", "to_torch")]  # type: ignore[misc]
+    return [Row(d, partial(build, d)) for d in ("to_numpy", "to_torch")]
 
 
 # -- D1: the import

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 from tensorbridge._bench._rows import (
@@ -226,7 +227,7 @@ def change_case(change: Change, nbytes: int) -> Case:
 def _change_rows(scope: Scope) -> list[Row]:
     sizes = (64 * KIB, 16 * MIB) if scope.quick else (4 * KIB, 64 * KIB, MIB, 64 * MIB)
     return [
-        Row(f"{change.name}, {bytes_name(n)}", lambda c=change, n=n: change_case(c, n), 8 * n)  # type: ignore[misc]
+        Row(f"{change.name}, {bytes_name(n)}", partial(change_case, change, n), 8 * n)
         for n in reversed(sizes)
         for change in CHANGES
     ]

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 
 from tensorbridge._array import HUGE
 from tensorbridge._bench._rows import (
@@ -64,8 +65,8 @@ def _large_rows(scope: Scope) -> list[Row]:
         row
         for n in sizes
         for row in (
-            Row(f"to_torch(a, copy=True), {bytes_name(n)}", lambda n=n: fresh(n), 5 * n),  # type: ignore[misc]
-            Row(f"to_torch(a, out=w), {bytes_name(n)}", lambda n=n: warm(n), 3 * n),  # type: ignore[misc]
+            Row(f"to_torch(a, copy=True), {bytes_name(n)}", partial(fresh, n), 5 * n),
+            Row(f"to_torch(a, out=w), {bytes_name(n)}", partial(warm, n), 3 * n),
         )
     ]
 
@@ -106,7 +107,7 @@ def _threads_rows(scope: Scope) -> list[Row]:
         return Case(ways, names, copied(names), nbytes, around=lambda: company(busy, several))
 
     return [
-        Row(f"copy of {bytes_name(n)}, {title}", lambda n=n, busy=busy: build(busy, n), 3 * n)  # type: ignore[misc]
+        Row(f"copy of {bytes_name(n)}, {title}", partial(build, busy, n), 3 * n)
         for n in (4 * MIB, HUGE)
         for title, busy in (("cores idle", 0), ("one busy process", 1), ("a busy process a core", len(_cores())))
     ]

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 from tensorbridge._bench._rows import (
@@ -107,12 +107,7 @@ def case(names: dict[str, Any], ways: tuple[Way, ...], goals: tuple[Goal, ...] =
 
 def rows_over(build: Callable[[int], Case], *sizes: int) -> Callable[[Scope], list[Row]]:
     """One row a size; the first two of them where it has to be quick."""
-    return (
-        lambda scope: [
-            Row(bytes_name(n), lambda n=n: build(n), 6 * n)  # type: ignore[misc]
-            for n in (sizes[:2] if scope.quick else sizes)
-        ]
-    )
+    return lambda scope: [Row(bytes_name(n), partial(build, n), 6 * n) for n in (sizes[:2] if scope.quick else sizes)]
 
 
 # -- C1, C2: device to host

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from importlib import import_module
+from functools import partial
 from typing import Any
 
 from tensorbridge._bench._cuda import CUDA, cuda_event, pinned, rows_over, warmed_up
@@ -16,13 +16,12 @@ from tensorbridge._bench._rows import (
     Goal,
     Question,
     Row,
-    Unavailable,
     Way,
     expect,
     random_array,
     same_values,
 )
-from tensorbridge._bench._trees import leaves_of, tree_module
+from tensorbridge._bench._trees import leaves_of
 
 # -- C4: a tree across the bus
 
@@ -39,7 +38,7 @@ def _tree_case(to_device: bool) -> Case:
     host = {f"leaf{i}": row.copy() for i, row in enumerate(block)}
     x = host if to_device else {k: torch.from_numpy(v).to(CUDA) for k, v in host.items()}
     b = torch.from_numpy(block)
-    names = {"tree": tree_module(), "tb": tb, "torch": torch, "cuda": CUDA, "x": x, "b": b if to_device else b.to(CUDA)}
+    names = {"tree": tb.tree, "tb": tb, "torch": torch, "cuda": CUDA, "x": x, "b": b if to_device else b.to(CUDA)}
 
     def pinned_loop(tree: dict[str, Any]) -> dict[str, Any]:
         made = {}
@@ -85,16 +84,14 @@ SIDE = 2048  # of the matrices whose product is the work
 
 
 def _loop(nbytes: int) -> Case:
-    try:
-        prefetch = import_module("tensorbridge._background._prefetch").prefetch
-    except ModuleNotFoundError as error:
-        raise Unavailable(f"not built yet: {error.name}") from error
     import torch
+
+    import tensorbridge as tb
 
     warmed_up(nbytes)
     batches = [random_array("float32", nbytes // 4) + i for i in range(BATCHES)]
     names = {
-        "torch": torch, "prefetch": prefetch, "batches": batches, "cuda": CUDA,
+        "torch": torch, "prefetch": tb.prefetch, "batches": batches, "cuda": CUDA,
         "loader": torch.utils.data.DataLoader(batches, batch_size=None, pin_memory=True),  # type: ignore[arg-type]
         "resident": [torch.from_numpy(batch).to(CUDA) for batch in batches[:2]] * (BATCHES // 2),
         "pinned": [pinned(nbytes // 4) for _ in range(2)] * (BATCHES // 2), "d": torch.empty(nbytes // 4, device=CUDA),
@@ -150,8 +147,8 @@ QUESTIONS = (
         "What does a tree of 1000 arrays of 4 KiB cost across the bus?",
         "One call for the tree, one call a leaf, and a loop over page-locked leaves that waits once.",
         lambda scope: [
-            Row("host to device", lambda: _tree_case(True)),
-            Row("device to host", lambda: _tree_case(False)),
+            Row("host to device", partial(_tree_case, True)),
+            Row("device to host", partial(_tree_case, False)),
         ],
         "cuda",
     ),

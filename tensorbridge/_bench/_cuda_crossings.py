@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
@@ -93,7 +94,7 @@ def _crossing_rows(scope: Scope) -> list[Row]:
     return [
         Row(
             f"{'torch to CuPy' if to_cupy else 'CuPy to torch'}, {'streams differ' if differ else 'one stream'}",
-            lambda to_cupy=to_cupy, differ=differ: _torch_cupy(to_cupy, differ),  # type: ignore[misc]
+            partial(_torch_cupy, to_cupy, differ),
         )
         for differ in (False, True)
         for to_cupy in (True, False)
@@ -175,8 +176,11 @@ QUICK_SIZES = (4 * KIB, MIB, 64 * MIB)
 
 
 def _sweep_rows(scope: Scope) -> list[Row]:
+    def build(direction: Direction, nbytes: int) -> Case:
+        return case(direction.make(nbytes), direction.ways)
+
     return [
-        Row(f"{d.name}, {bytes_name(n)}", lambda d=d, n=n: case(d.make(n), d.ways), 6 * n)  # type: ignore[misc]
+        Row(f"{d.name}, {bytes_name(n)}", partial(build, d, n), 6 * n)
         for d in DIRECTIONS
         for n in (QUICK_SIZES if scope.quick else FULL_SIZES)
     ]

@@ -26,7 +26,7 @@ def machine() -> dict[str, Any]:
         "transparent huge pages": _first("/sys/kernel/mm/transparent_hugepage/enabled", r"\[(\w+)\]"),
         "NUMA nodes": _numa_nodes(),
         "system": _system(),
-        "load before": _load(),
+        "load before": load_now(),
         "Python": f"{platform.python_implementation()} {platform.python_version()}",
         "tensorbridge": tb.__version__,
         "NumPy": np.__version__,
@@ -49,10 +49,6 @@ def machine() -> dict[str, Any]:
 def _system() -> str:
     kernel = platform.release().partition("-")[0]
     return f"{platform.system()} {kernel}, {' '.join(platform.libc_ver()).strip() or 'unknown C library'}"
-
-
-def load_now() -> str:
-    return _load()
 
 
 def cpu_name() -> str:
@@ -131,7 +127,7 @@ def _numa_nodes() -> str:
     return str(len(nodes)) if nodes else "unknown"
 
 
-def _load() -> str:
+def load_now() -> str:
     return " ".join(f"{x:.2f}" for x in os.getloadavg()) if hasattr(os, "getloadavg") else "unknown"
 
 

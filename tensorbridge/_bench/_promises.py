@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from functools import partial
 from operator import attrgetter
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -153,7 +154,7 @@ def _called(x: Any, **options: Any) -> Any:
 
 def _rows(scope: Scope) -> list[Row]:
     return [
-        Row(f"{title}: {part.why}, `{part.code}`", lambda title=title, part=part: _build(title, part))  # type: ignore[misc]
+        Row(f"{title}: {part.why}, `{part.code}`", partial(_build, title, part))
         for title, lane in LANES.items()
         for part in (Part("**all of it**", lane.call), *lane.parts, _NOTHING)
     ]

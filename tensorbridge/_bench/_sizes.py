@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 from tensorbridge._bench._malloc import LARGEST
@@ -112,7 +113,7 @@ def _sweep_rows(scope: Scope) -> list[Row]:
         return Case(ways, names, copied(names), nbytes, tuple(goal for goal in SWEEP_GOALS if goal.way in told))
 
     return [
-        Row(f"{direction.name}, {bytes_name(n)}", lambda d=direction, n=n: build(d, n), 6 * n)  # type: ignore[misc]
+        Row(f"{direction.name}, {bytes_name(n)}", partial(build, direction, n), 6 * n)
         for direction in (TO_TORCH, TO_NUMPY)
         for n in (QUICK_SIZES if scope.quick else FULL_SIZES)
     ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from importlib import import_module
 from typing import Any
 
@@ -15,21 +16,14 @@ from tensorbridge._bench._rows import (
     Question,
     Row,
     Scope,
-    Unavailable,
     Way,
     expect,
     random_array,
+    same_values,
 )
 
 LEAVES = 1000
 LEAF = (16, 16)  # float32: 1 KiB
-
-
-def tree_module() -> Any:
-    try:
-        return import_module("tensorbridge._trees._tree")
-    except ModuleNotFoundError as error:
-        raise Unavailable(f"not built yet: {error.name}") from error
 
 
 def flat() -> dict[str, Any]:
@@ -61,7 +55,6 @@ def leaves_of(tree: Any) -> list[Any]:
 def tree_check(source: Any, count: int = LEAVES) -> Callable[[Way, Any], None]:
     def check(way: Way, result: Any) -> None:
         import tensorbridge as tb
-        from tensorbridge._bench._rows import same_values
 
         pairs = list(zip(leaves_of(source), leaves_of(result), strict=True))
         expect(len(pairs) == count, f"{len(pairs)} leaves")
@@ -78,8 +71,6 @@ def samples(count: int, shape: tuple[int, ...]) -> list[dict[str, Any]]:
 
 def batch_check(given: list[dict[str, Any]]) -> Callable[[Way, Any], None]:
     def check(way: Way, result: Any) -> None:
-        from tensorbridge._bench._rows import same_values
-
         images = result["image"]
         expect(list(result["label"]) == [sample["label"] for sample in given], f"{way.name}: other labels")
         expect(len(images) == len(given), f"{way.name}: {len(images)} images")
@@ -94,7 +85,7 @@ def with_modules() -> dict[str, Any]:
 
     import tensorbridge as tb
 
-    return {"tree": tree_module(), "tb": tb, "torch": torch}
+    return {"tree": tb.tree, "tb": tb, "torch": torch}
 
 
 COPIED = Goal("B3", ("torch.tensor, leaf by leaf",), "speed", 2.2)
@@ -171,8 +162,8 @@ def _rows(scope: Scope) -> list[Row]:
         Row("flat dict, shared with NumPy", to_numpy),
         Row("list of dicts with tuples and dicts, shared with torch", deep),
         Row("dict of 5 arrays, shared with torch", small),
-        Row("64 samples of (3, 32, 32) and a label, collated", lambda: collated(64, (3, 32, 32))),
-        Row("256 samples of (8,) and a label, collated", lambda: collated(256, (8,))),
+        Row("64 samples of (3, 32, 32) and a label, collated", partial(collated, 64, (3, 32, 32))),
+        Row("256 samples of (8,) and a label, collated", partial(collated, 256, (8,))),
     ]
 
 
