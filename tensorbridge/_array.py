@@ -7,9 +7,12 @@ one kind (its shape, its address). `ArrayInfo` is one array described for a pers
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from tensorbridge._eager import eager
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 SMALL = 64 * 1024  # bytes: below, a copy costs its call, not its bytes
 LARGE = 4 * 1024 * 1024  # bytes: from here on, NumPy asks the kernel for huge pages
@@ -159,17 +162,16 @@ def layout(shape: tuple[int, ...], strides: tuple[int, ...], itemsize: int) -> L
     if 0 in shape:
         return Layout(loose=loose or any(s < 0 or s % itemsize for s in strides))
     axes = [(stride, length) for length, stride in zip(shape, strides, strict=True) if length > 1]
-    steps = [abs(stride) for stride, _ in axes]
-    rising = sorted(range(len(axes)), key=lambda i: (steps[i], -i))
+    falling, _ = by_stride([stride for stride, _ in axes])
     span, dense, overlap = itemsize, True, False
-    for i in rising:
-        dense = dense and steps[i] == span
-        overlap = overlap or steps[i] < span
-        span += steps[i] * (axes[i][1] - 1)
-    if overlap or rising == list(range(len(axes)))[::-1]:
+    for stride, length in (axes[i] for i in reversed(falling)):
+        dense = dense and abs(stride) == span
+        overlap = overlap or abs(stride) < span
+        span += abs(stride) * (length - 1)
+    if overlap or falling == sorted(falling):
         order = "C"
     else:
-        order = "F" if rising == list(range(len(axes))) else "K"
+        order = "F" if falling[::-1] == sorted(falling) else "K"
     if any(stride % itemsize for stride, _ in axes):
         spacing = "odd"
     elif any(stride < 0 for stride, _ in axes):
@@ -187,7 +189,7 @@ def c_strides(shape: tuple[int, ...], itemsize: int) -> tuple[int, ...]:
     return tuple(strides)
 
 
-def by_stride(strides: tuple[int, ...]) -> tuple[list[int], list[int]]:
+def by_stride(strides: Sequence[int]) -> tuple[list[int], list[int]]:
     """The axes as they lie in memory, from the longest stride to the shortest; and the axes that transpose back."""
     axes = sorted(range(len(strides)), key=lambda i: (-abs(strides[i]), i))
     return axes, sorted(range(len(axes)), key=axes.__getitem__)
