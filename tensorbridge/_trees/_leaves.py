@@ -240,19 +240,13 @@ def _watched(leaf: Leaf, block: Block | None, run: Callable[[], Any]) -> Any:
 
 def _cross(block: Block, leaves: Sequence[Leaf], results: list[Any]) -> None:
     """The leaves of a block, converted. A trace sees an event for each; the time is in the first one's."""
-    if not _watch.watching:
-        _cross_leaves(block, leaves, results)
-        return
-    first, *others = [leaves[i] for i in block.members]
-    _watched(first, block, lambda: _cross_leaves(block, leaves, results))
+    members = [leaves[i] for i in block.members]
+    cases = [leaves[run.leaves[0]].case for run in block.runs]
+    arrays, places = [leaf.handle for leaf in leaves], [leaf.place for leaf in members]
+    others = members[1:] if _watch.watching else []
+    _watched(members[0], block, partial(_cross_at_once, block, arrays, cases, places, results))
     for leaf in others:
         _watched(leaf, block, lambda: None)
-
-
-def _cross_leaves(block: Block, leaves: Sequence[Leaf], results: list[Any]) -> None:
-    arrays = [leaf.handle for leaf in leaves]
-    cases = [leaves[run.leaves[0]].case for run in block.runs]
-    _cross_at_once(block, arrays, cases, [leaves[i].place for i in block.members], results)
 
 
 def _cross_at_once(
