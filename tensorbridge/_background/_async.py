@@ -22,7 +22,7 @@ from tensorbridge._background._roads import devices_of
 from tensorbridge._cuda import _staging, _stream_order, _streams
 from tensorbridge._eager import eager, noticing
 from tensorbridge._errors import DeviceError
-from tensorbridge._trees._containers import ARRAY, OTHER, kind_of
+from tensorbridge._trees._containers import Kind, kind_of
 from tensorbridge._trees._leaf import identity
 from tensorbridge._trees._pack import ALIGN
 from tensorbridge._trees._walk import flatten
@@ -138,7 +138,7 @@ def to_numpy_async(x: Any, *, pinned: bool = False) -> Transfer:
     """
     if pinned is not True and pinned is not False:
         raise TypeError(f"to_numpy_async(pinned={pinned!r}): pinned is True or False")
-    is_tree = kind_of(x) not in (ARRAY, OTHER)
+    is_tree = isinstance(kind_of(x), Kind)
     job = unwrap(tree.to_numpy if is_tree else _api.to_numpy)  # a lane would not ask whether compiled code has called
     try:
         indices = sorted(devices_of(flatten(x).leaves if is_tree else [x]), reverse=True)
@@ -204,8 +204,7 @@ def _forked() -> None:
 
 def _into_pinned(x: Any) -> Any:
     """Device arrays into views of one page-locked block; the same memory twice stays one."""
-    is_tree = kind_of(x) not in (ARRAY, OTHER)
-    flat = flatten(x) if is_tree else None
+    flat = flatten(x) if isinstance(kind_of(x), Kind) else None
     leaves = [x] if flat is None else flat.leaves
     infos = [_convert.described(leaf, "to_numpy_async") for leaf in leaves]
     keys = [identity(info, leaf) or id(leaf) for info, leaf in zip(infos, leaves, strict=True)]

@@ -5,9 +5,10 @@ torch's the consumer's own thread; on the host nothing.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from contextvars import copy_context
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,7 +17,7 @@ from tensorbridge._adapters import _foreign
 from tensorbridge._array import CPU
 from tensorbridge._cuda import _lease, _stream_order, _streams
 from tensorbridge._errors import DeviceError, UnsupportedArrayError
-from tensorbridge._loaded import array_class
+from tensorbridge._loaded import array_class, loaded
 from tensorbridge._step import Want
 from tensorbridge._trees import _leaves
 from tensorbridge._trees._walk import flatten
@@ -113,8 +114,7 @@ class Elsewhere(Host):
 
     def __init__(self, want: Want) -> None:
         super().__init__()
-        self.want, self.context = want, copy_context()
-        self.grad = sys.modules["torch"].is_grad_enabled()
+        self.want, self.context, self.in_grad_mode = want, copy_context(), grad_mode()
 
     def converted(self, batch: Any, want: Want, read: list[Any]) -> Batch:
         """What lies on the device stays; the rest gets memory of its own, for the source may fill a buffer again."""
@@ -131,7 +131,7 @@ class Elsewhere(Host):
         return self.context.copy().run(self._moved, batch.value)
 
     def _moved(self, batch: Any) -> Any:
-        with sys.modules["torch"].set_grad_enabled(self.grad):
+        with self.in_grad_mode():
             return _leaves.converted(batch, self.want)
 
 
@@ -177,6 +177,12 @@ class Cuda(Host):
             for array in batch.memory:
                 _used_by_consumer(array, stream, self.index)
         return batch.value
+
+
+def grad_mode() -> Callable[[], AbstractContextManager[Any]]:
+    """What opens torch's grad mode as it is here: each thread has its own."""
+    torch = loaded("torch")
+    return partial(torch.set_grad_enabled, torch.is_grad_enabled()) if torch is not None else nullcontext
 
 
 def _used_by_consumer(array: Any, stream: Any, index: int) -> None:

@@ -14,15 +14,14 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import suppress
 from contextvars import copy_context
 from operator import methodcaller
 from queue import Empty, SimpleQueue
 from typing import Any, NamedTuple
 
 from tensorbridge import _convert, _watch
-from tensorbridge._background._roads import Batch, Host
-from tensorbridge._loaded import loaded
+from tensorbridge._background._roads import Batch, Host, grad_mode
 from tensorbridge._step import Want
 from tensorbridge._trees._walk import flatten
 
@@ -122,7 +121,7 @@ class Worker(threading.Thread):
         _convert.import_ahead()
         self.state = State(depth)
         self.loader = batches if _hands_out_one(batches) else None
-        arguments = (_work, self.state, source, transform, want, road, _grad_mode(), where)
+        arguments = (_work, self.state, source, transform, want, road, grad_mode(), where)
         super().__init__(target=copy_context().run, args=arguments, name=f"prefetch {where}", daemon=True)
 
     def stop(self) -> None:
@@ -162,13 +161,13 @@ def _work(
     transform: Any,
     want: Want,
     road: Host,
-    grad_mode: Callable[[], Any],
+    in_grad_mode: Callable[[], Any],
     where: str,
 ) -> None:
     failure: BaseException | None = None
     _watch.called_from.set(where)
     try:
-        with grad_mode(), road.entered():
+        with in_grad_mode(), road.entered():
             _read(state, source, transform, want, road)
     except BaseException as error:  # of the road itself: the consumer must not take it for the end of the source
         state.put(Failure(error))
@@ -215,15 +214,6 @@ def _transformed(transform: Any, batch: Any, number: int) -> Any:
         what = "None" if made is None else f"{type(made).__name__} without an array in it"
         raise TypeError(f"prefetch: transform returned {what} for batch {number}; return the batch to convert")
     return made
-
-
-def _grad_mode() -> Callable[[], AbstractContextManager[Any]]:
-    """torch's grad mode is each thread's own: the worker gets the caller's."""
-    torch = loaded("torch")
-    if torch is None:
-        return nullcontext
-    enabled = torch.is_grad_enabled()
-    return lambda: torch.set_grad_enabled(enabled)
 
 
 def _others() -> list[Worker]:
