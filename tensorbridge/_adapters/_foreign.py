@@ -42,12 +42,6 @@ class Foreign(NamedTuple):
         except RuntimeError as error:
             raise malformed(self.producer, f"{self.stream} is no stream of {self.device}: {error}") from error
 
-    def __dlpack__(self, **_: Any) -> Any:
-        return self.capsule
-
-    def __dlpack_device__(self) -> tuple[int, int]:
-        return 2, self.device.index
-
 
 # -- DLPack
 
