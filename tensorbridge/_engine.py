@@ -51,9 +51,8 @@ def kernel(now: Traits, dtype: str, order: str, here: Here) -> Kernel:
         return NUMPY
     rounds = now.dtype == "float32" and dtype in _ROUNDED_ALIKE
     told = here.heard and dtype == "float16"  # NumPy has nothing to say of bfloat16
-    if (now.dtype in _HALF and dtype in _WIDE) or (rounds and not told):
-        return Kernel("torch", "its half-precision casts are vectorised")
-    if now.dtype in _WITHIN_HALF and dtype == "float16" and now.size != "small":
+    fits = now.dtype in _WITHIN_HALF and dtype == "float16" and now.size != "small"
+    if (now.dtype in _HALF and dtype in _WIDE) or (rounds and not told) or fits:
         return Kernel("torch", "its half-precision casts are vectorised")
     if now.size == "huge" and now.dtype == dtype and here.threads:
         return Kernel("torch", "its threads share a copy of this size")

@@ -57,7 +57,6 @@ A2_GOALS = (Goal("A2", ("torch.as_tensor",), "cost", 0.55), Goal("A2", ("torch.f
 
 def _to_numpy_rows(scope: Scope) -> list[Row]:
     def build(make: Callable[[Any], Any]) -> Case:
-        import numpy as np
         import torch
 
         import tensorbridge as tb
@@ -76,7 +75,7 @@ def _to_numpy_rows(scope: Scope) -> list[Row]:
             if way.role == "bridge":
                 expect(result.flags.writeable is not t.requires_grad, "read-only if, and only if, it requires grad")
 
-        return Case(ways, {"tb": tb, "torch": torch, "np": np, "t": t}, check, goals=(A1_GOAL,))
+        return Case(ways, {"tb": tb, "t": t}, check, goals=(A1_GOAL,))
 
     return [Row(title, partial(build, make)) for title, make in TENSORS.items()]
 

@@ -107,12 +107,7 @@ def _crossing_rows(scope: Scope) -> list[Row]:
 def _cupy_array(nbytes: int) -> dict[str, Any]:
     cupy = cupy_module()
     names = names_of(nbytes, "host")
-    return {
-        **names,
-        "cupy": cupy,
-        "x": cupy.asarray(names["values"]),
-        "c": cupy.zeros_like(cupy.asarray(names["values"])),
-    }
+    return {**names, "cupy": cupy, "x": cupy.asarray(names["values"])}
 
 
 DIRECTIONS = (
