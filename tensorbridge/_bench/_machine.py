@@ -8,17 +8,15 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 
 def machine() -> dict[str, Any]:
     """Facts by name, in the order in which a report gives them; what the system does not tell is "unknown"."""
-    import numpy as np
-
     import tensorbridge as tb
 
+    versions = {framework.name: framework.version or "not installed" for framework in tb.info().frameworks}
     facts: dict[str, Any] = {
         "CPU": cpu_name(),
         "cores": cores(),
@@ -29,10 +27,10 @@ def machine() -> dict[str, Any]:
         "load before": load_now(),
         "Python": f"{platform.python_implementation()} {platform.python_version()}",
         "tensorbridge": tb.__version__,
-        "NumPy": np.__version__,
-        "ml_dtypes": metadata.version("ml_dtypes"),
+        "NumPy": versions["numpy"],
+        "ml_dtypes": versions["ml_dtypes"],
         "torch": "not installed",
-        "CuPy": _cupy_version(),
+        "CuPy": versions["cupy"],
     }
     try:
         import torch
@@ -106,15 +104,6 @@ def _gpu(torch: Any) -> dict[str, Any]:
         "PCIe link": link,
         "NUMA node of the GPU": _first(device / "numa_node", r"(-?\d+)"),
     }
-
-
-def _cupy_version() -> str:
-    for name in ("cupy-cuda13x", "cupy-cuda12x", "cupy"):
-        try:
-            return metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return "not installed"
 
 
 def _memory() -> str:
