@@ -164,6 +164,11 @@ def _no_such(dtype: object) -> TypeError:
     return TypeError(f"dtype={dtype!r} is not an element type that arrays can share{hint}")
 
 
+def itemsize(name: str) -> int:
+    """Bytes of an element, in whatever order they are."""
+    return DTYPES[name.lstrip(">")].itemsize
+
+
 def exists_in(name: str, framework: str) -> bool:
     """Whether `framework` ("numpy", "torch", "cupy") has elements of this name."""
     return name in _NAMES[framework]

@@ -59,12 +59,12 @@ def first_meeting(written: Mapping[int, ArrayInfo], read: Mapping[int, ArrayInfo
 def _bounds(info: ArrayInfo) -> tuple[int, int]:
     if info.order in _DENSE:
         return info.address, info.address + info.nbytes
-    low, high = reach(info.shape, info.strides, _dtypes.DTYPES[info.dtype.lstrip(">")].itemsize)
+    low, high = reach(info.shape, info.strides, _dtypes.itemsize(info.dtype))
     return info.address + low, info.address + high
 
 
 def _at_address(info: ArrayInfo) -> Any:
-    return elements(info.address, info.shape, info.strides, _dtypes.DTYPES[info.dtype.lstrip(">")].itemsize)
+    return elements(info.address, info.shape, info.strides, _dtypes.itemsize(info.dtype))
 
 
 def elements(address: int, shape: tuple[int, ...], strides: tuple[int, ...], itemsize: int) -> Any:

@@ -105,7 +105,7 @@ def narrows(now: Traits, wanted: str) -> bool:
     so that there a cast has to gain something (int64 to float64, which Apple's GPU has not, gains nothing), and is of
     no dtype that few devices have.
     """
-    saved = _dtypes.DTYPES[now.dtype.lstrip(">")].itemsize - _dtypes.DTYPES[wanted].itemsize
+    saved = _dtypes.itemsize(now.dtype) - _dtypes.itemsize(wanted)
     if now.device.is_other:
         return saved > 0 and not wanted.startswith(("float8", "float4"))
     return saved >= 0
@@ -127,7 +127,7 @@ def cast_late(steps: Steps, wanted: str, source: str, here: Here, *, bus: str) -
 
 def _bus_said(side: str, source: str, wanted: str) -> str:
     """Where a cast stands beside the bus, and that fewer bytes cross, where they do."""
-    saved = _dtypes.DTYPES[source].itemsize - _dtypes.DTYPES[wanted].itemsize
+    saved = _dtypes.itemsize(source) - _dtypes.itemsize(wanted)
     fewer = saved > 0 if side == "before" else saved < 0
     return f", {side} the bus{': fewer bytes cross' * fewer}"
 

@@ -185,7 +185,7 @@ def bind(steps: tuple[Step, ...], source: ArrayInfo, want: Want) -> Plan:
     count = math.prod(source.shape)
     bound = tuple(
         step._replace(
-            nbytes=count * _dtypes.DTYPES[step.after.dtype.lstrip(">")].itemsize if step.kind else 0,
+            nbytes=count * _dtypes.itemsize(step.after.dtype) if step.kind else 0,
             why=named(step.why, source),
             cure=named(step.cure, source),
         )

@@ -46,5 +46,5 @@ def refused(decision: Decision, info: ArrayInfo, want: Want) -> Exception:
 def _cure(refusal: Refusal, info: ArrayInfo) -> str:
     if not refusal.cast:
         return refusal.cure
-    nbytes = math.prod(info.shape) * _dtypes.DTYPES[refusal.cast].itemsize
+    nbytes = math.prod(info.shape) * _dtypes.itemsize(refusal.cast)
     return f"{refusal.cure}: a copy of {bytes_text(nbytes)}."

@@ -122,7 +122,7 @@ def _copied_by_bytes(x: Any, order: str) -> Any:
 
 def from_torch(before: Traits, *, capturing: bool) -> Callable[[Any], Any]:
     """The memory of a tensor (an alias of the caller's), which torch does not reuse before CuPy's stream is done."""
-    index, itemsize = before.device.index, _dtypes.DTYPES[before.dtype].itemsize
+    index, itemsize = before.device.index, _dtypes.itemsize(before.dtype)
     dtype = _dtypes.DTYPES[before.dtype].numpy
     plain = before.order == "C" and before.spacing == "dense"
 

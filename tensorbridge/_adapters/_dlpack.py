@@ -149,7 +149,7 @@ def facts(x: Any, tensor: _DLTensor) -> tuple[str, tuple[int, ...], tuple[int, .
     shape = tuple(tensor.shape[i] for i in range(tensor.ndim))
     if any(length < 0 for length in shape):
         raise malformed(x, f"shape {shape}")
-    itemsize = _dtypes.DTYPES[name].itemsize
+    itemsize = _dtypes.itemsize(name)
     if tensor.strides:
         strides = tuple(tensor.strides[i] * itemsize for i in range(tensor.ndim))
         if max(strides, default=0) >> 63 == 1:  # CuPy divides a negative stride as if it were unsigned

@@ -165,7 +165,7 @@ def stream_named(x: Any) -> int | None:
 
 
 def traits(x: Foreign, via: str) -> Traits:
-    itemsize = _dtypes.DTYPES[x.dtype].itemsize
+    itemsize = _dtypes.itemsize(x.dtype)
     count = math.prod(x.shape)
     return Traits(
         via,

@@ -254,7 +254,7 @@ def _described_in_full(handle: Any, traits: Traits) -> ArrayInfo:
         return _numpy.describe(handle, traits)
     if isinstance(handle, Joined):
         return _python.describe(handle, traits)
-    nbytes = math.prod(handle.shape) * _dtypes.DTYPES[traits.dtype].itemsize
+    nbytes = math.prod(handle.shape) * _dtypes.itemsize(traits.dtype)
     order = order_text(traits.order, traits.spacing)
     return ArrayInfo(
         traits.framework, traits.device, traits.dtype, handle.shape, handle.strides, nbytes, order,

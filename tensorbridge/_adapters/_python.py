@@ -58,7 +58,7 @@ def open(x: Any, want: Want) -> tuple[Any, Traits]:
     if all(is_scalar(kind) for kind in kinds):
         dtype = _numbers.dtype_of(leaves, kinds, want, outer)
         parts = Parts(outer, None, x)
-        size = size_class(math.prod(outer) * _dtypes.DTYPES[dtype].itemsize)
+        size = size_class(math.prod(outer) * _dtypes.itemsize(dtype))
         return parts, Traits("numpy list", dtype=dtype, size=size)
     return _arrays(outer, leaves, want)
 
@@ -162,7 +162,7 @@ def _arrays(outer: tuple[int, ...], leaves: Sequence[Any], want: Want) -> tuple[
         dtype,
         "C" if all(t.order == "C" for t, _ in kinds) else "K",  # else the framework's choice
         graph=any(t.graph for t, _ in kinds),
-        size=size_class(math.prod(shape) * _dtypes.DTYPES[dtype].itemsize, len(shape)),
+        size=size_class(math.prod(shape) * _dtypes.itemsize(dtype), len(shape)),
         origin=f", which casts its parts, of several dtypes, to {dtype}" if mixed else "",
     )
     return Parts(shape, handles, (), bool(mixed)), found
@@ -201,7 +201,7 @@ def _ragged(parts: Sequence[Any], shapes: Any) -> Obstacle:
 def describe(handle: Any, traits: Traits) -> ArrayInfo:
     """A number, or an array that does not exist yet: C order is what it will have."""
     shape = getattr(handle, "shape", ())
-    itemsize = _dtypes.DTYPES[traits.dtype].itemsize
+    itemsize = _dtypes.itemsize(traits.dtype)
     return ArrayInfo(
         traits.framework,
         traits.device,

@@ -56,7 +56,7 @@ class Run(NamedTuple):
     @property
     def rows(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """The shape of all leaves in one array, and its strides in bytes."""
-        within = c_strides(self.shape, _dtypes.DTYPES[self.route.dtype].itemsize)
+        within = c_strides(self.shape, _dtypes.itemsize(self.route.dtype))
         return (len(self.leaves), *self.shape), (self.step, *within)
 
 
@@ -118,7 +118,7 @@ def _filled(groups: Iterable[Group]) -> list[Block]:
     runs: list[Run] = []
     end = 0
     for route, shape, members in groups:
-        nbytes = math.prod(shape) * _dtypes.DTYPES[route.dtype].itemsize
+        nbytes = math.prod(shape) * _dtypes.itemsize(route.dtype)
         step = -(-nbytes // ALIGN) * ALIGN
         left = members
         while left:
