@@ -103,7 +103,7 @@ def device_named(device: Any, framework: str) -> Device:
     kind = name.partition(":")[0]
     known = kind in ("cpu", "cuda") or (framework == "torch" and _is_kind_of_torch(kind))
     if not (known and re.fullmatch("[a-z0-9_]+(:(0|[1-9][0-9]*))?", name)):
-        hint = _device_hint(device, kind, framework) if isinstance(device, str) else ""
+        hint = _device_hint(kind, framework) if isinstance(device, str) else ""
         others = ', "mps"' if framework == "torch" else ""
         raise ValueError(f'device={device!r}: choose "cpu", "cuda", "cuda:0"{others} ... or a CUDA index from 0{hint}')
     return CPU if kind == "cpu" else Device(name)
@@ -123,7 +123,7 @@ def _is_kind_of_torch(kind: str) -> bool:
         return False
 
 
-def _device_hint(device: str, kind: str, framework: str) -> str:
+def _device_hint(kind: str, framework: str) -> str:
     if framework == "torch" and kind == "meta":
         return "; a tensor on it has no values: torch.empty(x.shape, device='meta') makes one"
     return nearest("cuda" if kind == "gpu" else kind, ("cpu", "cuda", *_KINDS_OF_TORCH * (framework == "torch")))

@@ -14,8 +14,8 @@ def call(want: Want) -> str:
     """The call as the caller wrote it, as far as options decide: ``to_torch(copy=False)``."""
     given = [
         f"{name}={str(value) if isinstance(value, Device) else value!r}"
-        for name, value, usual in zip(Want._fields, want, usual(want.framework), strict=True)
-        if value != usual and name not in ("framework", "out")
+        for name, value, default in zip(Want._fields, want, usual(want.framework), strict=True)
+        if value != default and name not in ("framework", "out")
         and not (want.out is not None and name in ("dtype", "device"))  # said by `out`
     ]  # fmt: skip
     if want.out is not None:
