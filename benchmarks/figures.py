@@ -20,8 +20,9 @@ import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from statistics import median
 
-from tensorbridge._bench._measure import Timing, median, spread
+from tensorbridge._bench._measure import Timing, spread
 from tensorbridge._bench._report import duration, goals_table, table
 from tensorbridge._bench._results import Result, Run, compared, load
 from tensorbridge._bench._short import HEADLINE

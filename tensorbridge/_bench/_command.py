@@ -251,6 +251,3 @@ class Progress:
         if self._live:
             self._stream.write("\r\x1b[K")
             self._stream.flush()
-
-
-__all__ = ["add_arguments", "main"]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from tensorbridge._bench._measure import Timing, median, spread
+from statistics import median
+
+from tensorbridge._bench._measure import Timing, spread
 from tensorbridge._bench._report import duration
 from tensorbridge._bench._results import Result, Run, compared
 

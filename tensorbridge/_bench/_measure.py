@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import gc
 import itertools
-import statistics
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -40,10 +39,6 @@ class Timing(NamedTuple):
     way: Way
     calls: int  # in a round
     ns: tuple[float, ...]  # per call, one a round; round i of every way of a case ran next to each other
-
-
-def median(values: Sequence[float]) -> float:
-    return statistics.median(values)
 
 
 def spread(values: Sequence[float]) -> tuple[float, float]:
@@ -82,7 +77,7 @@ class _Rounds:
 
     def __init__(self, case: Case, clock: Callable[[], int]) -> None:
         self._clock = clock
-        self._sync = case.sync or _nothing
+        self._sync = case.sync or (lambda: None)
         self._timed = {way.name: timer(way, case.names) for way in case.ways}
         self._kept: list[Any] = []
 
@@ -182,7 +177,3 @@ def _count(one_round: int, settings: Settings) -> int:
     """How many rounds a visit: fewer where they are long, but never fewer than 7 in all."""
     rounds = max(FEWEST, min(settings.rounds, int(settings.case_s * 1e9 / one_round)))
     return -(-rounds // settings.visits)
-
-
-def _nothing() -> None:
-    return None

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
+from statistics import median
 from typing import Any
 
-from tensorbridge._bench._measure import median, spread
+from tensorbridge._bench._measure import spread
 from tensorbridge._bench._report import duration
 from tensorbridge._bench._results import Result, Run, compared
 from tensorbridge._bench._rows import bytes_name

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from statistics import median
 from typing import Any
 
-from tensorbridge._bench._measure import Timing, median, spread
+from tensorbridge._bench._measure import Timing, spread
 from tensorbridge._bench._results import Result, Run, Verdict, compared, reaches, verdict, verdicts
-from tensorbridge._bench._rows import Goal, Question, bytes_name
+from tensorbridge._bench._rows import Goal, Question
 
 HIDDEN = """\
 * **Your program.** Each line is called in a tight loop on one array, so code and small arrays are in the caches. The
@@ -238,7 +239,7 @@ def _column(key: tuple[str, tuple[str, ...], str, str]) -> str:
 def _cell(v: Verdict | None) -> str:
     if v is None:
         return ""
-    return f"{measured(v)}" if v.met else f"**{measured(v)}, asked {v.goal.bound:g}**"
+    return measured(v) if v.met else f"**{measured(v)}, asked {v.goal.bound:g}**"
 
 
 def _plots(plots: Sequence[str], missing: str) -> str:
@@ -321,6 +322,3 @@ def table(head: Iterable[str], rows: Iterable[Sequence[str]]) -> str:
     rule = ["-" * max(width, 3) for width in widths]
     padded = [[cell.ljust(w) for cell, w in zip(line, widths, strict=True)] for line in (lines[0], rule, *lines[1:])]
     return "\n".join("| " + " | ".join(line) + " |" for line in padded)
-
-
-__all__ = ["asked", "bytes_name", "duration", "figure", "measured", "rate", "report", "table"]

@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from statistics import median
 from typing import Any, NamedTuple
 
-from tensorbridge._bench._measure import Timing, median, spread
+from tensorbridge._bench._measure import Timing, spread
 from tensorbridge._bench._rows import Goal, Way
 
 SCHEMA = 1
