@@ -88,16 +88,11 @@ class Trace:
                 )
             )
         widths = [max(len(row[i]) for row in rows) for i in range(5)]
-        lines = [
-            "  ".join(
-                [
-                    cell.rjust(w) if i < 3 else cell.ljust(w)
-                    for i, (cell, w) in enumerate(zip(row, widths, strict=False))
-                ]
-                + [row[5]]
-            )
-            for row in rows
-        ]
+        lines = []
+        for *cells, because in rows:
+            numbers = [cell.rjust(width) for cell, width in zip(cells[:3], widths[:3], strict=True)]
+            words = [cell.ljust(width) for cell, width in zip(cells[3:], widths[3:], strict=True)]
+            lines.append("  ".join([*numbers, *words, because]))
         t = self.totals
         kinds = ", ".join(f"{kind} {bytes_text(n)}" for kind, n in sorted(t.by_kind.items()))
         end = f"{_said(t)}; {bytes_text(t.nbytes)} moved{f' ({kinds})' if kinds else ''} in {t.seconds * 1e3:.2f} ms."

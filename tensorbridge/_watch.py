@@ -174,11 +174,8 @@ class copy_guard(ContextDecorator):
                 f"copy_guard as a decorator of a class would guard only the making of {function.__name__}, not its "
                 "methods; decorate those"
             )
-        if (
-            inspect.iscoroutinefunction(function)
-            or inspect.isgeneratorfunction(function)
-            or inspect.isasyncgenfunction(function)
-        ):
+        lasting = inspect.iscoroutinefunction, inspect.isgeneratorfunction, inspect.isasyncgenfunction
+        if any(is_one(function) for is_one in lasting):
             name = getattr(function, "__name__", "it")
             raise TypeError(
                 f"copy_guard as a decorator would guard only the call that makes the coroutine or generator {name}, "
