@@ -169,6 +169,12 @@ def itemsize(name: str) -> int:
     return DTYPES[name.lstrip(">")].itemsize
 
 
+def keeps_values(source: str, wanted: str) -> bool:
+    """Whether a cast changes no value, so that all kernels make it alike."""
+    before, after = DTYPES[source].numpy, DTYPES[wanted].numpy
+    return source == wanted or (before is not None and after is not None and np.can_cast(before, after, "safe"))
+
+
 def exists_in(name: str, framework: str) -> bool:
     """Whether `framework` ("numpy", "torch", "cupy") has elements of this name."""
     return name in _NAMES[framework]

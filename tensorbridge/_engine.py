@@ -10,8 +10,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple
 
-import numpy as np
-
 from tensorbridge import _dtypes
 from tensorbridge._array import CPU, FROM_LARGE
 from tensorbridge._step import Op
@@ -56,16 +54,9 @@ def kernel(now: Traits, dtype: str, order: str, here: Here) -> Kernel:
         return Kernel("torch", "its half-precision casts are vectorised")
     if now.size == "huge" and now.dtype == dtype and here.threads:
         return Kernel("torch", "its threads share a copy of this size")
-    if now.order != order and now.size != "small" and _keeps_values(now.dtype, dtype):
+    if now.order != order and now.size != "small" and _dtypes.keeps_values(now.dtype, dtype):
         return Kernel("torch", "it transposes in blocks")
     return NUMPY
-
-
-def _keeps_values(source: str, wanted: str) -> bool:
-    if source == wanted:
-        return True
-    before, after = _dtypes.DTYPES[source].numpy, _dtypes.DTYPES[wanted].numpy
-    return before is not None and after is not None and np.can_cast(before, after, "safe")
 
 
 def of_tensor(now: Traits, dtype: str, order: str, here: Here) -> Kernel:

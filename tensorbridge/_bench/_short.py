@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from statistics import median
 from typing import NamedTuple
 
-from tensorbridge._bench._measure import median
 from tensorbridge._bench._report import duration
 from tensorbridge._bench._results import Result, Run, compared
 

@@ -224,9 +224,7 @@ def _numbers(values: list[Any], where: _Where | None, alike: bool) -> Tensor:
 
 
 def _dtype_of_number(x: Any) -> Any:
-    if isinstance(x, np.generic):
-        return x.dtype
-    return np.dtype(_dtypes.OF_PYTHON[base_of(x)])
+    return x.dtype if isinstance(x, np.generic) else np.dtype(_dtypes.OF_PYTHON[base_of(x)])
 
 
 def _plain_numbers(values: list[Any]) -> Tensor | None:
