@@ -58,7 +58,17 @@ def _process_of_threads() -> int:
     multiprocessing: Any = sys.modules.get("multiprocessing")
     child = multiprocessing is not None and multiprocessing.parent_process() is not None
     spawned = child and multiprocessing.get_start_method(allow_none=True) == "spawn"
-    return 0 if child and not spawned and "torch" in sys.modules else os.getpid()
+    return 0 if "torch" in sys.modules and ((child and not spawned) or _was_forked()) else os.getpid()
+
+
+def _was_forked() -> bool:
+    """Whether this process is a copy of its parent, and has started no program since: where Linux says so."""
+    try:
+        with open("/proc/self/stat", "rb") as file:
+            flags = int(file.read().rpartition(b")")[2].split()[6])
+    except (OSError, ValueError, IndexError):
+        return False
+    return bool(flags & 0x40)  # PF_FORKNOEXEC
 
 
 imported_in = _process_of_threads()
@@ -206,7 +216,7 @@ def import_ahead() -> None:
 
 
 # Sizes and dtypes of arrays that may have the 32 768 elements from which on torch uses threads.
-_THREADED_SIZES = frozenset({"medium", "large", "huge"})
+_THREADED_SIZES = frozenset({"medium", "large", "huge", "beyond"})
 _THREADED_DTYPES = frozenset(name for name, row in _dtypes.DTYPES.items() if row.itemsize == 1)
 
 

@@ -82,9 +82,9 @@ def in_numpy_pages(now: Traits, dtype: str, by: str) -> bool:
 
 def in_pieces(step: Step, before: Traits) -> Step:
     """The step as a forked process does it: torch's threads have not survived the fork, and it would wait for them.
-    What is recorded in a graph stays whole.
+    What autograd records stays whole.
     """
-    if step.kind != "h2h" or step.op not in _PIECEWISE or before.graph or (step.by or step.after.framework) != "torch":
+    if step.kind != "h2h" or step.op not in _PIECEWISE or (step.by or step.after.framework) != "torch":
         return step
     return step._replace(by=IN_PIECES, why=step.why + "; in pieces: torch's threads have not survived the fork")
 

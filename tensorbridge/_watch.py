@@ -255,7 +255,7 @@ def warn(text: str, category: type[Warning]) -> None:
         warnings.warn_explicit(text, category, path, int(line), registry=_said.setdefault(path, {}))
 
 
-_HERE = os.path.dirname(os.path.abspath(__file__)) + os.sep
+_HERE = os.path.dirname(__file__) + os.sep  # as frames have it, by way of ".." or not
 
 # Set in a worker's context: the ``file:line`` that started it, for what is done where no line of the caller's led to.
 called_from: ContextVar[str] = ContextVar("tensorbridge_called_from")

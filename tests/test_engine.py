@@ -262,6 +262,32 @@ def test_a_forked_process_that_imports_us_first_has_no_threads_either():
     assert run.stdout == f"{float(1 << 21)} numpy\n", run.stderr[-1500:]
 
 
+FORKED = """
+import os
+import numpy as np
+import torch
+torch.set_num_threads(2)
+(torch.ones(1 << 22) + 1).sum()
+pid = os.fork()
+if not pid:
+    import tensorbridge as tb  # as a server does that loads its application, and then forks
+    tb.to_torch(np.ones(1 << 21, "float32"), dtype="float16")
+    os._exit(0)
+print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
+"""
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/stat"), reason="only Linux says whether a process was forked")
+def test_a_process_forked_by_anybody_that_imports_us_first_has_no_threads_either():
+    run = subprocess.run([sys.executable, "-c", FORKED], capture_output=True, text=True, check=False, timeout=60)
+    assert run.stdout == "0\n", run.stderr[-1500:]
+
+
+def test_a_process_that_was_not_forked_has_its_own_threads():
+    assert not _convert._was_forked()
+    assert _convert.imported_in == os.getpid()
+
+
 CASTS = """
 import multiprocessing
 import ml_dtypes
@@ -275,8 +301,17 @@ BYTES = torch.arange(40_000).to(torch.uint8)  # fewer bytes than a medium array,
 SHAPED = [FLOATS, STRIDED, FLOATS[:, :1].expand(300, 3, 500), FLOATS.flatten()[:, None], BYTES]
 SHAPED.append(torch.full((1, 1 << 20), 1e4))
 
+WEIGHT = torch.nn.Parameter(torch.rand(1 << 17))
+DEEP = torch.rand(1 << 17).reshape((1,) * 70 + (1 << 17,))
+
 def work(_):
-    made = []
+    made = [tb.to_numpy([WEIGHT, WEIGHT]), tb.to_numpy(tb.to_torch(DEEP, copy=True).flatten())]
+    with torch.no_grad():
+        out = torch.empty(1 << 17)
+        made += [tb.to_torch(WEIGHT, copy=True), tb.to_torch(WEIGHT, dtype="float16"), tb.to_torch(WEIGHT, out=out)]
+        made += [tb.collate([WEIGHT, WEIGHT]), tb.tree.to_torch({"w": WEIGHT}, copy=True)["w"]]
+        assert not any(t.requires_grad for t in made[2:])
+    made = [tb.to_numpy(x) for x in made]
     for t in SHAPED:
         for name in ("float16", "float8_e4m3fn"):
             out = torch.empty(t.shape, dtype=getattr(torch, name))
@@ -305,7 +340,7 @@ print(there[1].splitlines()[-2])
 def test_a_forked_process_casts_tensors_to_the_same_values_without_threads():
     run = subprocess.run([sys.executable, "-c", CASTS], capture_output=True, text=True, check=False, timeout=60)
     same, step = run.stdout.splitlines() or [run.stderr[-1500:], ""]
-    assert same == "True 75"
+    assert same == "True 82"
     assert step.endswith("   dtype=float16 was asked for; in pieces: torch's threads have not survived the fork")
 
 

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from arrays import frozen
 from containers import KEPT, Opaque, Pair, Plain, Registered, Settings
 
 import tensorbridge as tb
@@ -267,6 +268,17 @@ ORDINARY = [name for name in KEPT if name not in ("object", "module")]
 @pytest.mark.parametrize("name", ORDINARY)
 def test_plan_says_nothing_of_ordinary_values(name, a):
     assert tree.plan({"a": a, "x": KEPT[name]}, "torch").left == ()
+
+
+def test_plan_knows_an_array_that_comes_twice_and_is_the_memory_of_another(a):
+    w = torch.arange(3.0)
+    v = w.view_as(w)  # another object
+    plan = tree.plan([w, v, v], "torch", copy=True)
+    assert [leaf.same_as for leaf in plan.leaves] == ["", "batch[0]", "batch[0]"]
+    assert plan.bytes_moved == 12
+    locked = frozen(a)
+    view = locked[:]
+    assert [leaf.same_as for leaf in tree.plan([locked, view, view], "torch").leaves] == ["", "batch[0]", "batch[0]"]
 
 
 def test_plan_names_lists_of_numbers_which_stay_lists(a):

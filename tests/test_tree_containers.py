@@ -268,6 +268,40 @@ def test_mapping_that_refuses_to_be_an_array_is_told_as_the_container_it_is(inne
     assert_tensor_of(a, eval(cure, names)["x"])
 
 
+class Secretive:
+    __slots__ = ("__secret", "open")
+
+    def __init__(self) -> None:
+        self.__secret = self.open = "kept"
+
+    def told(self) -> tuple[str, str]:
+        return self.__secret, self.open
+
+
+@dataclasses.dataclass
+class SecretiveBatch(Secretive):
+    x: Any
+
+    def __post_init__(self) -> None:
+        Secretive.__init__(self)
+
+
+class SecretiveList(list):
+    __slots__ = ("__secret",)
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.__secret = "kept"
+
+    def told(self) -> str:
+        return self.__secret
+
+
+def test_private_slots_are_kept(a):
+    assert tree.to_torch(SecretiveBatch(a)).told() == ("kept", "kept")
+    assert tree.to_torch(SecretiveList([a])).told() == "kept"
+
+
 class Frozen(Wrapped):
     """Makes its inner dicts its own kind as they are asked for, and lists anew: with what they held in them."""
 

@@ -63,6 +63,21 @@ def test_guarded_fill_leaves_out_as_it_was(reversed_array):
     assert not out.any()
 
 
+def test_the_callers_line_is_named_where_the_way_to_the_package_goes_up_and_down(tmp_path):
+    """As by ``sys.path.insert(0, join(dirname(__file__), ".."))``: then it is in the names of our files, too."""
+    script = tmp_path / "script.py"
+    script.write_text(
+        f"import sys; sys.path.insert(0, {os.path.join(os.path.dirname(__file__), '..')!r})\n"
+        "import numpy as np, tensorbridge as tb\n"
+        "with tb.trace() as seen:\n"
+        "    tb.to_torch(np.arange(3.0)[::-1])\n"
+        "assert '..' in tb.__file__\n"
+        "print(seen.events[0].where)\n"
+    )
+    run = subprocess.run([sys.executable, script], capture_output=True, text=True, check=False)
+    assert run.stdout == f"{script}:4\n", run.stderr
+
+
 def test_a_guard_that_was_never_opened_says_so_at_its_line():
     with pytest.warns(RuntimeWarning) as told:
         tb.copy_guard("error", min_bytes=8)

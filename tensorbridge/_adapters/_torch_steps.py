@@ -31,7 +31,15 @@ _CARRIER: dict[str, Any] = {
 }
 
 
-def performer(step: Step, before: Traits, want: Want) -> Callable[[Any], Any]:
+def performer(step: Step, before: Traits, want: Want) -> Callable[..., Any]:
+    if step.by == _engine.IN_PIECES and before.graph:
+        whole, pieces = _performer(step._replace(by="torch"), before, want), _performer(step, before, want)
+        recorded = torch.is_grad_enabled if want.framework == "torch" else lambda: False
+        return lambda *arrays: (whole if recorded() else torch.no_grad()(pieces))(*arrays)
+    return _performer(step, before, want)
+
+
+def _performer(step: Step, before: Traits, want: Want) -> Callable[..., Any]:
     op, after = step.op, step.after
     packed = torch.contiguous_format if before.overlap else torch.preserve_format
     if op == Op.SHARE:

@@ -356,7 +356,8 @@ def _stack(tensors: list[Tensor]) -> Tensor:
     if not tensors[0].is_cpu:
         adapter: Any = named("torch")
         return adapter.stacked(tensors)  # type: ignore[no-any-return]
-    if _lanes._forward_ad._current_level >= 0 or any(t.requires_grad for t in tensors):
+    recorded = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+    if _lanes._forward_ad._current_level >= 0 or recorded:
         return torch.stack(tensors)  # type: ignore[no-any-return]
     out = _empty((len(tensors), *tensors[0].shape), tensors[0].dtype)
     if _convert.has_lost_threads():

@@ -88,7 +88,7 @@ def decided(
         if first == i:
             found.append(leaf)
         else:
-            same[i] = first
+            same[i] = same.get(first, first)
     return found, same
 
 

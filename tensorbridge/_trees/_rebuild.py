@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections import OrderedDict, UserDict, defaultdict, deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from types import SimpleNamespace
 from typing import Any
@@ -119,8 +119,18 @@ def _keep_attributes(like: Any, node: Any, besides: Sequence[str] = ()) -> None:
     for name, value in getattr(node, "__dict__", {}).items():
         if not isinstance(getattr(cls, name, None), cached_property):  # derived from the old arrays
             object.__setattr__(like, name, value)
-    # Besides fields, attrs has slots for what was derived from them.
-    slots = [vars(base).get("__slots__", ()) for base in cls.__mro__ if "__attrs_attrs__" not in vars(base)]
-    for slot in (name for names in slots for name in ([names] if isinstance(names, str) else names)):
+    for slot in _slots(cls):
         if slot not in ("__dict__", "__weakref__", *besides) and hasattr(node, slot):
             object.__setattr__(like, slot, getattr(node, slot))
+
+
+def _slots(cls: type) -> Iterator[str]:
+    """As attributes are called: a private one by its class too. Besides fields, attrs has slots for what was derived
+    from them.
+    """
+    for base in cls.__mro__:
+        names = () if "__attrs_attrs__" in vars(base) else vars(base).get("__slots__", ())
+        owner = base.__name__.lstrip("_")
+        for name in [names] if isinstance(names, str) else names:
+            private = owner and name.startswith("__") and not name.endswith("__")
+            yield f"_{owner}{name}" if private else name
