@@ -7,6 +7,7 @@ import importlib
 import os
 import runpy
 import sys
+import threading
 from collections.abc import Callable
 from importlib.util import find_spec
 
@@ -91,10 +92,17 @@ def traced(script: str, arguments: list[str], save: str | None, *, module: bool)
             else:
                 runpy.run_path(script, run_name="__main__")
         finally:
+            _wait_for_threads()
             print(seen.report(), file=sys.stderr)
             if save:
                 seen.save(save)
     return 0
+
+
+def _wait_for_threads() -> None:
+    """As Python does at the end of a program, for all but daemons."""
+    while others := [t for t in threading.enumerate() if not t.daemon and t is not threading.current_thread()]:
+        others[0].join()
 
 
 def _is_module(name: str) -> bool:

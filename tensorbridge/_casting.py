@@ -91,11 +91,13 @@ def _heard(listener: _Listener, cast: Callable[..., _T], arrays: tuple[Any, ...]
     if (variable := listener.variable) is None:
         with np.errstate(all="call", call=listener.hear):
             return cast(*arrays)
-    before = variable.set(listener.state)
-    try:
-        return cast(*arrays)
-    finally:
-        variable.reset(before)
+    return copy_context().run(_listened, variable, listener.state, cast, arrays)
+
+
+def _listened(variable: ContextVar[Any], state: Any, cast: Callable[..., _T], arrays: tuple[Any, ...]) -> _T:
+    """In a copy of the caller's context: an interrupt anywhere leaves nothing in his own."""
+    variable.set(state)
+    return cast(*arrays)
 
 
 def _may_fail(source: str, wanted: str) -> bool:

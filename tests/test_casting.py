@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import contextvars
 import subprocess
 import sys
@@ -283,6 +284,28 @@ def test_a_numpy_that_keeps_its_errstate_elsewhere_is_told_by_its_errstate(monke
     for _ in range(2):
         assert [text for text, *_ in warned(CASTS["to_torch"])] == [OVERFLOW]
     assert [listener.variable for listener in _casting._idle] == [None]
+
+
+def test_an_interrupt_as_a_cast_begins_leaves_the_callers_errstate():
+    """As a signal handler may raise it at any line."""
+    lines = []
+
+    def interrupt(frame, event, argument):
+        if frame.f_code.co_filename == _casting.__file__:
+            lines.append(frame.f_lineno)
+            if len(lines) == at:
+                raise KeyboardInterrupt
+        return interrupt
+
+    at = 0
+    while not lines or at <= len(lines):
+        at, lines[:] = at + 1, []
+        sys.settrace(interrupt)
+        with contextlib.suppress(KeyboardInterrupt):
+            tb.to_numpy(np.zeros(3), dtype="float32")
+        sys.settrace(None)
+        assert np.geterr()["over"] == "warn", f"line {lines[-1]}"
+    assert at > 5
 
 
 def test_this_numpy_keeps_it_in_a_context_variable():

@@ -138,6 +138,20 @@ def test_trace_of_a_missing_module_exits_2(name):
     assert (done.returncode, done.stderr) == (2, f"python -m tensorbridge trace: no such module: {name}\n")
 
 
+def test_trace_waits_for_the_threads_of_the_script_as_python_does(tmp_path):
+    script = tmp_path / "late.py"
+    script.write_text(
+        "import threading, time\n"
+        "import numpy as np, tensorbridge as tb\n"
+        "def late():\n"
+        "    time.sleep(0.3)\n"
+        "    tb.to_numpy(np.zeros(10), copy=True)\n"
+        "threading.Thread(target=late).start()\n"
+        "threading.Thread(target=time.sleep, args=(60,), daemon=True).start()\n"
+    )
+    assert "1 conversion, 0 of them shared; 80 B moved" in run("trace", str(script)).stderr
+
+
 def test_trace_of_a_missing_script_exits_2():
     done = run("trace", "no_such_script.py")
     assert done.returncode == 2

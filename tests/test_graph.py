@@ -154,6 +154,23 @@ def test_members_of_lists_and_dicts_and_of_self_and_globals_are_named():
     }  # fmt: skip
 
 
+class LoadingDict(dict):
+    def items(self):
+        raise RuntimeError("it loads what it holds")
+
+
+class LoadingList(list):
+    def __iter__(self):
+        raise RuntimeError("it loads what it holds")
+
+
+def test_none_of_the_code_of_the_callers_variables_runs():
+    kept = LoadingDict(weight=torch.ones(2, requires_grad=True)), LoadingList([torch.ones(2, requires_grad=True)])
+    by_name, by_place = kept
+    graph = autograd_graph(by_name["weight"] * by_place[0])
+    assert leaves(graph) == ["by_name['weight']", "by_place[0]"]
+
+
 def test_a_leaf_that_nobody_names_has_no_name():
     graph = autograd_graph(torch.ones(2, requires_grad=True) * 2)
     assert leaves(graph) == [""]

@@ -367,6 +367,18 @@ def test_an_exporter_that_is_closed_is_refused(name):
         tb.to_torch(source)
 
 
+class Failing:
+    def __buffer__(self, flags):
+        raise OSError("the disk is gone")
+
+
+@pytest.mark.skipif(sys.version_info < (3, 12), reason="before Python 3.12 only C exports buffers")
+def test_an_exporter_that_fails_is_named():
+    with pytest.raises(tb.ProducerError, match="Failing failed to export its buffer: the disk is gone") as told:
+        tb.to_torch(Failing())
+    assert isinstance(told.value.__cause__, OSError)
+
+
 class Pair(ctypes.Structure):
     _fields_ = [("a", ctypes.c_int), ("b", ctypes.c_double)]
 

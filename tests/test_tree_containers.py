@@ -152,6 +152,11 @@ class Coerced(dict):  # type: ignore[type-arg]
         super().__setitem__(key, np.asarray(value))
 
 
+class Decoded(dict):  # type: ignore[type-arg]
+    def __getitem__(self, key: Any) -> Any:
+        return dict.__getitem__(self, key) + 0
+
+
 class CoercedItems(collections.UserDict):  # type: ignore[type-arg]
     def __setitem__(self, key: Any, value: Any) -> None:
         super().__setitem__(key, np.asarray(value))
@@ -194,6 +199,7 @@ def weak(a: Any) -> Any:
 
 COERCED: dict[str, Any] = {
     "dict": (lambda a: Coerced(obs=a), "dict(x)"),
+    "dict that makes what it is asked for": (lambda a: Decoded(obs=a), "{key: x[key] for key in x}"),
     "dict around a list": (lambda a: Coerced(obs=[a, a]), "dict(x)"),
     "user dict": (lambda a: CoercedItems(obs=a), "dict(x)"),
     "mapping that forgets": (lambda a: Forgetful({"obs": a}), "dict(x)"),

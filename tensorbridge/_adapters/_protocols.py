@@ -186,7 +186,7 @@ def _buffer(x: Any) -> memoryview | None:
         return memoryview(x)
     except TypeError:
         return None
-    except (BufferError, ValueError) as error:  # closed, released, or already lent out for writing
+    except Exception as error:  # closed, released, or already lent out for writing; what a __buffer__ of Python raises
         raise ProducerError(f"{type(x).__name__} failed to export its buffer: {error}") from error
 
 

@@ -314,9 +314,10 @@ def _items(torch: Any, name: str, value: Any) -> list[tuple[str, Any]]:
     kind = type(value)
     items: Iterable[tuple[str, Any]] = ()
     if issubclass(kind, dict):
-        items = ((f"{name}[{key!r}]", item) for key, item in value.items() if type(key) in (str, int))
+        items = ((f"{name}[{key!r}]", item) for key, item in dict.items(value) if type(key) in (str, int))
     elif issubclass(kind, (list, tuple)):
-        items = ((f"{name}[{number}]", item) for number, item in enumerate(value))
+        stored = list.__iter__ if issubclass(kind, list) else tuple.__iter__  # nothing runs code of the caller's
+        items = ((f"{name}[{number}]", item) for number, item in enumerate(stored(value)))
     elif name == "self" and not issubclass(kind, torch.nn.Module):
         items = ((f"self.{key}", item) for key, item in getattr(value, "__dict__", {}).items())
     return list(islice(items, 1000))

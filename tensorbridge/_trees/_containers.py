@@ -241,6 +241,8 @@ def rebuilt(kind: Kind, node: Any, keys: Any, children: list[Any], where: Callab
     if kind is MAPPING:
         nested = any(x is not node and kind_of(x) is MAPPING for x in (around, *children))
         call, meaning = plain_dict(nested)
+        if call == "dict(x)" and isinstance(node, dict) and type(node).__getitem__ is not dict.__getitem__:
+            call = "{key: x[key] for key in x}"  # dict(x) would not ask it
         ways.insert(0, f"give {call} in {'place of the outermost' if nested else 'its place'}{meaning}")
     elif kind.open is sequence_open:
         ways.insert(0, "give list(x) in its place")
