@@ -303,6 +303,31 @@ class SecretiveList(list):
         return self.__secret
 
 
+class Scaled(collections.abc.Mapping):  # type: ignore[type-arg]
+    __slots__ = ("__dict__", "_items", "unit")
+
+    def __init__(self, items: Any, scale: int = 1) -> None:
+        self._items, self.scale, self.unit = items, scale, "m"
+
+    def __getitem__(self, key: Any) -> Any:
+        return self._items[key]
+
+    def __iter__(self) -> Any:
+        return iter(self._items)
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+
+def test_settings_of_a_mapping_that_is_made_from_a_dict_are_kept(a):
+    source = Scaled({"x": a}, scale=9)
+    source.unit = "km"
+    made = tree.to_torch(source)
+    assert (type(made), made.scale, made.unit) == (Scaled, 9, "km")
+    assert_tensor_of(a, made["x"])
+    assert source["x"] is a
+
+
 def test_private_slots_are_kept(a):
     assert tree.to_torch(SecretiveBatch(a)).told() == ("kept", "kept")
     assert tree.to_torch(SecretiveList([a])).told() == "kept"

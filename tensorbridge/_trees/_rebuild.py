@@ -28,7 +28,20 @@ def mapping_build(node: Any, keys: list[Any], children: list[Any]) -> Any:
         like = _copied(node, keys, children)
         if like is not None:
             return like
-    return cls(dict(zip(keys, children, strict=True)))
+    like = cls(dict(zip(keys, children, strict=True)))
+    _keep_settings(like, node)
+    return like
+
+
+def _keep_settings(like: Any, node: Any) -> None:
+    """Numbers and text that `node` carries beside its items, which may be in any other of its attributes."""
+    for name in (*getattr(node, "__dict__", ()), *_slots(type(node))):
+        value = getattr(node, name, None)
+        if type(value) in _PLAIN and getattr(like, name, None) != value:
+            object.__setattr__(like, name, value)
+
+
+_PLAIN = frozenset({bool, int, float, complex, str, bytes})
 
 
 def _copied(node: Any, keys: list[Any], children: list[Any]) -> Any:
