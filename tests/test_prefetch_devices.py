@@ -50,6 +50,7 @@ def test_batch_is_handed_over_to_the_stream_that_asks(monkeypatch, lies_on):
     monkeypatch.setattr(_stream_order, "link", lambda *a: calls.append(("link", *a)))
     monkeypatch.setattr(_streams, "use_stream", lambda stream: calls.append(("use", stream)) or tb.copy_guard("allow"))
     monkeypatch.setattr(_stream_order, "mark", lambda number, index: calls.append(("mark", number)) or Mark(len(calls)))
+    assert tb.used_on is _lease.used_on  # loaded by now, and not when the other stands in its place
     monkeypatch.setattr(_lease, "used_on", used_on)
     monkeypatch.setattr(_lease, "keep", lambda array, number, index: calls.append(("keep", array, number)))
     monkeypatch.setattr(_roads.Cuda, "on_device", lambda road, batch: [type(batch).__name__])
