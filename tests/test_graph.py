@@ -164,6 +164,17 @@ class LoadingList(list):
         raise RuntimeError("it loads what it holds")
 
 
+class Lazy(torch.nn.Module):
+    def named_parameters(self, *args, **options):
+        raise RuntimeError("it loads what it holds")
+
+
+def test_a_module_that_fails_to_name_its_parameters_names_none():
+    net, w = Lazy(), torch.ones(2, requires_grad=True)
+    graph = autograd_graph(w * 2)
+    assert (leaves(graph), net.training) == (["w"], True)
+
+
 def test_none_of_the_code_of_the_callers_variables_runs():
     kept = LoadingDict(weight=torch.ones(2, requires_grad=True)), LoadingList([torch.ones(2, requires_grad=True)])
     by_name, by_place = kept

@@ -367,6 +367,13 @@ def test_an_exporter_that_is_closed_is_refused(name):
         tb.to_torch(source)
 
 
+def test_a_buffer_of_pointers_to_rows_is_refused():
+    testbuffer = pytest.importorskip("_testbuffer", reason="this Python comes without its test modules")
+    rows = testbuffer.ndarray(list(range(12)), shape=[3, 4], format="L", flags=testbuffer.ND_PIL)
+    with pytest.raises(tb.ProducerError, match=r"ndarray exports a buffer that is no array: .*suboffsets"):
+        tb.to_numpy(rows)
+
+
 class Failing:
     def __buffer__(self, flags):
         raise OSError("the disk is gone")

@@ -205,6 +205,8 @@ def _by_buffer(x: Any, view: memoryview) -> Any:
         return np.asarray(view)
     except ValueError as error:
         raise Obstacle("unknown dtype", what) from error
+    except BufferError as error:  # pointers to rows that lie anywhere
+        raise ProducerError(f"{type(x).__name__} exports a buffer that is no array: {error}") from error
 
 
 def _by_array(x: Any, want: Want) -> tuple[Any, Traits]:

@@ -7,6 +7,7 @@ nothing is computed, and the result holds no tensor.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 from itertools import islice
@@ -305,8 +306,9 @@ def _tensors_in(torch: Any, name: str, value: Any, rank: int) -> Iterator[tuple[
     if issubclass(kind, torch.Tensor):
         yield rank, name, value
     elif issubclass(kind, torch.nn.Module):
-        for path, member in (*value.named_parameters(), *value.named_buffers()):
-            yield rank + 1, f"{name}.{path}", member
+        with contextlib.suppress(Exception):  # a name more or less: a module of the caller's may fail at this
+            for path, member in (*value.named_parameters(), *value.named_buffers()):
+                yield rank + 1, f"{name}.{path}", member
 
 
 def _items(torch: Any, name: str, value: Any) -> list[tuple[str, Any]]:
