@@ -62,9 +62,10 @@ def prefetch(
     Returns
     -------
     Prefetch
-        An iterator for one loop: call `prefetch` again for the next epoch. A context manager too, with ``close()``, and
-        a length where `batches` has one. Batches keep their structure, as with `tree.to_torch`; on the device they are
-        ordered after the transfer, for the stream that is current when they are asked for.
+        An iterator for one loop: call `prefetch` again for the next epoch; a second loop over one finds no batch, and
+        warns. A context manager too, with ``close()``, and a length where `batches` has one. Batches keep their
+        structure, as with `tree.to_torch`; on the device they are ordered after the transfer, for the stream that is
+        current when they are asked for.
 
     Raises
     ------
