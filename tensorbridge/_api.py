@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     import torch
     from numpy.typing import NDArray
 else:
-    cupy, torch = Named("cupy"), Named("torch")
+    cupy, torch, NDArray = Named("cupy"), Named("torch"), np.ndarray
 _Out = TypeVar("_Out", bound="NDArray[Any]")
 _Scalar = TypeVar("_Scalar", bound=np.generic)
 
@@ -72,7 +72,7 @@ def to_numpy(
     writable: bool | None = None,
     detach: bool = True,
     out: Any = None,
-) -> Any:
+) -> NDArray[Any]:
     """Return `x` as a NumPy array on the host, sharing memory whenever that is safe.
 
     Parameters
@@ -131,7 +131,7 @@ def to_numpy(
     dtype(bfloat16)
     """
     want = _options.want("numpy", dtype=dtype, copy=copy, writable=writable, detach=detach, out=out)
-    return convert(x, want, out)
+    return convert(x, want, out)  # type: ignore[no-any-return]
 
 
 @_lanes.plain_array_to_torch
