@@ -16,8 +16,8 @@ from tensorbridge._adapters._arrow import Joined, Whole
 from tensorbridge._adapters._python import are_cast, common_dtype, stacked_as
 from tensorbridge._refuse import Obstacle
 
-_BESIDE = "its columns are joined into one array"
-_CAST = "its columns, of several dtypes, are cast as they are joined into one array"
+_BESIDE = "its columns are joined into one array, row after row"
+_CAST = "its columns, of several dtypes, are cast as they are joined into one array, row after row"
 _SPARSE = "what a sparse column leaves out is filled in"
 _MADE = "its library makes an array of it"
 

@@ -57,7 +57,7 @@ def test_a_column_that_has_to_be_copied_is_planned_guarded_and_counted_as_a_copy
 
 JOINED, UNPACKED = "its chunks are joined into one array", "its booleans, which are single bits, are unpacked"
 DECODED = "its categories are decoded: an array holds what they stand for"
-BESIDE = "its columns are joined into one array"
+BESIDE = "its columns are joined into one array, row after row"
 WHY = {
     "polars chunks": JOINED,
     "polars truths": UNPACKED,
