@@ -393,7 +393,8 @@ def test_a_target_that_is_none_is_told_as_by_plan(to):
 def test_an_interrupt_while_a_batch_is_waited_for_costs_none_and_no_room():
     """It does not wake the wait: it strikes when the batch has just been taken, which is given out by the next call."""
     code = """
-    import _thread, threading, time
+    import _thread, signal, threading, time
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in what a shell has put into the background
     import numpy as np
     import tensorbridge as tb
 
@@ -424,7 +425,8 @@ def test_an_interrupt_while_a_batch_is_waited_for_costs_none_and_no_room():
 def test_an_interrupt_while_a_loop_that_was_left_is_waited_for_is_not_lost():
     """Python drops what a finalizer raises."""
     code = """
-    import _thread, threading, time
+    import _thread, signal, threading, time
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in what a shell has put into the background
     import numpy as np, tensorbridge as tb
 
     def source():
