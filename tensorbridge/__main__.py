@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import atexit
 import importlib
 import os
 import runpy
 import sys
-import threading
 from collections.abc import Callable
 from importlib.util import find_spec
 
@@ -85,24 +85,21 @@ def traced(script: str, arguments: list[str], save: str | None, *, module: bool)
     sys.argv[:] = [script, *arguments]
     if not module:
         sys.path[0] = os.path.dirname(os.path.abspath(script))
-    with tb.trace() as seen:
-        try:
-            if module:
-                runpy.run_module(script, run_name="__main__", alter_sys=True)
-            else:
-                runpy.run_path(script, run_name="__main__")
-        finally:
-            _wait_for_threads()
-            print(seen.report(), file=sys.stderr)
-            if save:
-                seen.save(save)
+    block = tb.trace()
+    seen = block.__enter__()
+
+    @atexit.register  # when Python has waited for the threads of the program, and for its pools
+    def told() -> None:
+        block.__exit__(None, None, None)
+        print(seen.report(), file=sys.stderr)
+        if save:
+            seen.save(save)
+
+    if module:
+        runpy.run_module(script, run_name="__main__", alter_sys=True)
+    else:
+        runpy.run_path(script, run_name="__main__")
     return 0
-
-
-def _wait_for_threads() -> None:
-    """As Python does at the end of a program, for all but daemons."""
-    while others := [t for t in threading.enumerate() if not t.daemon and t is not threading.current_thread()]:
-        others[0].join()
 
 
 def _is_module(name: str) -> bool:

@@ -72,6 +72,7 @@ def _was_forked() -> bool:
 
 
 imported_in = _process_of_threads()
+_lanes.in_child = imported_in == 0
 
 
 def convert(x: Any, want: Want, out: Any = None) -> Any:

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from tensorbridge import _eager, _readonly, _watch
+from tensorbridge import _eager, _forks, _readonly, _watch
 from tensorbridge._adapters import Adapter, _numpy
 from tensorbridge._array import HUGE, layout
 
@@ -38,6 +38,15 @@ _intercepted: Callable[[], bool] = lambda: False
 _modes: Callable[[], int]
 _marked, _is_marked = _readonly.marked, _readonly.is_marked
 _compiling: Callable[[], Any] = lambda: None  # not None: compiled code is calling, and nothing is shared with it
+
+
+in_child = False  # of a fork, which has none of the threads that torch may have used
+
+
+@_forks.in_child
+def _forked() -> None:
+    global in_child
+    in_child = True
 
 
 opened: Callable[[], None] = lambda: None  # called once, when torch has shown up
@@ -74,7 +83,7 @@ def plain_tensor_to_numpy(full: _F) -> _F:
             elif (dtype is _common or dtype in _plain_dtypes) and x.is_cpu and _forward_ad._current_level < 0:
                 try:
                     if x.requires_grad:
-                        a = x.numpy(force=True)
+                        a = x.numpy(force=not in_child)  # else refused: it would resolve a lazy bit by torch's threads
                         if not a.flags.owndata and a.base.data_ptr() == x.data_ptr():  # else a lazy bit was resolved
                             a.setflags(False)  # positional: a fifth of the price of .flags.writeable
                             return a

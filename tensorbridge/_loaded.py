@@ -22,6 +22,8 @@ class Named:
         self._name = name
 
     def __getattr__(self, attribute: str) -> Any:
+        if attribute.startswith("_"):
+            raise AttributeError(attribute)
         try:
             return getattr(import_module(self._name), attribute)
         except ImportError:

@@ -159,13 +159,14 @@ class copy_guard(ContextDecorator):
             raise ValueError('copy_guard(kinds=[]): guards nothing; leave kinds out for all, or say mode="allow"')
         self._mode, self._min_bytes, self._kinds = mode, min_bytes, chosen
         self._open: list[_Opened] = []  # blocks of any thread or task that have not ended
-        self._used = False
+        self._used, self._line = False, _caller()[0]
 
     _used = True  # where it could not be made
 
     def __del__(self) -> None:
-        if not self._used:
-            warn(f"{self!r} was never opened, and guarded nothing; open it by a with block", RuntimeWarning)
+        if not (self._used or sys.is_finalizing()):
+            said = f"{self!r} was never opened, and guarded nothing; open it by a with block"
+            _warn_at(self._line, said, RuntimeWarning)
 
     def __call__(self, function: _F) -> _F:
         self._used = True
@@ -251,8 +252,12 @@ def warn(text: str, category: type[Warning]) -> None:
     if level:
         warnings.warn(text, category, stacklevel=level)
     else:
-        path, _, line = where.rpartition(":")
-        warnings.warn_explicit(text, category, path, int(line), registry=_said.setdefault(path, {}))
+        _warn_at(where, text, category)
+
+
+def _warn_at(where: str, text: str, category: type[Warning]) -> None:
+    path, _, line = where.rpartition(":")
+    warnings.warn_explicit(text, category, path, int(line), registry=_said.setdefault(path, {}))
 
 
 _HERE = os.path.dirname(__file__) + os.sep  # as frames have it, by way of ".." or not
@@ -331,9 +336,6 @@ def _traced() -> Iterator[Trace]:
         watching.pop(id(seen), None)
 
 
-NOT_DONE: Any = object()  # what `run` gives where another road has to be taken, which is seen by itself
-
-
 def perform(plan: Plan, asked: str, run: Callable[[], Any]) -> Any:
     """Run a conversion under this context's guard and every open trace."""
     allow(plan, asked)
@@ -342,8 +344,6 @@ def perform(plan: Plan, asked: str, run: Callable[[], Any]) -> Any:
         return run()
     began = time.perf_counter()
     result = run()
-    if result is NOT_DONE:
-        return result
     seconds = time.perf_counter() - began
     kinds = dict.fromkeys(step.kind for step in plan.steps if step.kind)
     made = plan.target

@@ -412,6 +412,22 @@ def test_trace_and_guard_see_numbers_stacked(samples):
         tb.collate(samples)
 
 
+class Reads:
+    """Counts how often its array is asked for."""
+
+    def __init__(self, a: Any) -> None:
+        self.a, self.reads = a, 0
+
+    def __array__(self, dtype: Any = None, copy: Any = None) -> Any:
+        self.reads += 1
+        return self.a
+
+
+def test_arrays_of_all_the_axes_that_numpy_has_are_refused_in_our_words():
+    with pytest.raises(tb.UnsupportedArrayError, match="64 axes"):
+        tb.to_numpy(tb.collate([np.ones((1,) * 64)] * 2))
+
+
 def test_trace_and_guard_see_the_copy():
     """Every element is copied once, read-only or not, reversed or not; as when nobody looks on."""
     for samples in ([frozen(np.zeros(3)), np.ones(3)], [np.ones(3), np.ones(3)[::-1]]):
@@ -423,8 +439,19 @@ def test_trace_and_guard_see_the_copy():
             tb.collate(samples)
     with tb.copy_guard("error"), pytest.raises(tb.CopyRequiredError, match=r"^collate: batch: torch list .* 24 B"):
         tb.collate([torch.zeros(3), torch.zeros(3)])
+    for samples in ([torch.ones(4, 4).t()] * 3, [Reads(np.ones(3))] * 3, [np.ones(3)] * 3):
+        with tb.copy_guard("warn"), pytest.warns(tb.CopyWarning) as told:
+            tb.collate(samples)
+        assert len(told) == 1
+    reads = [Reads(np.ones(3)) for _ in range(3)]
+    with tb.trace():
+        tb.collate(reads)
+    assert [x.reads for x in reads] == [1, 1, 1]
     swapped = np.ones(3, ">f4")
-    with tb.copy_guard("error", min_bytes=24), pytest.raises(tb.CopyRequiredError, match=r"^collate: batch: numpy"):
+    with (
+        tb.copy_guard("error", min_bytes=24),
+        pytest.raises(tb.CopyRequiredError, match=r"^collate: batch: torch list"),
+    ):
         tb.collate([swapped, swapped])
     with (
         tb.copy_guard("error"),

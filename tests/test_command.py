@@ -148,8 +148,11 @@ def test_trace_waits_for_the_threads_of_the_script_as_python_does(tmp_path):
         "    tb.to_numpy(np.zeros(10), copy=True)\n"
         "threading.Thread(target=late).start()\n"
         "threading.Thread(target=time.sleep, args=(60,), daemon=True).start()\n"
+        "from concurrent.futures import ThreadPoolExecutor\n"
+        "pool = ThreadPoolExecutor(2)\n"  # which nobody shuts down
+        "pool.submit(tb.to_numpy, np.zeros(3), copy=True).result()\n"
     )
-    assert "1 conversion, 0 of them shared; 80 B moved" in run("trace", str(script)).stderr
+    assert "2 conversions, 0 of them shared; 104 B moved" in run("trace", str(script)).stderr
 
 
 def test_trace_of_a_missing_script_exits_2():

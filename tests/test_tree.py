@@ -291,6 +291,7 @@ def test_plan_names_lists_of_numbers_which_stay_lists(a):
     ]
     made = tree.to_torch(source)
     assert all(made[name] == source[name] for name in ("ids", "label", "t"))
+    assert tree.plan([1, 2, {"a": a}], "torch").left == ()
     assert str(tree.plan([1, 2], "numpy")) == "0 arrays -> numpy: zero copy\n1 x left as it is: batch (numbers)"
 
 

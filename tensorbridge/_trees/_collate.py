@@ -19,7 +19,7 @@ import numpy as np
 from tensorbridge import _api, _convert, _dtypes, _lanes, _options, _watch
 from tensorbridge._adapters import _foreign, is_scalar, named
 from tensorbridge._adapters._numbers import base_of
-from tensorbridge._array import HUGE, LARGE, shape_text
+from tensorbridge._array import HUGE, LARGE, MOST_AXES, shape_text
 from tensorbridge._cuda import _stream_order, _streams
 from tensorbridge._eager import eager
 from tensorbridge._errors import BridgeError, GraphError, UnsupportedArrayError
@@ -243,9 +243,13 @@ def _plain_numbers(values: list[Any]) -> Tensor | None:
 
 def _arrays(values: list[Any], where: _Where | None) -> Tensor:
     asked = f"collate: {_path(where)}"
-    if not _lanes._intercepted():
-        plain = _plain_arrays if set(map(type, values)) <= _ARRAYS else _plain_tensors
-        made = _seen(plain, values, asked) if _watch.watching else plain(values)
+    ours = set(map(type, values)) <= _ARRAYS and not _lanes._intercepted()
+    if _watch.watching:
+        if ours and _dtype_of_all(values) is not None:
+            plan = _api.plan(values, "torch")
+            return _watch.perform(plan, asked, lambda: _plain_arrays(values))  # type: ignore[no-any-return]
+    elif not _lanes._intercepted():
+        made = _plain_arrays(values) if ours else _plain_tensors(values)
         if made is not None:
             return made
     tensors = [_converted(value, f"{asked}: sample {number}") for number, value in enumerate(values)]
@@ -268,28 +272,21 @@ def _arrays(values: list[Any], where: _Where | None) -> Tensor:
 _ARRAYS = frozenset({np.ndarray, np.memmap})
 
 
-def _seen(plain: Callable[[list[Any]], Tensor | None], values: list[Any], asked: str) -> Tensor | None:
-    """The same batch, made in the same way, as where no guard or trace looks on."""
-    try:
-        plan = _api.plan(values, "torch")
-    except BridgeError:  # to be refused, sample by sample
+def _dtype_of_all(arrays: list[Any]) -> Any:
+    """torch's, of arrays of one shape and dtype; None where there is none, or NumPy has no axis left for a batch."""
+    shape, dtype = arrays[0].shape, arrays[0].dtype
+    if len(shape) >= MOST_AXES or any(a.shape != shape or (a.dtype is not dtype and a.dtype != dtype) for a in arrays):
         return None
-    run = lambda: _watch.NOT_DONE if (made := plain(values)) is None else made
-    made = _watch.perform(plan, asked, run)
-    return None if made is _watch.NOT_DONE else made
+    return named("torch").DTYPES.get(_dtypes.of_numpy(dtype))  # type: ignore[attr-defined]
 
 
 def _plain_arrays(values: list[Any]) -> Tensor | None:
     """Arrays of one shape and dtype are written into the batch by one call of NumPy, whatever their strides are."""
-    first = values[0]
-    shape, dtype = first.shape, first.dtype
-    for a in values:
-        if a.shape != shape or (a.dtype is not dtype and a.dtype != dtype):
-            return None
-    torch: Any = named("torch")
-    wanted = torch.DTYPES.get(_dtypes.of_numpy(dtype))
-    if wanted is None:  # of swapped bytes, or to be refused by name
+    wanted, first = _dtype_of_all(values), values[0]
+    if wanted is None:  # swapped bytes; or to be refused by name
         return None
+    torch: Any = named("torch")
+    shape = first.shape
     out = _empty((len(values), *shape), wanted)
     into = torch.borrowed(out)
     if shape and first.size:

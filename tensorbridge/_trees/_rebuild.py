@@ -34,10 +34,11 @@ def mapping_build(node: Any, keys: list[Any], children: list[Any]) -> Any:
 
 
 def _keep_settings(like: Any, node: Any) -> None:
-    """Numbers and text that `node` carries beside its items, which may be in any other of its attributes."""
-    for name in (*getattr(node, "__dict__", ()), *_slots(type(node))):
-        value = getattr(node, name, None)
-        if type(value) in _PLAIN and getattr(like, name, None) != value:
+    """Numbers and text that its class takes beside the items, by the name of the argument."""
+    code = getattr(type(node).__init__, "__code__", None)
+    for name in code.co_varnames[: code.co_argcount + code.co_kwonlyargcount] if code else ():
+        value = getattr(node, "__dict__", {}).get(name)
+        if type(value) in _PLAIN and name in getattr(like, "__dict__", ()):
             object.__setattr__(like, name, value)
 
 

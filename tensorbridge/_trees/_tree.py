@@ -335,15 +335,15 @@ def plan(
 
 def _left(tree: Any) -> tuple[LeftPart, ...]:
     flat = flatten(tree, everything=True)
-    left: list[LeftPart] = []
+    numbers, others = [], []
     for number, frame in enumerate(flat.frames):
         mine = range(frame.first, frame.first + frame.size)
         leaves = [flat.leaves[i] for i in mine]
-        if type(frame.node) is list and leaves and all(map(is_scalar, map(type, leaves))):
-            left.append(LeftPart(flat.way(number), "numbers"))
-        others = [i for i, x in zip(mine, leaves, strict=True) if not is_array(x) and may_hold_arrays(x)]
-        left += [LeftPart(flat.path(i), type(flat.leaves[i]).__name__) for i in others]
-    return tuple(left)
+        if type(frame.node) is list and leaves and not frame.inner and all(map(is_scalar, map(type, leaves))):
+            numbers.append(LeftPart(flat.way(number), "numbers"))
+        others += [i for i, x in zip(mine, leaves, strict=True) if not is_array(x) and may_hold_arrays(x)]
+    paths = flat.paths() if others else []
+    return (*(LeftPart(paths[i], type(flat.leaves[i]).__name__) for i in others), *numbers)
 
 
 _FUNCTIONS: dict[str, Callable[..., Any]] = {"numpy": to_numpy, "torch": to_torch, "cupy": to_cupy}
