@@ -159,14 +159,13 @@ class copy_guard(ContextDecorator):
             raise ValueError('copy_guard(kinds=[]): guards nothing; leave kinds out for all, or say mode="allow"')
         self._mode, self._min_bytes, self._kinds = mode, min_bytes, chosen
         self._open: list[_Opened] = []  # blocks of any thread or task that have not ended
-        self._used, self._line = False, _caller()[0]
+        self._used = False
 
     _used = True  # where it could not be made
 
     def __del__(self) -> None:
         if not (self._used or sys.is_finalizing()):
-            said = f"{self!r} was never opened, and guarded nothing; open it by a with block"
-            _warn_at(self._line, said, RuntimeWarning)
+            warn(f"{self!r} was never opened, and guarded nothing; open it by a with block", RuntimeWarning)
 
     def __call__(self, function: _F) -> _F:
         self._used = True
@@ -252,12 +251,8 @@ def warn(text: str, category: type[Warning]) -> None:
     if level:
         warnings.warn(text, category, stacklevel=level)
     else:
-        _warn_at(where, text, category)
-
-
-def _warn_at(where: str, text: str, category: type[Warning]) -> None:
-    path, _, line = where.rpartition(":")
-    warnings.warn_explicit(text, category, path, int(line), registry=_said.setdefault(path, {}))
+        path, _, line = where.rpartition(":")
+        warnings.warn_explicit(text, category, path, int(line), registry=_said.setdefault(path, {}))
 
 
 _HERE = os.path.dirname(__file__) + os.sep  # as frames have it, by way of ".." or not

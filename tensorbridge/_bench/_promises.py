@@ -88,7 +88,7 @@ LANES = {
         (
             *_SHARED_TENSOR,
             Part("whether it requires grad", "x.requires_grad"),
-            Part("**the sharing itself**", "x.numpy(force=True)"),
+            Part("**the sharing itself**", "x.numpy(force=not in_child)"),
             Part("the tensor has memory of its own, which a functional one has not", "not a.flags.owndata"),
             Part("and the array lies on it: a lazy bit would have made a copy", "a.base.data_ptr() == x.data_ptr()"),
             Part("no write through the array corrupts gradients", "a.setflags(False)"),
