@@ -238,8 +238,22 @@ def waits_for_threads(traits: Traits) -> bool:
 
 
 def has_threads() -> bool:
-    """Whether torch's threads may share a huge copy: not where it is done beside other work, by another thread."""
-    return _starts_threads() and threading.current_thread() is threading.main_thread()
+    """Whether torch's threads may share a huge copy: not where it is done beside other work, by another thread, nor
+    where fewer cores are idle than there are threads. One that has to wait for a core holds up all of them.
+    """
+    if not _starts_threads() or threading.current_thread() is not threading.main_thread():
+        return False
+    others: int = loaded("torch").get_num_threads() - 1  # beside this one
+    return _busy_cores() + others <= (os.cpu_count() or 1)
+
+
+def _busy_cores() -> int:
+    """How many threads of all processes are running at this moment, where Linux says so; else this one alone."""
+    try:
+        with open("/proc/loadavg", "rb") as file:
+            return int(file.read().split()[3].partition(b"/")[0])
+    except (OSError, ValueError, IndexError):
+        return 1
 
 
 def is_intercepted() -> bool:

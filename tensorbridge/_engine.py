@@ -2,8 +2,8 @@
 
 torch is chosen where its kernel is better (half-precision casts, transposes), and for its threads from 64 MiB on. They
 double the speed of a plain copy on idle cores; when another process holds one, they wait for it for some milliseconds,
-which is many times what a smaller copy takes (docs/cost.md has the measurements). NumPy allocates, because from
-4 MiB on it asks the kernel for huge pages.
+or for hundreds, so that such a moment is left to one thread (docs/cost.md has measurements). NumPy allocates, because
+from 4 MiB on it asks the kernel for huge pages.
 """
 
 from __future__ import annotations

@@ -165,7 +165,8 @@ def _remember(words: tuple[Any, ...], options: dict[str, Any], traits: Traits) -
     recipes = _asked.setdefault(words, {})
     here = _convert.moment(traits, want)
     if recipes is not None and (here is _convert.WITH_TORCH or here is _convert.WITH_THREADS):
-        recipes[_key(traits)] = _convert.recipe_for(traits, want, here)
+        key = (traits, here is _convert.WITH_THREADS) if traits.size == "huge" else traits
+        recipes[key] = _convert.recipe_for(traits, want, here)
 
 
 def _open() -> None:

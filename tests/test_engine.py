@@ -6,6 +6,7 @@ import contextlib
 import os
 import subprocess
 import sys
+import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -137,6 +138,9 @@ def test_a_huge_copy_is_done_as_planned_by_whoever_asks(name, two_threads, monke
         return perform(recipe, handle, out)
 
     monkeypatch.setattr(_convert, "perform", seen)
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    busy = 1
+    monkeypatch.setattr(_convert, "_busy_cores", lambda: busy)
 
     def by() -> str:
         done.clear()
@@ -151,9 +155,32 @@ def test_a_huge_copy_is_done_as_planned_by_whoever_asks(name, two_threads, monke
         assert pool.submit(by).result() == "numpy"
         assert SAID not in pool.submit(lambda: str(plan())).result()
     assert by() == "torch"
+    busy = 2  # another process holds a core
+    assert [by(), by()] == ["numpy", "numpy"]
+    assert SAID not in str(plan())
+    busy = 1
+    assert by() == "torch"
     torch.set_num_threads(1)
     assert by() == "numpy"
     assert SAID not in str(plan())
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/loadavg"), reason="only Linux says how many threads are running")
+def test_the_cores_that_are_busy_are_counted_at_this_moment():
+    with subprocess.Popen([sys.executable, "-c", "while True: pass"]) as other:
+        seen = 0
+        for _ in range(200):
+            seen = max(seen, _convert._busy_cores())
+            if seen > 1:
+                break
+            time.sleep(0.01)
+        other.kill()
+    assert seen >= 2
+
+
+def test_where_nothing_says_what_is_busy_it_is_this_thread_alone(monkeypatch):
+    monkeypatch.setattr("builtins.open", lambda *_: (_ for _ in ()).throw(FileNotFoundError))
+    assert _convert._busy_cores() == 1
 
 
 MEDIUM = 100_000
