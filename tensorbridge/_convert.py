@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import threading
@@ -243,8 +244,8 @@ def has_threads() -> bool:
     """
     if not _starts_threads() or threading.current_thread() is not threading.main_thread():
         return False
-    others: int = loaded("torch").get_num_threads() - 1  # beside this one
-    return _busy_cores() + others <= (os.cpu_count() or 1)
+    free: int = (os.cpu_count() or 1) - (loaded("torch").get_num_threads() - 1)  # for this thread and what else runs
+    return _busy_cores() <= free or _busy_cores() - _waiting_workers() <= free
 
 
 def _busy_cores() -> int:
@@ -254,6 +255,19 @@ def _busy_cores() -> int:
             return int(file.read().split()[3].partition(b"/")[0])
     except (OSError, ValueError, IndexError):
         return 1
+
+
+def _waiting_workers() -> int:
+    """How many running threads of this process are none of Python's: torch's own, which spin for a while after each
+    task, and are about to share the copy.
+    """
+    known = {str(thread.native_id) for thread in threading.enumerate()}
+    running = 0
+    with contextlib.suppress(OSError):  # a thread that has just ended
+        for task in set(os.listdir("/proc/self/task")) - known:
+            with open(f"/proc/self/task/{task}/stat", "rb") as file:
+                running += file.read().rpartition(b") ")[2][:1] == b"R"
+    return running
 
 
 def is_intercepted() -> bool:

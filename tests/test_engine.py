@@ -6,6 +6,7 @@ import contextlib
 import os
 import subprocess
 import sys
+import threading
 import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor
@@ -139,8 +140,9 @@ def test_a_huge_copy_is_done_as_planned_by_whoever_asks(name, two_threads, monke
 
     monkeypatch.setattr(_convert, "perform", seen)
     monkeypatch.setattr(os, "cpu_count", lambda: 2)
-    busy = 1
+    busy, waiting = 1, 0
     monkeypatch.setattr(_convert, "_busy_cores", lambda: busy)
+    monkeypatch.setattr(_convert, "_waiting_workers", lambda: waiting)
 
     def by() -> str:
         done.clear()
@@ -158,8 +160,9 @@ def test_a_huge_copy_is_done_as_planned_by_whoever_asks(name, two_threads, monke
     busy = 2  # another process holds a core
     assert [by(), by()] == ["numpy", "numpy"]
     assert SAID not in str(plan())
-    busy = 1
-    assert by() == "torch"
+    waiting = 1  # it is torch's own thread, which has just done something else
+    assert [by(), by()] == ["torch", "torch"]
+    busy, waiting = 1, 0
     torch.set_num_threads(1)
     assert by() == "numpy"
     assert SAID not in str(plan())
@@ -176,6 +179,24 @@ def test_the_cores_that_are_busy_are_counted_at_this_moment():
             time.sleep(0.01)
         other.kill()
     assert seen >= 2
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/task"), reason="only Linux says what each thread does")
+def test_a_thread_of_python_is_at_work_and_does_not_wait_for_the_copy():
+    ending = threading.Event()
+
+    def spin():
+        while not ending.is_set():
+            pass
+
+    worker = threading.Thread(target=spin)
+    worker.start()
+    try:
+        time.sleep(0.3)  # torch's own threads have stopped to spin by now
+        assert {_convert._waiting_workers() for _ in range(20)} == {0}
+    finally:
+        ending.set()
+        worker.join()
 
 
 def test_where_nothing_says_what_is_busy_it_is_this_thread_alone(monkeypatch):
