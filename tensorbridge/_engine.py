@@ -1,9 +1,9 @@
 """The copy engine's choice: whose kernel writes the bytes of a copy on the host. Pure, like _plan, which asks it.
 
 torch is chosen where its kernel is better (half-precision casts, transposes), and for its threads from 64 MiB on. They
-double the speed of a plain copy on idle cores; when another process holds one, they wait for it for some milliseconds,
-or for hundreds, so that such a moment is left to one thread (docs/cost.md has measurements). NumPy allocates, because
-from 4 MiB on it asks the kernel for huge pages.
+double the speed of a plain copy on idle cores; when another process holds one, they wait for it for some milliseconds
+or longer, so that such a moment is left to one thread (docs/cost.md has measurements). NumPy allocates, because from
+4 MiB on it asks the kernel for huge pages.
 """
 
 from __future__ import annotations
@@ -86,7 +86,8 @@ def in_pieces(step: Step, before: Traits) -> Step:
     """
     if step.kind != "h2h" or step.op not in _PIECEWISE or (step.by or step.after.framework) != "torch":
         return step
-    return step._replace(by=IN_PIECES, why=step.why + "; in pieces: torch's threads have not survived the fork")
+    unless = ", unless autograd records it" if before.graph else ""
+    return step._replace(by=IN_PIECES, why=f"{step.why}; in pieces{unless}: torch's threads have not survived the fork")
 
 
 _PIECEWISE = frozenset({Op.STACK, Op.RESOLVE, Op.CAST, Op.PACK, Op.COPY, Op.FILL})

@@ -20,7 +20,8 @@ import torch
 import tensorbridge as tb
 from tensorbridge import _convert, _dtypes, _engine
 from tensorbridge._array import HUGE, Traits
-from tensorbridge._step import HERE
+from tensorbridge._plan import decide
+from tensorbridge._step import HERE, Want
 
 FLOATS = [name for name in _dtypes.DTYPES if "float" in name and _dtypes.exists_in(name, "torch")]
 LOADED = HERE._replace(torch=True)
@@ -244,6 +245,16 @@ def test_large_tensor_is_transposed_by_torch():
     assert _engine.of_tensor(tensor, "float32", "C", HERE).by == "numpy"
     assert _engine.of_tensor(tensor, "int32", "C", HERE._replace(worker=True)).by == "torch"
     assert _engine.of_tensor(tensor, "float32", "C", HERE._replace(worker=True)).by == "numpy"
+
+
+@pytest.mark.parametrize(("graph", "said"), [(False, "in pieces: "), (True, "in pieces, unless autograd records it: ")])
+def test_plan_in_a_forked_process_says_what_may_stay_whole(graph, said):
+    tensor = Traits("torch", size="large", graph=graph)
+    (step, *_) = decide(tensor, Want("torch", dtype="float64", detach=False), HERE._replace(worker=True)).steps
+    assert (step.by, step.why) == (
+        "torch in pieces",
+        f"dtype=float64 was asked for; {said}torch's threads have not survived the fork",
+    )
 
 
 def test_plan_of_a_fill_says_whose_kernel_and_why():
