@@ -80,12 +80,12 @@ def to_numpy(
     x : array of any framework, shape ``(*s)``
         NumPy, torch on any of its devices, CuPy; anything with DLPack, an array interface, the buffer protocol or
         ``__array__``; a number; a list of numbers or of equal-shaped arrays.
-    dtype : dtype of any framework, or its name, optional
+    dtype : dtype of any framework, its name, or a mapping, optional
         Default: the dtype of `x`; bfloat16 and float8 arrive as ml_dtypes types of the same bits, whose sums and means
-        are made in these few bits: say ``dtype="float32"`` to compute. Else a cast, on the side where fewer bytes cross
-        a bus, with the values that the framework of `x` gives (float8 overflows to nan from NumPy and from torch 2.11,
-        to the largest number from torch 2.13). NumPy warns of overflow as it always does, but from float32 to float16
-        torch casts, where it is loaded, and says nothing, unless `np.errstate` wants more than a warning.
+        are made in these few bits: say "float32" to compute. ``{"float64": "float32"}`` casts float64 alone; a key may
+        be a kind of the array API ("real floating"). A cast has the values that the framework of `x` gives (float8
+        overflows to nan from NumPy and torch 2.11, to the largest number from torch 2.13). NumPy warns of overflow;
+        from float32 to float16 torch casts, where it is loaded, silently, unless `np.errstate` wants more than that.
     copy : bool or None
         None shares when no promise is broken, else copies once. False never moves a byte, and refuses an object of
         another library that has to copy itself to be read. True returns fresh memory in the memory order of `x`.
@@ -161,7 +161,7 @@ def to_torch(
     device : "cpu", "cuda", "cuda:1", "mps", torch.device, cupy.cuda.Device or int (CUDA index), optional
         Default: where `x` is. A kind without an index ("cuda") leaves an array that is on such a device where it is,
         and means the current one for others. What torch alone knows ("xpu", a backend's) is reached by its own copy.
-    dtype : dtype of any framework, or its name, optional
+    dtype : dtype of any framework, its name, or a mapping as for `to_numpy`, optional
         Default: the dtype of `x`, never torch's default dtype.
     copy : bool or None
         None shares when no promise is broken, else copies once; False never moves a byte, the bus included; True
@@ -246,7 +246,7 @@ def to_cupy(
         As for `to_numpy`.
     device : "cuda", "cuda:1", cupy.cuda.Device, torch.device or int (CUDA index), optional
         Default: where `x` is; for host memory the current device.
-    dtype : dtype of any framework, or its name, optional
+    dtype : dtype of any framework, its name, or a mapping as for `to_numpy`, optional
         Default: the dtype of `x`. Cast on the side where fewer bytes cross the bus.
     copy : bool or None
         None shares when no promise is broken, else copies once; False never moves a byte, the bus included; True

@@ -92,6 +92,8 @@ def planned(x: Any, want: Want, out: Any = None) -> Plan:
 def judged(x: Any, want: Want, out: Any = None, *, planning: bool = False) -> tuple[Any, Case]:
     """An array opened and decided; what is not to be done is refused. A plan is also made for a device not here."""
     adapter, handle, traits = opened(x, want)
+    if want.casts is not None:
+        want = want._replace(dtype=want.casts.of(traits.dtype), casts=None)
     if want.device is not None or want.pin_memory or want.framework == "cupy":
         want = _options.placed(want, traits, planning=planning)
     if out is not None and want.out is not None:

@@ -7,6 +7,7 @@ the float8 family) crosses as an unsigned integer of the same width, its `carrie
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import ml_dtypes
@@ -162,6 +163,61 @@ def parse(dtype: object) -> str:
 def _no_such(dtype: object) -> TypeError:
     hint = nearest(dtype, DTYPES) or '; names are those of NumPy and torch, "float32", "int64", "bfloat16" ...'
     return TypeError(f"dtype={dtype!r} is not an element type that arrays can share{hint}")
+
+
+# The kinds of the array API standard, as in its `isdtype`, by how the names begin.
+_REAL, _SIGNED, _UNSIGNED, _COMPLEX = ("float", "bfloat", "longdouble"), ("int",), ("uint",), ("complex", "clongdouble")
+KINDS: dict[str, tuple[str, ...]] = {
+    "bool": ("bool",),
+    "signed integer": _SIGNED,
+    "unsigned integer": _UNSIGNED,
+    "integral": _SIGNED + _UNSIGNED,
+    "real floating": _REAL,
+    "complex floating": _COMPLEX,
+    "numeric": _SIGNED + _UNSIGNED + _REAL + _COMPLEX,
+}
+
+
+class Casts(NamedTuple):
+    """A caller's `dtype` that depends on what an array has: ``{"float64": "float32", "integral": "int64"}``."""
+
+    wanted: tuple[tuple[str, str], ...]  # by a name or a kind
+
+    def of(self, name: str) -> str | None:
+        """What elements of this dtype become; None if they stay. Its own name counts before a kind."""
+        native = name.lstrip(">")
+        for has, wanted in self.wanted:
+            if has == native:
+                return wanted
+        return next((wanted for kind, wanted in self.wanted if native.startswith(KINDS.get(kind, ()))), None)
+
+    def __repr__(self) -> str:
+        return repr(dict(self.wanted))
+
+
+def parse_casts(dtype: Mapping[Any, Any]) -> Casts:
+    """The casts meant by a caller's mapping from a dtype or a kind to a dtype.
+
+    Raises
+    ------
+    TypeError
+        As `parse`; or a key is no dtype and no kind.
+    """
+    found: list[tuple[str, str]] = []
+    for has, wanted in dtype.items():
+        try:
+            found.append((has if has in KINDS else parse(has), parse(wanted)))
+        except TypeError as error:
+            text = str(error)
+            if (
+                isinstance(has, str)
+                and f"dtype={has!r}" in text
+                and has not in KINDS
+                and not has.startswith((">", "<"))
+            ):
+                text = f"{has!r} is no dtype, and none of the kinds {', '.join(map(repr, KINDS))}{nearest(has, KINDS)}"
+            raise TypeError(f"dtype={dict(dtype)!r}: {text.removeprefix('dtype=')}") from None
+    return Casts(tuple(found))
 
 
 def itemsize(name: str) -> int:

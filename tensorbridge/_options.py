@@ -56,7 +56,11 @@ def want(
     where = None if device is None else device_named(device, framework)
     if where is not None:
         _check_place(call or f"to_{framework}", framework, where, flags)
-    found = usual(framework)._replace(device=where, dtype=None if dtype is None else _dtypes.parse(dtype), **flags)
+    if isinstance(dtype, Mapping):
+        flags["casts"] = _dtypes.parse_casts(dtype)
+    elif dtype is not None:
+        flags["dtype"] = _dtypes.parse(dtype)
+    found = usual(framework)._replace(device=where, **flags)
     return found if out is None else with_out(found, out)
 
 
@@ -236,8 +240,8 @@ def with_out(want: Want, out: Any) -> Want:
     if want.pin_memory:
         raise ValueError(f"{call}: out has its memory already; leave pin_memory out")
     name = traits.dtype.lstrip(">")
-    if want.dtype not in (None, name):
-        raise ValueError(f"{call}: out is {name}, and dtype={want.dtype} was asked for; leave dtype out")
+    if want.dtype not in (None, name) or want.casts is not None:
+        raise ValueError(f"{call}: out is {name}, and dtype={want.casts or want.dtype} was asked for; leave dtype out")
     if want.device is not None and want.device not in (traits.device, traits.device.type):
         raise ValueError(
             f"{call}: out is on {traits.device}, and device={str(want.device)!r} was asked for; leave device out"

@@ -63,6 +63,7 @@ class Want(NamedTuple):
     pin_memory: bool = False
     non_blocking: bool = False
     out: Traits | None = None
+    casts: _dtypes.Casts | None = None  # in place of `dtype`, until it is known what the array has
 
 
 def usual(framework: str) -> Want:

@@ -13,7 +13,7 @@ from tensorbridge._step import Decision, Refusal, Want, bind, bytes_text, named,
 def call(want: Want) -> str:
     """The call as the caller wrote it, as far as options decide: ``to_torch(copy=False)``."""
     given = [
-        f"{name}={str(value) if isinstance(value, Device) else value!r}"
+        f"{'dtype' if name == 'casts' else name}={str(value) if isinstance(value, Device) else value!r}"
         for name, value, default in zip(Want._fields, want, usual(want.framework), strict=True)
         if value != default and name not in ("framework", "out")
         and not (want.out is not None and name in ("dtype", "device"))  # said by `out`

@@ -37,7 +37,7 @@ SIGNATURES = {
     "autograd_graph": "tensor",
     "collate": "samples",
     "to_numpy_async": "x, *, pinned=False",
-    "prefetch": "batches, *, to='torch', device='cuda', depth=2, transform=None, copy=None",
+    "prefetch": "batches, *, to='torch', device='cuda', depth=2, transform=None, dtype=None, copy=None",
     "use_stream": "stream",
     "used_on": "x, stream",
     "share_memory_pool": "owner='torch'",

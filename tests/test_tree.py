@@ -451,10 +451,16 @@ def test_a_cure_by_dtype_says_that_it_is_for_every_array():
     assert str(caught.value) == (
         "batch['x']: to_torch(device='mps:0'): numpy float64 (2, 3) on cpu cannot be converted: "
         'mps devices have no float64.\nUse dtype="float32": a copy of 24 B.\n'
-        "In a tree dtype is for every array: to change this one alone, convert it before, or in a transform."
+        'In a tree that casts every array: dtype={"float64": "float32"} casts those of this dtype alone.'
     )
-    first = {**batch, "x": tb.to_torch(batch["x"], dtype="float32")}
-    assert [leaf.plan.target.dtype for leaf in tree.plan(first, "torch", device="mps").leaves] == ["float32", "int64"]
+    plan = tree.plan(batch, "torch", device="mps", dtype={"float64": "float32"})
+    assert [leaf.plan.target.dtype for leaf in plan.leaves] == ["float32", "int64"]
+
+
+def test_a_cure_for_the_dtype_that_was_asked_for_says_no_more():
+    batch = {"x": np.zeros((2, 3), "float32"), "labels": np.arange(2)}
+    with pytest.raises(tb.UnsupportedArrayError, match=r'Use dtype="float32": a copy of 24 B\.$'):
+        tree.plan(batch, "torch", device="mps", dtype={"float32": "float64"})
 
 
 def test_a_cure_by_dtype_of_the_only_array_says_no_more():

@@ -114,7 +114,8 @@ class Elsewhere(Host):
 
     def __init__(self, want: Want) -> None:
         super().__init__()
-        self.want, self.context, self.in_grad_mode = want, copy_context(), grad_mode()
+        self.want = want._replace(dtype=None, casts=None)  # the worker casts
+        self.context, self.in_grad_mode = copy_context(), grad_mode()
 
     def converted(self, batch: Any, want: Want, read: list[Any]) -> Batch:
         """What lies on the device stays; the rest gets memory of its own, for the source may fill a buffer again."""

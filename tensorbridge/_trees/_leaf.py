@@ -6,6 +6,7 @@ are like it.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -24,12 +25,15 @@ NAMED = (BridgeError, ValueError, TypeError)
 def name(error: Exception, flat: Flat, place: int) -> None:
     """Let an error begin with the leaf that it is about."""
     if len(error.args) == 1:
-        text = f"{flat.path(place)}: {error}"
-        if "\nUse dtype=" in text and len(flat.leaves) > 1:
-            text += (
-                "\nIn a tree dtype is for every array: to change this one alone, convert it before, or in a transform."
-            )
-        error.args = (text,)
+        text = str(error)
+        lacks = _LACKS.search(text) if len(flat.leaves) > 1 else None
+        if lacks and "dtype=" not in text[: lacks.start()]:
+            casts = f'dtype={{"{lacks[1]}": "{lacks[2]}"}}'
+            text += f"\nIn a tree that casts every array: {casts} casts those of this dtype alone."
+        error.args = (f"{flat.path(place)}: {text}",)
+
+
+_LACKS = re.compile(r'ha(?:s|ve) no (\w+)\.\nUse dtype="(\w+)"')
 
 
 class Leaf:

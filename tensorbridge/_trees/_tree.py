@@ -39,7 +39,8 @@ def to_numpy(
         subclasses of Mapping, list, tuple; what is registered with torch's pytrees or optree; tables of pandas, polars
         and pyarrow; groups of h5py and zarr.
     dtype, copy, writable, detach
-        As for `tensorbridge.to_numpy`, for every array.
+        As for `tensorbridge.to_numpy`, for every array: ``dtype="float32"`` casts labels and masks too, where
+        ``dtype={"real floating": "float32"}`` leaves them alone.
     out : tree of numpy.ndarray, optional
         Of the same structure; its arrays are filled, and it is returned. All are checked before the first is written:
         where one is refused, or shares memory with another or with any source, none is. (A cast for which `np.errstate`
@@ -99,7 +100,7 @@ def to_torch(
     tree : nested containers of arrays
         As for `tree.to_numpy`.
     device, dtype, copy, share_readonly, detach, pin_memory, non_blocking
-        As for `tensorbridge.to_torch`, for every array.
+        As for `tensorbridge.to_torch`, for every array; ``dtype={"real floating": "float32"}`` is for floats alone.
     out : tree of torch.Tensor, optional
         Of the same structure; its tensors are filled, all or none, and it is returned: see `tree.to_numpy`.
     pack : bool

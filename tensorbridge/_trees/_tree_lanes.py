@@ -24,7 +24,8 @@ def through_lanes(leaves: list[Any], want: Want, results: list[Any], seen: dict[
     if _lanes._intercepted():  # what is made has no address
         return range(len(leaves))
     on_host = want.device is None or want.device == CPU
-    if want.framework == "torch" and on_host and want.dtype is None and not want.pin_memory and want.copy is not False:
+    plain = want.dtype is None and want.casts is None and not want.pin_memory and want.copy is not False
+    if want.framework == "torch" and on_host and plain:
         if not want.copy:
             rest = _shared_arrays(leaves, results)
             return rest if want.share_readonly or not rest else _readonly_arrays(leaves, results, rest)

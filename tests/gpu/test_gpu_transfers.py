@@ -358,6 +358,23 @@ def test_plan_says_whether_the_host_waits_for_what_goes_up(torch, cupy, gate, wh
     assert said or not twice(body)
 
 
+@pytest.mark.parametrize("many", [1, 50])
+@pytest.mark.parametrize("to", ["torch", "cupy"])
+def test_a_tree_casts_what_is_meant_on_the_way_up_and_down(torch, cupy, unchanged, to, many):
+    """On the host before the bus, on the device behind it, and not at all: in blocks that are the same."""
+    names = ("float64", "float32", "float16", "int32", "bool")
+    tree = {name: [numbers(30 + i, name) for i in range(many)] for name in names}
+    casts = {"float64": "float32", "float16": "float32"}
+    up = tb.tree.to_torch if to == "torch" else tb.tree.to_cupy
+    there = up(tree, device="cuda", dtype=casts)
+    back = tb.tree.to_numpy(there, dtype={"real floating": "float64"})
+    for name in names:
+        for source, gone, found in zip(tree[name], there[name], back[name], strict=True):
+            assert tb.describe(gone).dtype == casts.get(name, name)
+            assert found.dtype == (name if name in ("int32", "bool") else "float64")
+            assert np.array_equal(found, source)
+
+
 @pytest.mark.parametrize("call", ["tree", "prefetch"])
 def test_small_leaves_cross_where_there_is_no_more_page_locked_memory(torch, cupy, monkeypatch, call):
     batch = {name: np.full(1000, i, "float32") for i, name in enumerate("abc")}
