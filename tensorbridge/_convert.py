@@ -204,11 +204,13 @@ def _given_back(functions: Sequence[Callable[..., Any]], read: Traits) -> Callab
 
 
 def open_lanes() -> None:
-    tensor = getattr(loaded("torch"), "Tensor", None)
-    if tensor is not None and _lanes._Tensor is None:
+    if _lanes._Tensor is None:
+        tensor = getattr(loaded("torch"), "Tensor", None)
+        if tensor is None:
+            return
         _lanes.open(adapter_of(tensor))
-    if tensor is not None and _device_lanes._Tensor is None and loaded("cupy"):
-        _device_lanes.open(adapter_of(tensor), named("cupy"))
+    if _device_lanes._Tensor is None and loaded("cupy"):
+        _device_lanes.open(adapter_of(_lanes._Tensor), named("cupy"))
 
 
 def import_ahead() -> None:

@@ -103,7 +103,7 @@ def plain_tensor_to_numpy(full: _F) -> _F:
     return _eager.outermost(to_numpy)  # type: ignore[return-value]
 
 
-def _is_forward(a: Any) -> bool:
+def is_forward(a: Any) -> bool:
     """Whether torch can hold the strides of this array, and no two of its elements are one."""
     lay = layout(a.shape, a.strides, a.itemsize)
     return not lay.overlap and lay.spacing in ("dense", "strided")
@@ -130,7 +130,7 @@ def plain_array_to_torch(full: _F) -> _F:
                     base: Any = x.base
                     if base is None or (type(base) is _ndarray and base.base is None):
                         flags = x.flags
-                        if flags.carray or (flags.behaved and (flags.f_contiguous or _is_forward(x))):
+                        if flags.carray or (flags.behaved and (flags.f_contiguous or is_forward(x))):
                             return _from_numpy(x)
                     elif type(base) is _Tensor and x.flags.carray and x.size and not _modes() and _is_whole(x, base):
                         return base.detach()

@@ -50,7 +50,7 @@ def want(
 ) -> Want:
     """What the caller wrote, in canonical form; what was left out is as usual. `call` is what was called."""
     for name, value in flags.items():
-        if value is not True and value is not False and not (value is None and name in _OR_NONE):
+        if value is not False and value is not True and not (value is None and name in _OR_NONE):
             allowed = "True, False or None" if name in _OR_NONE else "True or False"
             raise TypeError(f"{call or f'to_{framework}'}({name}={value!r}): {name} is {allowed}")
     where = None if device is None else device_named(device, framework)
@@ -60,7 +60,9 @@ def want(
         flags["casts"] = _dtypes.parse_casts(dtype)
     elif dtype is not None:
         flags["dtype"] = _dtypes.parse(dtype)
-    found = usual(framework)._replace(device=where, **flags)
+    if "detach" not in flags:
+        flags["detach"] = usual(framework).detach
+    found = Want(framework, where, **flags)
     return found if out is None else with_out(found, out)
 
 

@@ -128,7 +128,7 @@ LANES = {
         (_FROM_ARRAY,),
         (
             *_A_VIEW,
-            Part("its strides are torch's, and no two elements are one", "_is_forward(x)"),
+            Part("its strides are torch's, and no two elements are one", "is_forward(x)"),
             Part("**the sharing itself**", "_from_numpy(x)"),
         ),
     ),

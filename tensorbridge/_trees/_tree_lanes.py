@@ -48,7 +48,12 @@ def _shared_arrays(leaves: list[Any], results: list[Any]) -> list[int]:
     first = _first_of(leaves)
     last = None  # a dtype is slow to hash, and most often the one before
     for i, a in enumerate(leaves):
-        if type(a) is ndarray and a.flags.carray and ((dtype := a.dtype) is last or dtype in plain):
+        if type(a) is not ndarray:
+            rest.append(i)
+            continue
+        flags = a.flags
+        held = flags.carray or (flags.behaved and (flags.f_contiguous or _lanes.is_forward(a)))
+        if held and ((dtype := a.dtype) is last or dtype in plain):
             last = dtype
             base = a.base
             if base is None or (type(base) is ndarray and base.base is None):

@@ -5,7 +5,7 @@ It has a stack of its own, so that depth costs nothing.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -94,9 +94,6 @@ def _leaf_name(frame: Frame, i: int) -> str:
     return frame.kind.name(frame.node, frame.keys, i if frame.where is None else frame.where[i])
 
 
-_NONE: Iterator[Any] = iter(())
-
-
 def flatten(tree: Any, *, everything: bool = False) -> Flat:
     """Take a tree apart into its arrays; with `everything`, into all values that are no containers."""
     root = Frame(tree, ROOT, -1, 0)
@@ -109,7 +106,11 @@ def flatten(tree: Any, *, everything: bool = False) -> Flat:
     whole = Frame(tree, kind, 0, 0)
     flat.frames.append(whole)
     root.inner.append((0, 1))
-    stack = [(0, _NONE), (1, _inner(whole, flat.leaves, everything))]
+    containers = _inner(whole, flat.leaves, everything)
+    if not containers:
+        flat.order.extend((1, 0))
+        return flat
+    stack = [(0, iter(())), (1, iter(containers))]
     seen = {id(tree): 1}
     while stack:
         number, inner = stack[-1]
@@ -121,7 +122,7 @@ def flatten(tree: Any, *, everything: bool = False) -> Flat:
                 known = seen[id(child)] = len(flat.frames)
                 frame.inner.append((place, known))
                 flat.frames.append(Frame(child, kind, number, place))
-                stack.append((known, _inner(flat.frames[known], flat.leaves, everything)))
+                stack.append((known, iter(_inner(flat.frames[known], flat.leaves, everything))))
                 break
             if flat.frames[known].open:
                 here = flat.way(number) + frame.kind.name(frame.node, frame.keys, place)
@@ -135,8 +136,8 @@ def flatten(tree: Any, *, everything: bool = False) -> Flat:
     return flat
 
 
-def _inner(frame: Frame, leaves: list[Any], everything: bool) -> Iterator[tuple[int, Kind]]:
-    """Take the leaves of a container, all at once; then its inner containers."""
+def _inner(frame: Frame, leaves: list[Any], everything: bool) -> Sequence[tuple[int, Kind]]:
+    """Take the leaves of a container, all at once; its inner containers, and their places."""
     children = frame.parts
     frame.first = len(leaves)
     classes = set(map(type, children))
@@ -145,9 +146,9 @@ def _inner(frame: Frame, leaves: list[Any], everything: bool) -> Iterator[tuple[
         if only is ARRAY or (everything and only is OTHER):
             leaves.extend(children)
             frame.size = len(children)
-            return _NONE
+            return ()
         if only is OTHER:
-            return _NONE
+            return ()
     where: list[int] = []
     inner: list[tuple[int, Kind]] = []
     for place, child in enumerate(children):
@@ -158,4 +159,4 @@ def _inner(frame: Frame, leaves: list[Any], everything: bool) -> Iterator[tuple[
         elif kind is not OTHER:
             inner.append((place, kind))
     frame.where, frame.size = where, len(where)
-    return iter(inner)
+    return inner
