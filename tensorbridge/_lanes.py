@@ -15,7 +15,7 @@ import numpy as np
 
 from tensorbridge import _eager, _forks, _readonly, _watch
 from tensorbridge._adapters import Adapter, _numpy
-from tensorbridge._array import HUGE, layout
+from tensorbridge._array import HUGE, SMALL, layout
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 _ndarray = np.ndarray
@@ -33,6 +33,7 @@ _in_numpy: Mapping[Any, Any] = {}  # NumPy's dtype for one of torch's
 _forward_ad: Any  # torch's module: inside a dual level a plain-looking tensor may carry a tangent
 _from_numpy: Callable[[Any], Any]
 _dense: Callable[[Any], Any]
+_in_place: Callable[[Any], Any]
 _increment_version: Callable[[Any], None]
 _intercepted: Callable[[], bool] = lambda: False
 _modes: Callable[[], int]
@@ -54,11 +55,11 @@ opened: Callable[[], None] = lambda: None  # called once, when torch has shown u
 
 def open(adapter: Adapter) -> None:
     global _Tensor, _common, _float32, _plain_dtypes, _plain_numpy, _host, _in_numpy
-    global _forward_ad, _from_numpy, _dense, _increment_version, _compiling, _intercepted, _modes
+    global _forward_ad, _from_numpy, _dense, _in_place, _increment_version, _compiling, _intercepted, _modes
     facts: Any = adapter
     _intercepted, _modes = facts.is_intercepted, facts.modes
     _forward_ad, _from_numpy, _host = facts.forward_ad, facts.from_numpy, facts.HOST
-    _dense, _increment_version = facts.dense, facts.increment_version
+    _dense, _in_place, _increment_version = facts.dense, facts.in_place, facts.increment_version
     _eager.hide_all()
     _compiling = _eager.compiling
     _common, _plain_dtypes, _plain_numpy, _in_numpy = facts.COMMON, facts.PLAIN, facts.PLAIN_NUMPY, facts.IN_NUMPY
@@ -145,8 +146,8 @@ def plain_array_to_torch(full: _F) -> _F:
     return _eager.outermost(to_torch)  # type: ignore[return-value]
 
 
-# -- With `copy=True` or `out=`, alone. None is no answer: the full road decides. NumPy copies dense arrays, over a view
-# of the tensor's memory that it borrows for the moment.
+# -- With `copy=True` or `out=`, alone. None is no answer: the full road decides. NumPy copies, dense arrays and small
+# ones however they lie, over a view of the tensor's memory that it borrows for the moment.
 
 
 def tensor_to_numpy(x: Any, options: dict[str, Any]) -> Any:
@@ -154,9 +155,9 @@ def tensor_to_numpy(x: Any, options: dict[str, Any]) -> Any:
     if len(options) != 1 or x.dtype not in _plain_dtypes:
         return None
     if options.get("copy") is True:
-        return None if (view := _dense(x)) is None or view.nbytes >= HUGE else view.copy()
+        return None if (view := _in_place(x)) is None or view.nbytes >= HUGE else view.copy("K")
     out: Any = options.get("out")
-    if type(out) is not _ndarray or not out.flags.carray or (view := _dense(x)) is None:
+    if type(out) is not _ndarray or not out.flags.carray or (view := _in_place(x)) is None:
         return None
     if out.base is not None and (type(out.base) is not _ndarray or out.base.base is not None):
         return None
@@ -168,12 +169,16 @@ def tensor_to_numpy(x: Any, options: dict[str, Any]) -> Any:
 
 def array_to_torch(x: Any, options: dict[str, Any]) -> Any:
     """What `to_torch` gives for an array of exactly that type, of a plain dtype."""
-    if len(options) != 1 or not x.flags.forc or x.nbytes >= HUGE:
+    if len(options) != 1 or x.nbytes >= HUGE:
         return None
+    flags = x.flags
     if options.get("copy") is True:
-        return _from_numpy(x.copy("K"))
+        plain = flags.forc or (flags.behaved and x.nbytes < SMALL and is_forward(x))
+        return _from_numpy(x.copy("K")) if plain else None
     out: Any = options.get("out")
-    if type(out) is not _Tensor or not x.flags.carray or out.requires_grad or out.dtype not in _plain_dtypes:
+    if type(out) is not _Tensor or out.requires_grad or out.dtype not in _plain_dtypes:
+        return None
+    if not (flags.carray or (flags.behaved and x.nbytes < SMALL)):
         return None
     if out.is_inference() or _readonly.is_marked(out) or (view := _dense(out)) is None:
         return None

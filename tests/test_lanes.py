@@ -299,10 +299,11 @@ def test_the_host_named_beside_another_option_hides_none(options):
 
 
 @pytest.mark.parametrize("options", [{"copy": True}, {"out": np.zeros(4, "f4")}], ids=["copied", "filled"])
+@pytest.mark.parametrize("step", [1, 2], ids=["dense", "with gaps"])
 @pytest.mark.parametrize("offset", [0, 4])
-def test_a_tensor_that_has_outgrown_its_storage_is_not_copied(options, offset):
-    t = torch.ones(8)[offset : offset + 4]
-    t.untyped_storage().resize_(4 * offset + 8)
+def test_a_tensor_that_has_outgrown_its_storage_is_not_copied(options, offset, step):
+    t = torch.ones(16)[offset : offset + 4 * step : step]
+    t.untyped_storage().resize_(4 * offset + 12 * step)  # the last element is missing
     for _ in range(3):
         with pytest.raises(tb.UnsupportedArrayError, match="its storage holds"):
             tb.to_numpy(t, **options)

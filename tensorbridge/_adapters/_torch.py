@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from operator import attrgetter
 from typing import Any
 
@@ -19,7 +19,18 @@ from torch.autograd import forward_ad
 from tensorbridge import _dtypes, _readonly
 from tensorbridge._adapters import _numpy, _torch_cuda, _torch_steps
 from tensorbridge._adapters._torch_steps import DTYPES, NAMES
-from tensorbridge._array import CPU, ArrayInfo, Device, Layout, Traits, layout, order_text, shape_text, size_class
+from tensorbridge._array import (
+    CPU,
+    SMALL,
+    ArrayInfo,
+    Device,
+    Layout,
+    Traits,
+    layout,
+    order_text,
+    shape_text,
+    size_class,
+)
 from tensorbridge._cuda import _streams
 from tensorbridge._refuse import Obstacle
 from tensorbridge._step import Want, bytes_text
@@ -317,12 +328,25 @@ PLAIN_NUMPY = frozenset(_dtypes.DTYPES[NAMES[dtype]].numpy for dtype in PLAIN if
 from_numpy, increment_version = torch.from_numpy, torch.autograd.graph.increment_version
 
 
-def dense(t: Tensor) -> Any:
-    """A NumPy view, for as long as `t` is held, of a tensor whose elements certainly lie, all of them and as they are,
-    in C's order in memory on the host. None where these few questions do not tell.
+def in_place(t: Tensor, *, small: bool = True) -> Any:
+    """A NumPy view, for as long as `t` is held, of a tensor whose elements certainly lie, all of them, as they are and
+    each alone, in memory on the host: in C's order, or `small` ones however they lie. None where these few questions do
+    not tell.
     """
-    if _raw(_keys(t)) & _ASKED != _HOST or _modes() or forward_ad._current_level >= 0 or not t.is_contiguous():
+    if _raw(_keys(t)) & _ASKED != _HOST or _modes() or forward_ad._current_level >= 0:
         return None
-    if t.storage_offset() * t.element_size() + t.nbytes > t.untyped_storage().nbytes():
+    if t.is_contiguous():
+        if t.storage_offset() * t.element_size() + t.nbytes > t.untyped_storage().nbytes():
+            return None
+        return np.ndarray(t.shape, _torch_steps.IN_NUMPY[t.dtype], _numpy.bytes_at(t.data_ptr()))
+    if not small or t.nbytes >= SMALL:
         return None
-    return np.ndarray(t.shape, _torch_steps.IN_NUMPY[t.dtype], _numpy.bytes_at(t.data_ptr()))
+    shape, steps, itemsize = t.shape, t.stride(), t.element_size()
+    strides = tuple([s * itemsize for s in steps])
+    held = (t.storage_offset() + _span(shape, steps)) * itemsize <= t.untyped_storage().nbytes()
+    if not held or layout(shape, strides, itemsize).overlap:
+        return None
+    return np.ndarray(shape, _torch_steps.IN_NUMPY[t.dtype], _numpy.bytes_at(t.data_ptr()), 0, strides)
+
+
+dense: Callable[[Tensor], Any] = partial(in_place, small=False)

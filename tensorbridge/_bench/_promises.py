@@ -68,7 +68,7 @@ _AN_ARRAY = (
 )
 _A_VIEW = (*_AN_ARRAY, Part("what stands behind it", "x.base"), Part("how it lies in memory", "x.flags"))
 _FROM_TENSOR, _FROM_ARRAY = "_lanes.plain_tensor_to_numpy", "_lanes.plain_array_to_torch"
-_COPIED = (_FROM_TENSOR, "_lanes.tensor_to_numpy", "_torch.dense")
+_COPIED = (_FROM_TENSOR, "_lanes.tensor_to_numpy", "_torch.in_place")
 LANES = {
     "to_numpy, a plain tensor": Lane(
         "tb.to_numpy(x)",
@@ -98,7 +98,7 @@ LANES = {
         "tb.to_numpy(x, copy=True)",
         TENSORS["float32 (16,)"],
         _COPIED,
-        (*_DENSE_TENSOR, Part("**the copy itself**", "view.copy()")),
+        (*_DENSE_TENSOR, Part("**the copy itself**", 'view.copy("K")')),
     ),
     "to_numpy, copied into out": Lane(
         "tb.to_numpy(x, out=out)",
@@ -118,7 +118,7 @@ LANES = {
         (_FROM_ARRAY, "_lanes.array_to_torch"),
         (
             *_AN_ARRAY,
-            Part("it has no gaps", "x.flags.forc"),
+            Part("it has no gaps", "flags.forc"),
             Part("**the copy itself**", '_from_numpy(x.copy("K"))'),
         ),
     ),
@@ -184,7 +184,16 @@ def _build(title: str, part: Part) -> Case:
         expect(result is not False, f"{way.code}: such an array does not take the lane")
 
     names = {k: v for module in reversed(modules.values()) for k, v in vars(module).items()}
-    names |= {"called": _called, "x": x, "t": x, "a": a, "view": a, "out": out, "base": getattr(x, "base", None)}
+    names |= {
+        "called": _called,
+        "x": x,
+        "t": x,
+        "a": a,
+        "flags": a.flags,
+        "view": a,
+        "out": out,
+        "base": getattr(x, "base", None),
+    }
     return Case((Way("alone", part.code, "bridge", NONE),), names, check)
 
 
