@@ -326,14 +326,23 @@ def test_a_fork_after_cupy_used_cuda_is_known_even_where_torch_did_not(machine, 
     monkeypatch.setattr(_streams, "in_child", False)
     assert _streams.usable("cupy")
     _streams._after_fork()  # what the child does first
-    assert not _streams.forked(), "CUDA still works: the parent had not really used it"
+    assert _streams.forked(), "to ask how many devices there are starts the driver"
+
+
+def test_a_fork_after_cupy_used_cuda_by_itself_is_known_by_what_the_driver_says(machine, cupy, monkeypatch):
+    """The runtime goes on to tell how many devices there are: it remembers."""
+    monkeypatch.setattr(_streams, "_cupy_in_parent", False)
+    monkeypatch.setattr(_streams, "in_child", True)
+    assert not _streams.forked(), "CUDA works: the parent had not used it"
 
     def broken():
         raise cupy.cuda.runtime.CUDARuntimeError("cudaErrorInitializationError")
 
-    cupy.cuda.runtime.getDeviceCount = broken
     _streams._usable.clear()
+    monkeypatch.setattr(cupy.cuda.runtime, "getDevice", broken)
+    assert cupy.cuda.runtime.getDeviceCount()
     assert _streams.forked()
+    assert not _streams.usable("cupy")
 
 
 def test_the_hook_runs_in_a_real_child():

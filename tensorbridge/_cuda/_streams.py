@@ -37,7 +37,7 @@ _lock = threading.Lock()  # while one is made
 _NO_DEVICE = "there is no usable CUDA device here, or neither torch nor CuPy is imported."
 _usable: set[str] = set()  # frameworks that have been seen to have a device: they keep it
 _counts: dict[str, int] = {}  # devices, by framework
-_cupy_in_parent = False  # in a forked child: whether CuPy had used CUDA before. torch keeps this itself
+_cupy_in_parent = False  # in a forked child: whether CuPy had asked CUDA before, whose end that is. torch keeps this itself
 in_child = False  # of a fork, whatever the parent did: the lanes leave everything to the full roads
 
 
@@ -81,7 +81,7 @@ def usable(framework: str) -> bool:
     if module is None:
         return False
     try:
-        found = module.cuda.is_available() if framework == "torch" else module.cuda.runtime.getDeviceCount()
+        found = module.cuda.is_available() if framework == "torch" else _devices_of(module)
     except RuntimeError:  # CuPy without a driver
         return False
     if found:
@@ -99,13 +99,23 @@ def forked() -> bool:
     torch = loaded("torch")
     if torch is not None and torch.cuda._is_in_bad_fork():
         return True
-    return in_child and not usable("cupy") and (_cupy_in_parent or _is_lost(loaded("cupy")))
+    return in_child and (_cupy_in_parent or (not usable("cupy") and _is_lost(loaded("cupy"))))
+
+
+def _devices_of(cupy: Any) -> int:
+    """How many devices CuPy sees. In a forked child the runtime goes on to tell the number that it has once been told,
+    though all is lost there: it asks the driver for the current device alone.
+    """
+    found = int(cupy.cuda.runtime.getDeviceCount())
+    if in_child and found:
+        cupy.cuda.runtime.getDevice()
+    return found
 
 
 def _is_lost(cupy: Any) -> bool:
     """Whether CUDA was used by this process's parent, before the fork: CuPy does not keep that, and CUDA says so."""
     try:
-        return cupy is not None and not cupy.cuda.runtime.getDeviceCount()
+        return cupy is not None and not _devices_of(cupy)
     except RuntimeError as error:
         return "InitializationError" in str(error)
 

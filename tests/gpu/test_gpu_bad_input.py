@@ -61,7 +61,20 @@ tb.to_cupy(np.zeros(3))
 pid = os.fork()
 if not pid:
     try: tb.to_cupy(np.zeros(3))
-    except tb.DeviceError as error: print(True, flush=True)
+    except tb.DeviceError as error: print("forked process" in str(error), flush=True)
+    os._exit(0)
+os.waitpid(pid, 0)
+""",
+    "a forked worker after CuPy by itself": """
+import os, cupy, numpy as np, tensorbridge as tb
+c = cupy.zeros(3)
+pid = os.fork()
+if not pid:
+    told = 0
+    for call in (lambda: tb.to_cupy(np.zeros(3)), lambda: tb.to_numpy(c), lambda: tb.to_torch(c)):
+        try: call()
+        except tb.DeviceError as error: told += "forked process" in str(error)
+    print(told == 3, flush=True)
     os._exit(0)
 os.waitpid(pid, 0)
 """,

@@ -66,11 +66,13 @@ cudaError_t cudaGetLastError() { return std::exchange(last_error, cudaSuccess); 
 cudaError_t cudaPeekAtLastError() { return last_error; }
 
 cudaError_t cudaGetDeviceCount(int* n) {
-  *n = 0;
+  // The runtime remembers the number: a forked child is told it as if nothing were lost, and sees it at its next call.
+  static std::atomic<int> counted{0};
+  if ((*n = counted)) return cudaSuccess;
   if (forked) FAIL(cudaErrorInitializationError);
   const char* seen = getenv("CUDA_VISIBLE_DEVICES");
   if (!DEVICES || (seen && (!*seen || !strcmp(seen, "-1")))) FAIL(cudaErrorNoDevice);
-  return *n = DEVICES, cudaSuccess;
+  return *n = counted = DEVICES, cudaSuccess;
 }
 cudaError_t cudaGetDevice(int* d) {
   ENTER
