@@ -33,10 +33,13 @@ class Batch(NamedTuple):
 class Host:
     """Batches come to the host."""
 
+    entered: Callable[[], AbstractContextManager[Any]]
+
     def __init__(self, own: int = -1) -> None:
         # What the caller has queued, in either framework, may have made arrays that the source holds. On the default
         # stream it is in order: that is the worker's too.
         callers = {} if _streams.capturing() else _streams.currents()
+        self.entered = _streams.same_device()  # what the worker runs in: the source and the transform are the caller's
         self.own = callers.pop(own, set())
         self.marks = {
             index: [_stream_order.mark(number, index) for number in numbers - {_streams.LEGACY_DEFAULT}]
@@ -50,10 +53,6 @@ class Host:
                 for mark in self.marks.get(index, ()):
                     _hold_back(index, mark)
         return self.on_device(batch)
-
-    def entered(self) -> AbstractContextManager[Any]:
-        """What the worker runs in."""
-        return nullcontext()
 
     def on_device(self, batch: Any) -> list[Any]:
         """The arrays of a batch that the worker's side stream reads, and its consumer's will."""
@@ -145,12 +144,10 @@ class Cuda(Host):
             raise DeviceError(_CAPTURING)
         super().__init__(index)
         self.stream = _streams.side_stream(index)
+        self.entered = partial(_streams.use_stream, self.stream)
         self.number = _streams.identify(self.stream)[0]
         for number in self.own:
             _stream_order.link(number, self.number, index)
-
-    def entered(self) -> AbstractContextManager[Any]:
-        return _streams.use_stream(self.stream)
 
     def on_device(self, batch: Any) -> list[Any]:
         return _device_arrays(batch)

@@ -20,6 +20,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 from tensorbridge import _forks
@@ -152,6 +153,17 @@ def current_device() -> int:
     if usable("cupy"):
         return int(sys.modules["cupy"].cuda.runtime.getDevice())
     raise DeviceError(_NO_DEVICE)
+
+
+def same_device() -> Callable[[], AbstractContextManager[Any]]:
+    """What makes the device that is current here current in another thread: every thread begins on the first."""
+    using = [] if forked() else _using()
+    for name in using:
+        cuda = sys.modules[name].cuda
+        index = int(cuda.current_device() if name == "torch" else cuda.runtime.getDevice())
+        if index:
+            return partial(cuda.device if name == "torch" else cuda.Device, index)
+    return nullcontext
 
 
 def on_device(index: int) -> AbstractContextManager[Any]:

@@ -86,6 +86,24 @@ def test_what_is_written_next_is_behind_the_copy_of_a_batch(torch, zeros):
                 assert set(batch["x"].unique().tolist()) == {1.0}
 
 
+@pytest.mark.parametrize("options", [{"device": None}, {"device": "cpu"}, {"device": "cuda"}, {"to": "numpy"}], ids=str)
+@pytest.mark.parametrize("framework", ["torch", "cupy"])
+def test_the_source_and_the_transform_of_prefetch_run_on_the_device_of_the_caller(torch, cupy, framework, options):
+    found = []
+
+    def look(x):
+        made = torch.ones(3, device="cuda") if framework == "torch" else cupy.ones(3)
+        found.append((index_of(made), torch.cuda.current_device(), cupy.cuda.runtime.getDevice()))
+        return x
+
+    def source():
+        yield look(np.ones(3))
+
+    with torch.cuda.device(1):
+        list(tb.prefetch(source(), transform=look, **options))
+    assert found == [(1, 1, 1)] * 2
+
+
 def test_a_stream_that_does_not_say_its_device_is_one_of_the_arrays(torch, cupy):
     stream = torch.cuda.Stream(1)
     for handle in (stream.cuda_stream, torch.cuda.ExternalStream(stream.cuda_stream, device=1)):
