@@ -190,6 +190,7 @@ def _on_side_streams(job: Callable[[Any], Any], x: Any, indices: list[int]) -> A
     with ExitStack() as stack:
         for index in indices:
             stack.enter_context(_streams.use_stream(_streams.side_stream(index)))
+        _streams.attach()
         return job(x)
 
 

@@ -166,6 +166,16 @@ def same_device() -> Callable[[], AbstractContextManager[Any]]:
     return nullcontext
 
 
+def attach() -> None:
+    """Give a thread of ours the context of its current device, where CUDA is in use.
+
+    It has none before the first call that needs one, and until then the driver knows no address there: whoever asks it
+    about one is told an error, as CuPy's `__dlpack_device__`, or nothing, as torch's `is_pinned`.
+    """
+    if not forked():
+        capturing()  # to ask a stream does it
+
+
 def on_device(index: int) -> AbstractContextManager[Any]:
     """Device `index` is current inside: exporters order by its streams, whatever device their memory is on."""
     if usable("torch"):

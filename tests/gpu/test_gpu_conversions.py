@@ -215,3 +215,18 @@ print(made[0].data_ptr() == t.data_ptr(), "cupy" in sys.modules)
 """
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=50, check=False)
     assert run.stdout.split() == ["True", "False"], run.stderr
+
+
+@pytest.mark.parametrize("call", ["tb.to_numpy_async(Lent()).result()", "next(tb.prefetch([Lent()], device='cpu'))"])
+def test_a_producer_that_asks_the_driver_is_read_by_a_thread_that_has_not_called_cuda_yet(gpu, call):
+    """Without a context the driver knows no address, and `__dlpack_device__` of a CuPy array asks it about one."""
+    code = f"""
+import cupy, torch, tensorbridge as tb
+c = cupy.arange(3.0)
+class Lent:
+    def __dlpack__(self, **options): return c.__dlpack__(**options)
+    def __dlpack_device__(self): return c.__dlpack_device__()
+print({call}.tolist())
+"""
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=50, check=False)
+    assert run.stdout == "[0.0, 1.0, 2.0]\n", run.stderr

@@ -75,17 +75,17 @@ cudaError_t cudaGetDeviceCount(int* n) {
   return *n = counted = DEVICES, cudaSuccess;
 }
 cudaError_t cudaGetDevice(int* d) {
-  ENTER
+  ASK
   return *d = current, cudaSuccess;
 }
 cudaError_t cudaSetDevice(int d) {
-  ENTER
+  ASK
   if (d < 0 || d >= DEVICES) FAIL(cudaErrorInvalidDevice);
   current = d, context = true;
   return cudaSuccess;
 }
 cudaError_t cudaGetDeviceProperties(cudaDeviceProp* p, int d) {
-  ENTER
+  ASK
   if (d < 0 || d >= DEVICES) FAIL(cudaErrorInvalidDevice);
   *p = {};
   strcpy(p->name, "stand-in, no GPU");
@@ -115,7 +115,7 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr what, int d) {
       {cudaDevAttrMaxSharedMemoryPerBlock, 49152},
       {cudaDevAttrMaxSharedMemoryPerBlockOptin, 232448},
   };
-  ENTER
+  ASK
   if (d < 0 || d >= DEVICES) FAIL(cudaErrorInvalidDevice);
   auto it = VALUES.find(what);
   return *value = it == VALUES.end() ? 0 : it->second, cudaSuccess;

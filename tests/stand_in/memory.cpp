@@ -122,13 +122,11 @@ extern "C" {
 cudaError_t cudaMalloc(void** p, size_t n) {
   ENTER
   SAFE
-  context = true;
   if (cudaError_t error = allocate(p, n)) FAIL(error);
   return cudaSuccess;
 }
 cudaError_t cudaFree(void* p) {
   ENTER
-  context = true;
   if (!p) return cudaSuccess;
   SAFE
   int d = device_of(uintptr_t(p));
@@ -205,8 +203,9 @@ cudaError_t cudaHostUnregister(void* p) {
 }
 
 cudaError_t cudaPointerGetAttributes(cudaPointerAttributes* out, const void* p) {
-  ENTER
+  ASK
   *out = {};
+  if (!context) FAIL(cudaErrorInvalidValue);  // a thread that has called nothing yet: cupy#3991, triton#3729
   int d = device_of(uintptr_t(p));
   if (d >= 0 && world().devices[d].used.around(uintptr_t(p)).second) {
     out->type = cudaMemoryTypeDevice, out->device = d, out->devicePointer = (void*)p;

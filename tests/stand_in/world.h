@@ -112,11 +112,14 @@ extern thread_local cudaStreamCaptureMode thread_mode;
 void start();
 cudaError_t fail(cudaError_t error, const char* where);
 #define FAIL(error) return fail(error, __func__)
-#define ENTER                                                     \
+#define ASK                                                       \
   if (forked) FAIL(cudaErrorInitializationError);                 \
   if (!DEVICES) FAIL(cudaErrorNoDevice);                          \
   start();                                                        \
   Lock lock(world().m);
+#define ENTER  /* most calls give the thread the context of its device, which it does not have before the first of them */ \
+  ASK                                                             \
+  context = true;
 
 // ---- Streams; all of these with the lock held
 
