@@ -19,7 +19,7 @@ LAYERS = [
     {"_eager", "_autograd", "_background", "_commands", "_cuda", "_trees"},
     {"_array", "_errors", "_forks", "_loaded", "_trees._rebuild", "_readonly", "_autograd._svg"},
     {"_cuda._copiers", "_dtypes", "_reentrant", "_roads", "_cuda._streams"},
-    {"_step", "_autograd._picture", "_cuda._stream_order"},
+    {"_step", "_autograd._picture", "_cuda._stream_order", "_cuda._threads"},
     {"_engine", "_refuse", "_words", "_events", "_cuda._lease"},
     {"_rules", "_cuda._staging"},
     {"_plan", "_watch"},

@@ -35,7 +35,7 @@ def from_cupy(before: Traits) -> Callable[[Any], Tensor]:
         if not x.size:  # CuPy's null pointers have no place in a capsule
             return torch.empty(x.shape, dtype=dtype, device=f"cuda:{index}")
         number = _streams.current("torch", index)
-        _streams.hold_if_current(number, index)
+        _lease.hold_if_current(number, index)
         capsule = (x.view(carrier) if carrier else x).__dlpack__(stream=-1, max_version=(1, 0))
         t = _imported(capsule, index)
         _lease.lend_storage(t, x, number, index)
@@ -58,7 +58,7 @@ def plain_from_cupy(x: Any) -> Tensor | None:
     if number != _streams.current("cupy", index) or _streams.capturing():
         return None
     _lease.settle()
-    _streams.hold_if_current(number, index)
+    _lease.hold_if_current(number, index)
     t = _imported(x.__dlpack__(stream=-1, max_version=(1, 0)), index)
     _lease.lend_storage(t, x, number, index)
     return t
@@ -121,7 +121,7 @@ def imported(x: Any) -> Tensor:
     index, owner = x.device.index, x.producer
     _lease.settle()
     number = _streams.current("torch", index)
-    _streams.hold_if_current(number, index)
+    _lease.hold_if_current(number, index)
     x.wait_in("torch")
     if x.capsule is not None:
         held = _imported(x.capsule, index)

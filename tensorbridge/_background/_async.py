@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from tensorbridge import _api, _convert, _dtypes, _forks, _watch, tree
 from tensorbridge._array import CPU, ArrayInfo, by_stride
 from tensorbridge._background._roads import devices_of
-from tensorbridge._cuda import _staging, _stream_order, _streams
+from tensorbridge._cuda import _staging, _stream_order, _streams, _threads
 from tensorbridge._eager import eager, noticing
 from tensorbridge._errors import DeviceError
 from tensorbridge._trees._containers import Kind, kind_of
@@ -190,7 +190,7 @@ def _on_side_streams(job: Callable[[Any], Any], x: Any, indices: list[int]) -> A
     with ExitStack() as stack:
         for index in indices:
             stack.enter_context(_streams.use_stream(_streams.side_stream(index)))
-        _streams.attach()
+        _threads.attach()
         return job(x)
 
 

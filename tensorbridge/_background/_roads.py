@@ -15,7 +15,7 @@ import numpy as np
 
 from tensorbridge._adapters import _foreign
 from tensorbridge._array import CPU
-from tensorbridge._cuda import _lease, _stream_order, _streams
+from tensorbridge._cuda import _lease, _stream_order, _streams, _threads
 from tensorbridge._errors import DeviceError, UnsupportedArrayError
 from tensorbridge._loaded import array_class, loaded
 from tensorbridge._step import Want
@@ -39,7 +39,7 @@ class Host:
         # What the caller has queued, in either framework, may have made arrays that the source holds. On the default
         # stream it is in order: that is the worker's too.
         callers = {} if _streams.capturing() else _streams.currents()
-        self.entered = _streams.same_device()  # what the worker runs in: the source and the transform are the caller's
+        self.entered = _threads.same_device()  # what the worker runs in: the source and the transform are the caller's
         self.own = callers.pop(own, set())
         self.marks = {
             index: [_stream_order.mark(number, index) for number in numbers - {_streams.LEGACY_DEFAULT}]

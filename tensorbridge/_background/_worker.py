@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 
 from tensorbridge import _convert, _watch
 from tensorbridge._background._roads import Batch, Host, grad_mode
-from tensorbridge._cuda import _streams
+from tensorbridge._cuda import _threads
 from tensorbridge._step import Want
 from tensorbridge._trees._walk import flatten
 
@@ -169,7 +169,7 @@ def _work(
     _watch.called_from.set(where)
     try:
         with in_grad_mode(), road.entered():
-            _streams.attach()
+            _threads.attach()
             _read(state, source, transform, want, road)
     except BaseException as error:  # of the road itself: the consumer must not take it for the end of the source
         state.put(Failure(error))

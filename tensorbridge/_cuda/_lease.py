@@ -123,6 +123,14 @@ def lend_tensor(tensor: Any, number: int, index: int, stream: object, *, capturi
     return tensor
 
 
+def hold_if_current(number: int, index: int) -> None:
+    """Keep torch's current stream if it is CuPy's as well: a lease records on it at its end."""
+    if number > _streams.PER_THREAD_DEFAULT and (index, number) not in _streams._held and _streams.usable("cupy"):
+        stream = sys.modules["cupy"].cuda.get_current_stream(index)
+        if stream.ptr == number:
+            _streams.hold(number, index, stream)
+
+
 def _records() -> bool:
     """Whether torch's allocator does what `record_stream` asks; one that was plugged in does nothing, silently."""
     return bool(sys.modules["torch"].cuda.get_allocator_backend() == "native")

@@ -20,7 +20,6 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from functools import partial
 from typing import Any
 
 from tensorbridge import _forks
@@ -38,7 +37,7 @@ _lock = threading.Lock()  # while one is made
 _NO_DEVICE = "there is no usable CUDA device here, or neither torch nor CuPy is imported."
 _usable: set[str] = set()  # frameworks that have been seen to have a device: they keep it
 _counts: dict[str, int] = {}  # devices, by framework
-_cupy_in_parent = False  # in a forked child: whether CuPy had asked CUDA before, whose end that is. torch keeps this itself
+_cupy_in_parent = False  # in a forked child: whether CuPy had asked CUDA before. torch keeps this itself
 in_child = False  # of a fork, whatever the parent did: the lanes leave everything to the full roads
 
 
@@ -104,17 +103,13 @@ def forked() -> bool:
 
 
 def _devices_of(cupy: Any) -> int:
-    """How many devices CuPy sees. In a forked child the runtime goes on to tell the number that it has once been told,
-    though all is lost there: it asks the driver for the current device alone.
-    """
-    found = int(cupy.cuda.runtime.getDeviceCount())
-    if in_child and found:
-        cupy.cuda.runtime.getDevice()
-    return found
+    """The runtime remembers the number, in a forked child too, where all is lost: there the driver is asked as well."""
+    runtime = cupy.cuda.runtime
+    return 0 if in_child and runtime.getDevice() < 0 else int(runtime.getDeviceCount())
 
 
 def _is_lost(cupy: Any) -> bool:
-    """Whether CUDA was used by this process's parent, before the fork: CuPy does not keep that, and CUDA says so."""
+    """Whether this process's parent used CUDA before the fork: CuPy does not keep that, and CUDA says so."""
     try:
         return cupy is not None and not _devices_of(cupy)
     except RuntimeError as error:
@@ -153,27 +148,6 @@ def current_device() -> int:
     if usable("cupy"):
         return int(sys.modules["cupy"].cuda.runtime.getDevice())
     raise DeviceError(_NO_DEVICE)
-
-
-def same_device() -> Callable[[], AbstractContextManager[Any]]:
-    """What makes the device that is current here current in another thread: every thread begins on the first."""
-    using = [] if forked() else _using()
-    for name in using:
-        cuda = sys.modules[name].cuda
-        index = int(cuda.current_device() if name == "torch" else cuda.runtime.getDevice())
-        if index:
-            return partial(cuda.device if name == "torch" else cuda.Device, index)
-    return nullcontext
-
-
-def attach() -> None:
-    """Give a thread of ours the context of its current device, where CUDA is in use.
-
-    It has none before the first call that needs one, and until then the driver knows no address there: whoever asks it
-    about one is told an error, as CuPy's `__dlpack_device__`, or nothing, as torch's `is_pinned`.
-    """
-    if not forked():
-        capturing()  # to ask a stream does it
 
 
 def on_device(index: int) -> AbstractContextManager[Any]:
@@ -281,14 +255,6 @@ def hold(number: int, index: int, stream: object) -> None:
     if number > PER_THREAD_DEFAULT and (index, number) not in _held and _owns(stream, number, index):
         wraps = getattr(stream, "_foreign_stream_ref", None) is not None  # by `Stream.from_external`
         (_behind if wraps else _held).setdefault((index, number), stream)
-
-
-def hold_if_current(number: int, index: int) -> None:
-    """Keep torch's current stream if it is CuPy's as well: a lease records on it at its end."""
-    if number > PER_THREAD_DEFAULT and (index, number) not in _held and usable("cupy"):
-        stream = sys.modules["cupy"].cuda.get_current_stream(index)
-        if stream.ptr == number:
-            hold(number, index, stream)
 
 
 def _owns(stream: object, number: int, index: int) -> bool:
