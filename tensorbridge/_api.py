@@ -118,7 +118,7 @@ def to_numpy(
 
     Cost
     ----
-    Shared: 0 bytes. A copy: ``x.nbytes``; a plain one of 64 MiB and more by torch's threads, where torch is loaded and
+    Shared: 0 bytes. A copy: ``x.nbytes``; a plain one of 16 MiB and more by torch's threads, where torch is loaded and
     the main thread asks. From a GPU: ``x.nbytes`` over the bus; waits for the copy.
 
     Examples
@@ -199,7 +199,7 @@ def to_torch(
 
     Cost
     ----
-    Shared: 0 bytes. A copy: ``x.nbytes``; a plain one of 64 MiB and more by torch's threads, where the main thread
+    Shared: 0 bytes. A copy: ``x.nbytes``; a plain one of 16 MiB and more by torch's threads, where the main thread
     asks. To a GPU: ``x.nbytes`` over the bus, and the host waits until `x` may be changed, unless `non_blocking`.
 
     Examples

@@ -255,23 +255,34 @@ def has_threads() -> bool:
 def _busy_cores() -> int:
     """How many threads of all processes are running at this moment, where Linux says so; else this one alone."""
     try:
-        with open("/proc/loadavg", "rb") as file:
-            return int(file.read().split()[3].partition(b"/")[0])
+        return int(_told("/proc/loadavg").split()[3].partition(b"/")[0])
     except (OSError, ValueError, IndexError):
         return 1
 
 
 def _waiting_workers() -> int:
     """How many running threads of this process are none of Python's: torch's own, which spin for a while after each
-    task, and are about to share the copy.
+    task, and are about to share the copy. They do so all together: of many, a few are asked.
     """
     known = {str(thread.native_id) for thread in threading.enumerate()}
-    running = 0
     with contextlib.suppress(OSError):  # a thread that has just ended
-        for task in set(os.listdir("/proc/self/task")) - known:
-            with open(f"/proc/self/task/{task}/stat", "rb") as file:
-                running += file.read().rpartition(b") ")[2][:1] == b"R"
-    return running
+        others = sorted(set(os.listdir("/proc/self/task")) - known)
+        asked = others[:: len(others) // _ASKED + 1]
+        running = [task for task in asked if _told(f"/proc/self/task/{task}/stat").rpartition(b") ")[2][:1] == b"R"]
+        return len(others) * len(running) // max(len(asked), 1)
+    return 0
+
+
+_ASKED = 8
+
+
+def _told(path: str) -> bytes:
+    """What a short file of the kernel says: in less than half the time of one opened as Python's."""
+    file = os.open(path, os.O_RDONLY)
+    try:
+        return os.read(file, 1024)
+    finally:
+        os.close(file)
 
 
 def is_intercepted() -> bool:

@@ -1,6 +1,6 @@
 """The copy engine's choice: whose kernel writes the bytes of a copy on the host. Pure, like _plan, which asks it.
 
-torch is chosen where its kernel is better (half-precision casts, transposes), and for its threads from 64 MiB on. They
+torch is chosen where its kernel is better (half-precision casts, transposes), and for its threads from 16 MiB on. They
 double the speed of a plain copy on idle cores; when another process holds one, they wait for it for some milliseconds
 or longer, so that such a moment is left to one thread (docs/cost.md has measurements). NumPy allocates, because from
 4 MiB on it asks the kernel for huge pages.

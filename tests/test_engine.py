@@ -200,8 +200,25 @@ def test_a_thread_of_python_is_at_work_and_does_not_wait_for_the_copy():
         worker.join()
 
 
+@pytest.mark.parametrize("threads", [0, 1, 7, 8, 9, 64, 200])
+@pytest.mark.parametrize("spinning", [True, False])
+def test_of_many_threads_a_few_are_asked(threads, spinning, monkeypatch):
+    asked: list[str] = []
+
+    def told(path: str) -> bytes:
+        asked.append(path)
+        return b"17 (pt_main) thr) " + (b"R" if spinning else b"S") + b" 1 17"
+
+    monkeypatch.setattr(
+        os, "listdir", lambda _: [str(threading.get_native_id()), *map(str, range(10**9, 10**9 + threads))]
+    )
+    monkeypatch.setattr(_convert, "_told", told)
+    assert _convert._waiting_workers() == threads * spinning
+    assert len(set(asked)) == len(asked) <= 8
+
+
 def test_where_nothing_says_what_is_busy_it_is_this_thread_alone(monkeypatch):
-    monkeypatch.setattr("builtins.open", lambda *_: (_ for _ in ()).throw(FileNotFoundError))
+    monkeypatch.setattr(os, "open", lambda *_: (_ for _ in ()).throw(FileNotFoundError))
     assert _convert._busy_cores() == 1
 
 

@@ -108,7 +108,7 @@ def _threads_rows(scope: Scope) -> list[Row]:
 
     return [
         Row(f"copy of {bytes_name(n)}, {title}", partial(build, busy, n), 3 * n)
-        for n in (4 * MIB, HUGE)
+        for n in (4 * MIB, HUGE, 64 * MIB)
         for title, busy in (("cores idle", 0), ("one busy process", 1), ("a busy process a core", len(_cores())))
     ]
 
@@ -150,7 +150,8 @@ QUESTIONS = (
         "threads",
         "What do torch's threads make of a copy when the cores are busy?",
         "Into memory in use. torch's threads wait for each other, so a copy takes as long as the one that has to wait "
-        "for a core: look at the ranges in the last table. tensorbridge starts them for 64 MiB and more.",
+        "for a core: look at the ranges in the last table. tensorbridge starts them for 16 MiB and more, where cores "
+        "are idle.",
         _threads_rows,
     ),
 )
