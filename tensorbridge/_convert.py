@@ -287,9 +287,8 @@ def _told(path: str) -> bytes:
 
 def is_intercepted() -> bool:
     """Whether a mode or a transform answers for torch: its kernels may write nothing, and tensors have no memory."""
-    tensor = getattr(loaded("torch"), "Tensor", None)
-    torch: Any = None if tensor is None else adapter_of(tensor)
-    return torch is not None and bool(torch.is_intercepted())
+    open_lanes()
+    return bool(_lanes._intercepted())
 
 
 def moment(traits: Traits, want: Want) -> Here:

@@ -60,8 +60,9 @@ def _through_decisions(
     if pack and not _watch.watching and len(rest) == len(results):
         at_once, rest = _decided_at_once(flat, want)
     leaves, same = decided(flat, want, rest, seen)
-    blocks = blocks_of(leaves) if pack else []
-    alone = outside(blocks, leaves, flat, want)
+    crossing = any(_may_cross(leaf.case) for leaf in leaves)
+    blocks = blocks_of(leaves) if pack and crossing else []
+    alone = outside(blocks, leaves, flat, want) if crossing else leaves
     packed = ((leaves[i], block) for block in blocks for i in block.members)
     with _allowed(flat, chain(packed, ((leaf, None) for leaf in alone))):
         for block, cases in at_once:
