@@ -63,11 +63,61 @@ pid = os.fork()
 if not pid:
     for name, ask in (("bad fork", torch.cuda._is_in_bad_fork), ("available", torch.cuda.is_available),
                       ("devices", torch.cuda.device_count), ("pinned", p.is_pinned),
-                      ("CuPy's devices", cupy.cuda.runtime.getDeviceCount)):
+                      ("CuPy's devices", cupy.cuda.runtime.getDeviceCount),
+                      ("CuPy's device", cupy.cuda.runtime.getDevice)):
         try: print(name, ask(), flush=True)
         except Exception as error: print(name, type(error).__name__, str(error).splitlines()[0], flush=True)
     os._exit(0)
 os.waitpid(pid, 0)
+"""
+
+# The first call that a thread makes: what the driver answers while the thread has no context of the device.
+THREAD = """
+import threading, torch, cupy
+c, p = cupy.zeros(3), torch.ones(3, pin_memory=True)
+for name, ask in (("__dlpack_device__", c.__dlpack_device__), ("is_pinned", p.is_pinned),
+                  ("attributes", lambda: cupy.cuda.runtime.pointerGetAttributes(c.data.ptr).type)):
+    def told():
+        try: print(name, ask(), flush=True)
+        except Exception as error: print(name, type(error).__name__, str(error).splitlines()[0], flush=True)
+    thread = threading.Thread(target=told)
+    thread.start(); thread.join()
+"""
+
+# What asking costs a process that has imported CuPy, and uses no device.
+CONTEXT = """
+import cupy
+cupy.cuda.runtime.getDeviceCount()
+def current():
+    try: return cupy.cuda.driver.ctxGetCurrent()
+    except Exception as error: return f"{type(error).__name__} {error}"
+print("before", current(), flush=True)
+cupy.cuda.runtime.getDevice(); print("getDevice", current(), flush=True)
+cupy.cuda.get_current_stream().is_capturing(); print("is_capturing", current(), flush=True)
+"""
+
+# Whether a thread that has said it is none of a capture's may ask about events while one is under way in "global" mode.
+EXCHANGED = """
+import ctypes, threading, torch
+x, event = torch.zeros(1024, device="cuda"), torch.cuda.Event()
+x += 1; event.record(); torch.cuda.synchronize()
+told = []
+def other(exchange):
+    if exchange:
+        mode = ctypes.c_int(1)  # thread local
+        told.append(ctypes.CDLL("libcuda.so.1").cuThreadExchangeStreamCaptureMode(ctypes.byref(mode)))
+    event.query()
+for exchange in (True, False):
+    graph = torch.cuda.CUDAGraph()
+    try:
+        with torch.cuda.graph(graph):
+            x += 1
+            thread = threading.Thread(target=other, args=(exchange,))
+            thread.start(); thread.join()
+        graph.replay(); torch.cuda.synchronize()
+        print("exchanged" if exchange else "plain", "whole", told, flush=True)
+    except RuntimeError as error:
+        print("exchanged" if exchange else "plain", "broken:", str(error).splitlines()[0], told, flush=True)
 """
 
 CAPTURED = """
@@ -214,6 +264,9 @@ QUESTIONS: dict[str, Callable[[Any, Any], str]] = {
     "calls beside a stream that is held for 300 ms": beside_a_held_stream,
     "streams that share a queue": queues,
     "a forked child": lambda torch, cupy: in_a_process(CHILD),
+    "the first call of a thread": lambda torch, cupy: in_a_process(THREAD),
+    "what makes a context": lambda torch, cupy: in_a_process(CONTEXT),
+    "an event is asked for beside a capture in global mode": lambda torch, cupy: in_a_process(EXCHANGED),
     "is_pinned in a capture": lambda torch, cupy: in_a_process(CAPTURED),
     "an event recorded on a CuPy stream that was destroyed": lambda torch, cupy: in_a_process(DESTROYED),
     "bfloat16 in CuPy": lambda torch, cupy: str(cupy.arange(3).astype("bfloat16").get()),
