@@ -52,10 +52,11 @@ def _matrix(nbytes: int, dtype: str, itemsize: int) -> Any:
 
 
 def _with_out(x: Any, wanted: Any) -> dict[str, Any]:
+    import numpy as np
     import torch
 
-    w = torch.zeros(wanted.shape, dtype=torch.from_numpy(wanted[:0]).dtype)
-    return {"x": x, "wanted": wanted, "w": w, "wn": w.numpy()}
+    wn = np.zeros(wanted.shape, wanted.dtype)
+    return {"x": x, "wanted": wanted, "w": torch.from_numpy(wn), "wn": wn}
 
 
 def _transposed(nbytes: int) -> dict[str, Any]:
