@@ -60,6 +60,7 @@ def _to_numpy_rows(scope: Scope) -> list[Row]:
         import torch
 
         import tensorbridge as tb
+        from tensorbridge._bench import _kept
 
         t = make(torch)
         unlike = "it hands out a writable view of the graph, and asks nothing first" if t.requires_grad else UNASKED
@@ -68,14 +69,16 @@ def _to_numpy_rows(scope: Scope) -> list[Row]:
             Way("by hand", "t.detach().cpu().numpy()", unlike=unlike + SEE),
             Way("limit", "t.numpy(force=True)", "limit"),
         )
+        if t.requires_grad:
+            ways = (*ways, Way("the same promises", "kept.in_graph(t)", "promises"))
         shared = result_is(t, t.detach().numpy())
 
         def check(way: Way, result: Any) -> None:
             shared(way, result)
-            if way.role == "bridge":
+            if way.role in ("bridge", "promises"):
                 expect(result.flags.writeable is not t.requires_grad, "read-only if, and only if, it requires grad")
 
-        return Case(ways, {"tb": tb, "t": t}, check, goals=(A1_GOAL,))
+        return Case(ways, {"tb": tb, "t": t, "kept": _kept}, check, goals=(A1_GOAL,))
 
     return [Row(title, partial(build, make)) for title, make in TENSORS.items()]
 
@@ -85,6 +88,7 @@ def _to_torch_rows(scope: Scope) -> list[Row]:
         import torch
 
         import tensorbridge as tb
+        from tensorbridge._bench import _kept
 
         a = make()
         unlike = UNASKED if a.flags.forc else "it shares elements that overlap as well"
@@ -96,7 +100,11 @@ def _to_torch_rows(scope: Scope) -> list[Row]:
             Way("torch.from_numpy", "torch.from_numpy(a)", unlike=unlike + SEE),
             Way("limit", "t.detach()", "limit"),
         )
-        names = {"tb": tb, "torch": torch, "a": a, "t": torch.from_numpy(a)}
+        if isinstance(a.base, torch.Tensor):
+            ways = (*ways, Way("the same promises", "kept.alias(a)", "promises"))
+        elif not a.flags.c_contiguous:
+            ways = (*ways, Way("the same promises", "kept.no_two_are_one(a)", "promises"))
+        names = {"tb": tb, "torch": torch, "kept": _kept, "a": a, "t": torch.from_numpy(a)}
         return Case(ways, names, result_is(a), goals=A2_GOALS)
 
     return [Row(title, partial(build, make)) for title, make in ARRAYS.items()]

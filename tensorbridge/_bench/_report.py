@@ -156,6 +156,8 @@ def _way_out(v: Verdict, unlike: str) -> str:
         return "the limit does not reach it either"
     if v.low <= v.goal.bound <= v.high:
         return "nothing: its rounds scatter across it"
+    if v.kept is not None and not reaches(v.goal, v.kept):
+        return f"{unlike}; a line that keeps these promises, and is for this one case, reaches {figure(v.goal, v.kept)}"
     return unlike
 
 

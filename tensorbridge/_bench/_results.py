@@ -56,6 +56,7 @@ class Verdict(NamedTuple):
     high: float
     met: bool
     limit: float | None  # the same figure for the limit in our place
+    kept: float | None = None  # and for a line by hand that keeps our promises
 
 
 def verdict(result: Result, goal: Goal) -> Verdict:
@@ -69,7 +70,8 @@ def verdict(result: Result, goal: Goal) -> Verdict:
     limit = None
     if limits and theirs not in limits and goal.sense != "extra" and goal.name != "floor":
         limit = median(compared(goal.sense, min(limits, key=lambda t: median(t.ns)), theirs))
-    return Verdict(goal, theirs.way.name, value, low, high, reaches(goal, value), limit)
+    kept = [median(compared(goal.sense, t, theirs)) for t in result.timings if t.way.role == "promises"]
+    return Verdict(goal, theirs.way.name, value, low, high, reaches(goal, value), limit, *kept[:1])
 
 
 def compared(sense: str, ours: Timing, theirs: Timing) -> list[float]:

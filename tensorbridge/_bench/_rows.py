@@ -35,7 +35,9 @@ class Way(NamedTuple):
 
     name: str
     code: str  # an expression, timed as it stands here
-    role: str = "baseline"  # "bridge" (ours), "baseline" (what people use), "limit" (what the machine can do)
+    # "bridge" (ours), "baseline" (what people use), "limit" (what the machine can do), "promises" (what one line can do
+    # that keeps ours, written by hand for this row alone)
+    role: str = "baseline"
     state: str = SHARED
     sample: Callable[[], int] | None = None  # a measurement of its own, in ns, where a line in this process will not do
     before: Callable[[], Any] | None = None  # called ahead of each round, outside the time
