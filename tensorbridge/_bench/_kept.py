@@ -1,4 +1,4 @@
-"""What one would write by hand, for one row alone, with the promises that tensorbridge makes: the least that they cost."""
+"""What one would write by hand, for one row alone, with the promises that tensorbridge makes: the least they cost."""
 
 from __future__ import annotations
 
