@@ -64,7 +64,7 @@ def _to_numpy_rows(scope: Scope) -> list[Row]:
 
         t = make(torch)
         unlike = "it hands out a writable view of the graph, and asks nothing first" if t.requires_grad else UNASKED
-        ways = (
+        ways: tuple[Way, ...] = (
             Way("tensorbridge", "tb.to_numpy(t)", "bridge"),
             Way("by hand", "t.detach().cpu().numpy()", unlike=unlike + SEE),
             Way("limit", "t.numpy(force=True)", "limit"),
@@ -94,7 +94,7 @@ def _to_torch_rows(scope: Scope) -> list[Row]:
         unlike = UNASKED if a.flags.forc else "it shares elements that overlap as well"
         if isinstance(a.base, torch.Tensor):
             unlike = "it loses the version counter of the tensor behind the array, which guards gradients"
-        ways = (
+        ways: tuple[Way, ...] = (
             Way("tensorbridge", "tb.to_torch(a)", "bridge"),
             Way("torch.as_tensor", "torch.as_tensor(a)", unlike=unlike + SEE),
             Way("torch.from_numpy", "torch.from_numpy(a)", unlike=unlike + SEE),
