@@ -92,8 +92,7 @@ def planned(x: Any, want: Want, out: Any = None) -> Plan:
 def judged(x: Any, want: Want, out: Any = None, *, planning: bool = False) -> tuple[Any, Case]:
     """An array opened and decided; what is not to be done is refused. A plan is also made for a device not here."""
     adapter, handle, traits = opened(x, want)
-    if want.casts is not None:
-        want = want._replace(dtype=want.casts.of(traits.dtype), casts=None)
+    want = settled(want, traits)
     if want.device is not None or want.pin_memory or want.framework == "cupy":
         want = _options.placed(want, traits, planning=planning)
     if out is not None and want.out is not None:
@@ -103,6 +102,11 @@ def judged(x: Any, want: Want, out: Any = None, *, planning: bool = False) -> tu
     if recipe.decision.refusal is not None:
         raise words.refused(recipe.decision, adapter.describe(handle, traits), want)
     return handle, Case(adapter, traits, want, recipe)
+
+
+def settled(want: Want, traits: Traits) -> Want:
+    """A wish whose dtype hangs on what the array has, now that this is known."""
+    return want if want.casts is None else want._replace(dtype=want.casts.of(traits.dtype), casts=None)
 
 
 def perform(recipe: Recipe, handle: Any, out: Any) -> Any:

@@ -110,7 +110,7 @@ def is_forward(a: Any) -> bool:
     return not lay.overlap and lay.spacing in ("dense", "strided")
 
 
-def _is_whole(a: Any, base: Any) -> bool:
+def is_whole(a: Any, base: Any) -> bool:
     """Whether this array is all of the tensor behind it, as `Tensor.numpy` made it."""
     same = _in_numpy.get(base.dtype) is a.dtype and _address(a) == base.data_ptr() and base.shape == a.shape
     return same and base.is_contiguous() and not base.requires_grad
@@ -133,7 +133,7 @@ def plain_array_to_torch(full: _F) -> _F:
                         flags = x.flags
                         if flags.carray or (flags.behaved and (flags.f_contiguous or is_forward(x))):
                             return _from_numpy(x)
-                    elif type(base) is _Tensor and x.flags.carray and x.size and not _modes() and _is_whole(x, base):
+                    elif type(base) is _Tensor and x.flags.carray and x.size and not _modes() and is_whole(x, base):
                         return base.detach()
                 elif (made := array_to_torch(x, options)) is not None:
                     return made
@@ -157,11 +157,13 @@ def tensor_to_numpy(x: Any, options: dict[str, Any]) -> Any:
     if options.get("copy") is True:
         return None if (view := _in_place(x)) is None or view.nbytes >= HUGE else view.copy("K")
     out: Any = options.get("out")
-    if type(out) is not _ndarray or not out.flags.carray or (view := _in_place(x)) is None:
+    if type(out) is not _ndarray or not out.flags.carray or _in_numpy.get(x.dtype) is not out.dtype:
+        return None
+    if (view := _in_place(x)) is None:
         return None
     if out.base is not None and (type(out.base) is not _ndarray or out.base.base is not None):
         return None
-    if view.dtype is not out.dtype or view.shape != out.shape or out.nbytes >= HUGE or _may_share_memory(view, out):
+    if view.shape != out.shape or out.nbytes >= HUGE or _may_share_memory(view, out):
         return None
     out[...] = view
     return out
@@ -176,13 +178,13 @@ def array_to_torch(x: Any, options: dict[str, Any]) -> Any:
         plain = flags.forc or (flags.behaved and x.nbytes < SMALL and is_forward(x))
         return _from_numpy(x.copy("K")) if plain else None
     out: Any = options.get("out")
-    if type(out) is not _Tensor or out.requires_grad or out.dtype not in _plain_dtypes:
+    if type(out) is not _Tensor or out.requires_grad or _in_numpy.get(out.dtype) is not x.dtype:
         return None
     if not (flags.carray or (flags.behaved and x.nbytes < SMALL)):
         return None
     if out.is_inference() or _readonly.is_marked(out) or (view := _dense(out)) is None:
         return None
-    if view.dtype is not x.dtype or view.shape != x.shape or _may_share_memory(view, x):
+    if view.shape != x.shape or _may_share_memory(view, x):
         return None
     view[...] = x
     _increment_version(out)

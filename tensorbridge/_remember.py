@@ -17,12 +17,14 @@ from tensorbridge import _casting, _convert, _dtypes, _lanes, _options, _watch
 from tensorbridge._adapters import adapter_of
 from tensorbridge._array import CPU, Traits
 from tensorbridge._eager import eager
+from tensorbridge._step import Want
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 _Recipes = dict[Any, _convert.Recipe]  # by what `_key` says
 
 _quick_traits: dict[type, Callable[[Any], Traits | None]] = {}  # of the types that have plain arrays
 _asked: dict[tuple[Any, ...], _Recipes | None] = {}  # by the options in the caller's words; None: leads off the host
+_leaves: dict[Want, _Recipes] = {}  # of trees, by what was wanted
 _NOTHING: _Recipes = {}
 _borrowed: Callable[[Any], Any] = lambda x: x  # a tensor's memory as an array
 _address: Callable[[Any], int]
@@ -44,10 +46,14 @@ def remembering(full: _F) -> _F:
             return result
         out = options.get("out")
         if out is None:
+            written: list[Any] = []
             for value in options.values():
                 if type(value) not in _WORDS:
-                    return full(x, **options)
-            words = (framework, *options, *options.values())
+                    if type(value) is not dict or not {*map(type, value), *map(type, value.values())} <= _WORDS:
+                        return full(x, **options)
+                    value = tuple(value.items())
+                written.append(value)
+            words = (framework, *options, *written)
         else:
             filled = _traits_of_out(out, x) if len(options) == 1 else None
             if filled is None:
@@ -77,6 +83,46 @@ def remembering(full: _F) -> _F:
         return _convert.perform(recipe, x, out)
 
     return eager(convert_again)  # type: ignore[return-value]
+
+
+def again(want: Want, leaves: Sequence[Any]) -> list[_convert.Recipe] | None:
+    """How each of these is converted, if all that was decided before, and no two that move are one memory. None: that
+    takes a closer look.
+    """
+    recipes = _leaves.get(want)
+    if not recipes or len(set(map(id, leaves))) < len(leaves):
+        return None
+    found: list[_convert.Recipe] = []
+    moving: list[Any] = []
+    for x in leaves:
+        tell = _quick_traits.get(type(x))
+        traits = None if tell is None else tell(x)
+        recipe = recipes.get(_key(traits))
+        if traits is None or recipe is None or _convert.waits_for_threads(traits):
+            return None
+        if recipe.by_torch and _may_be_otherwise():
+            return None
+        found.append(recipe)
+        if recipe.moves:
+            moving.append(x)
+    apart = all(type(x) is np.ndarray and x.base is None for x in moving)  # as arrays that own their memory are
+    return found if apart or len(set(map(_address, moving))) == len(moving) else None
+
+
+def remember_leaves(want: Want, leaves: Sequence[Any]) -> None:
+    """Keep how these were converted, where `again` did not know it."""
+    if want.framework == "cupy" or want.device not in (None, CPU) or want.pin_memory:
+        return
+    if not _quick_traits and _lanes._Tensor is not None:
+        _open()
+    if len(_leaves) >= _KEPT:
+        _leaves.clear()
+    recipes = _leaves.setdefault(want, {})
+    for x in leaves:
+        tell = _quick_traits.get(type(x))
+        traits = None if tell is None else tell(x)
+        if traits is not None and _key(traits) not in recipes:
+            _keep(recipes, want, traits)
 
 
 def fills(framework: str, sources: Sequence[Any], outs: Sequence[Any]) -> list[_convert.Recipe] | None:
@@ -163,8 +209,14 @@ def _remember(words: tuple[Any, ...], options: dict[str, Any], traits: Traits) -
         _asked[words] = None
         return
     recipes = _asked.setdefault(words, {})
+    if recipes is not None:
+        _keep(recipes, want, traits)
+
+
+def _keep(recipes: _Recipes, want: Want, traits: Traits) -> None:
+    want = _convert.settled(want, traits)
     here = _convert.moment(traits, want)
-    if recipes is not None and (here is _convert.WITH_TORCH or here is _convert.WITH_THREADS):
+    if here is _convert.WITH_TORCH or here is _convert.WITH_THREADS:
         key = (traits, here is _convert.WITH_THREADS) if traits.size == "huge" else traits
         recipes[key] = _convert.recipe_for(traits, want, here)
 

@@ -6,6 +6,7 @@ import os
 from inspect import unwrap
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import pytest
 import torch
@@ -356,3 +357,86 @@ def test_the_kinds_that_are_kept_are_not_many(monkeypatch):
     for n in range(10):
         adapter.quick_traits(torch.ones(n))
     assert len(adapter._seen) <= 3
+
+
+# -- Trees whose leaves are of kinds that were decided before
+
+
+TREES = {
+    "casts": (lambda: {"a": np.arange(4.0), "b": np.arange(4), "c": np.ones(4, "f4")}, {"dtype": "float32"}),
+    "casts of one dtype": (lambda: {"a": np.arange(4.0), "b": np.arange(4)}, {"dtype": {"float64": "float32"}}),
+    "reversed": (lambda: [np.arange(4.0)[::-1], np.arange(6.0)[::-2]], {}),
+    "read-only": (lambda: [frozen(np.arange(4.0)), frozen(np.arange(3))[1:]], {}),
+    "views of tensors": (lambda: [torch.arange(4.0).numpy(), torch.ones(3, dtype=torch.int16).numpy()[1:]], {}),
+    "big-endian": (lambda: [np.arange(4, dtype=">f8"), np.arange(4, dtype=">i2")], {}),
+    "tensors": (lambda: [torch.arange(4.0), torch.arange(4.0, requires_grad=True)], {"dtype": "float64"}),
+    "bfloat16": (lambda: [np.arange(4).astype(ml_dtypes.bfloat16), torch.ones(2, dtype=torch.bfloat16)], {}),
+}
+
+
+def frozen(a: Any) -> Any:
+    a.setflags(False)
+    return a
+
+
+@pytest.mark.parametrize("convert", [tb.tree.to_torch, tb.tree.to_numpy], ids=["torch", "numpy"])
+@pytest.mark.parametrize("copy", [None, True])
+@pytest.mark.parametrize("name", TREES)
+def test_a_tree_is_converted_again_as_it_was_decided(name, copy, convert):
+    """Three times alike, and each as under a trace, where every leaf is decided anew."""
+    make, options = TREES[name]
+    for _ in range(3):
+        source = make()
+        with tb.trace():
+            want = convert(source, copy=copy, **options)
+        made = convert(source, copy=copy, **options)
+        pairs = zip(*(t.values() if isinstance(t, dict) else t for t in (made, want, source)), strict=True)
+        for x, decided, leaf in pairs:
+            told, wanted = tb.describe(x), tb.describe(decided)
+            assert (told.dtype, told.strides, told.writable, told.requires_grad) == (
+                (wanted.dtype, wanted.strides, wanted.writable, wanted.requires_grad)
+            )
+            assert tb.shares_memory(x, leaf) == tb.shares_memory(decided, leaf)
+            assert x.tolist() == decided.tolist()
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda a: [a, a],
+        lambda a: [a, a[:]],
+        lambda a: [a, torch.from_numpy(a)],
+        lambda a: [torch.from_numpy(a), torch.from_numpy(a)],
+        lambda a: [a[1:], a[1:]],
+        lambda a: [a[::-1], a[::-1]],
+    ],
+    ids=["an object twice", "its view", "a tensor over it", "two tensors", "two views", "two reversed"],
+)
+@pytest.mark.parametrize("options", [{"dtype": "float32"}, {"copy": True}, {"dtype": {"float64": "float32"}}], ids=str)
+def test_the_same_memory_stays_one_in_a_tree_of_known_kinds(make, options):
+    for _ in range(3):
+        apart = tb.tree.to_torch([make(np.arange(4.0))[0], make(np.arange(4.0))[1]], **options)
+        assert not tb.shares_memory(*apart)
+        assert tb.shares_memory(*tb.tree.to_torch(make(np.arange(4.0)), **options))
+
+
+def test_a_leaf_that_fails_in_a_tree_of_known_kinds_does_so_each_time():
+    for _ in range(2):
+        tb.tree.to_torch({"x": np.ones(2), "y": np.ones(2)}, dtype="float16")
+    with np.errstate(over="raise"):
+        for _ in range(2):
+            with pytest.raises(FloatingPointError):
+                tb.tree.to_torch({"x": np.ones(2), "y": np.full(2, 1e30)}, dtype="float16")
+    with pytest.raises(tb.UnsupportedArrayError, match=r"^batch\['y'\]: to_torch"):
+        tb.tree.to_torch({"x": np.ones(2), "y": torch.ones(2).to_sparse()}, dtype="float16")
+
+
+def test_a_guard_and_a_trace_see_leaves_of_known_kinds():
+    source = {"a": np.arange(4.0), "b": np.arange(4)}
+    for _ in range(2):
+        tb.tree.to_torch(source, dtype="float32")
+    with tb.trace() as seen:
+        tb.tree.to_torch(source, dtype="float32")
+    assert [event.nbytes for event in seen.events] == [16, 16]
+    with tb.copy_guard("error"), pytest.raises(tb.CopyRequiredError, match=r"^batch\['a'\]"):
+        tb.tree.to_torch(source, dtype="float32")

@@ -40,7 +40,8 @@ def quick_traits(a: Array) -> Traits | None:
     """The traits of a plain array, where they are quickly told."""
     base, seen = a.base, (a.dtype, a.flags.num, a.shape, a.strides)
     plain = base is None or (type(base) is np.ndarray and base.base is None)
-    if plain and (found := _seen.get(seen)) is not None:
+    found = (_seen if plain else _seen_on_tensors).get(seen)
+    if found is not None and (plain or _lies_on_a_tensor(a)):
         return found
     if not _dtypes.of_numpy(a.dtype):
         return None
@@ -49,11 +50,30 @@ def quick_traits(a: Array) -> Traits | None:
         if len(_seen) >= _KEPT:
             _seen.clear()
         _seen[seen] = found
+    elif found.origin == "tensor" and a.flags.carray and a.dtype.kind != "c":
+        if len(_seen_on_tensors) >= _KEPT:
+            _seen_on_tensors.clear()
+        _seen_on_tensors[seen] = found
     return found
 
 
-_seen: dict[tuple[Any, ...], Traits] = {}  # by all that the kind of an array with plain memory behind it rests on
+# By all that the kind of an array rests on: one with plain memory behind it, and a writable one in C's order that lies
+# on a tensor, as `Tensor.numpy` makes it.
+_seen: dict[tuple[Any, ...], Traits] = {}
+_seen_on_tensors: dict[tuple[Any, ...], Traits] = {}
 _KEPT = 1024
+
+
+def _lies_on_a_tensor(a: Array) -> bool:
+    """Whether all of an array in C's order lies in the storage of the tensor right behind it."""
+    base: Any = a.base
+    if type(base) is np.ndarray:
+        base = base.base
+    if type(base) is not array_class("torch"):
+        return False
+    storage = base.untyped_storage()
+    first = address(a) - storage.data_ptr()
+    return bool(0 <= first <= storage.nbytes() - a.nbytes and not first % a.itemsize)
 
 
 def traits(a: Array) -> Traits:

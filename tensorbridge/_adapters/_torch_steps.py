@@ -180,7 +180,7 @@ def _alias(a: Any) -> Tensor:
     if base.dtype != dtype:
         base = base.view(dtype) if base.element_size() == a.itemsize else _reread(base, dtype)
     itemsize = a.itemsize
-    offset = (a.__array_interface__["data"][0] - base.untyped_storage().data_ptr()) // itemsize
+    offset = (_numpy.address(a) - base.untyped_storage().data_ptr()) // itemsize
     # A length-1 axis may carry any stride; as_strided wants none that is negative.
     strides = tuple(max(s, 0) // itemsize for s in a.strides)
     if (a.shape, strides, offset) == (base.shape, base.stride(), base.storage_offset()) and not base.requires_grad:

@@ -139,7 +139,7 @@ LANES = {
         (
             *_A_VIEW,
             Part("no mode answers for torch", "not _modes()"),
-            Part("it is the whole of the tensor behind it, bit for bit", "_is_whole(x, base)"),
+            Part("it is the whole of the tensor behind it, bit for bit", "is_whole(x, base)"),
             Part("**the sharing itself**, with the tensor's version counter", "base.detach()"),
         ),
     ),

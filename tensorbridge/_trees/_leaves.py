@@ -41,11 +41,26 @@ def converted(tree: Any, want: Want, *, out: Any = None, pack: bool = True) -> A
     results: list[Any] = [None] * len(flat.leaves)
     seen: dict[Any, int] = {}
     rest: Sequence[int] = range(len(results))
-    if rest and not _watch.watching and not is_inside():
+    plain = not _watch.watching and not is_inside()
+    if rest and plain:
         rest = through_lanes(flat.leaves, want, results, seen)
-    if rest:
+    if rest and not (plain and not seen and _as_before(flat, want, rest, results)):
         _through_decisions(flat, want, rest, results, seen, pack)
+        if plain:
+            _remember.remember_leaves(want, [flat.leaves[i] for i in rest])
     return flat.built(results)
+
+
+def _as_before(flat: Flat, want: Want, rest: Sequence[int], results: list[Any]) -> bool:
+    """Whether the leaves at these places were all of kinds that are remembered, and are converted now."""
+    recipes = _remember.again(want, [flat.leaves[i] for i in rest])
+    for i, recipe in zip(rest, recipes or (), strict=recipes is not None):
+        try:
+            results[i] = _convert.perform(recipe, flat.leaves[i], None)
+        except NAMED as error:
+            name(error, flat, i)
+            raise
+    return recipes is not None
 
 
 def check_pack(pack: object, call: str) -> None:

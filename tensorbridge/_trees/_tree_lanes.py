@@ -43,7 +43,7 @@ _WANT_NUMPY, _WANT_COPIES = Want("numpy"), Want("numpy", copy=True)
 
 
 def _shared_arrays(leaves: list[Any], results: list[Any]) -> list[int]:
-    from_numpy, plain, ndarray = _lanes._from_numpy, _lanes._plain_numpy, np.ndarray
+    from_numpy, plain, ndarray, tensor = _lanes._from_numpy, _lanes._plain_numpy, np.ndarray, _lanes._Tensor
     rest: list[int] = []
     first = _first_of(leaves)
     last = None  # a dtype is slow to hash, and most often the one before
@@ -55,13 +55,14 @@ def _shared_arrays(leaves: list[Any], results: list[Any]) -> list[int]:
         held = flags.carray or (flags.behaved and (flags.f_contiguous or _lanes.is_forward(a)))
         if held and ((dtype := a.dtype) is last or dtype in plain):
             last = dtype
-            base = a.base
-            if base is None or (type(base) is ndarray and base.base is None):
+            base: Any = a.base
+            own = base is None or (type(base) is ndarray and base.base is None)
+            if own or (type(base) is tensor and flags.carray and a.size and _lanes.is_whole(a, base)):
                 if first is not None and results[first[id(a)]] is not None:
                     results[i] = results[first[id(a)]]
                     continue
                 try:
-                    results[i] = from_numpy(a)
+                    results[i] = from_numpy(a) if own else base.detach()
                     continue
                 except (ValueError, TypeError):  # as in _lanes
                     pass
