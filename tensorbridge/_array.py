@@ -85,7 +85,7 @@ class Traits(NamedTuple):
     graph: bool = False  # requires grad: an autograd graph hangs on it, or may
     lazy: str = ""  # "conj", "neg", "conj neg", "zero": values that are not what the bytes say
     pinned: bool | None = None  # page-locked host memory; None: not asked
-    size: str = "small"  # "empty", "small" (< 64 KiB), "medium", "large" (>= 4 MiB), "huge" (>= 64), "beyond" NumPy
+    size: str = "small"  # "empty", "small" (< 64 KiB), "medium", "large" (>= 4 MiB), "huge" (>= 16), "beyond" NumPy
     # Who stands behind a view: "tensor" (a NumPy view of one), "narrowed" (such a view that was made read-only, or to
     # overlap, by others: the array that lies on the tensor is not), "memmap", "unknown" (`__array__`). Nobody: "copied"
     # (the producer made a copy for us and says so), "made" (it is seen to have). Of a column: how it becomes an array.

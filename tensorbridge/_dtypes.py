@@ -7,7 +7,7 @@ the float8 family) crosses as an unsigned integer of the same width, its `carrie
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import ml_dtypes
@@ -190,6 +190,11 @@ class Casts(NamedTuple):
             if has == native:
                 return wanted
         return next((wanted for kind, wanted in self.wanted if native.startswith(KINDS.get(kind, ()))), None)
+
+    def common(self, names: Iterable[str]) -> str | None:
+        """What elements of these dtypes all become; None if that is not one, or would become another."""
+        found = {self.of(name) or name for name in names}
+        return next((name for name in found if self.of(name) in (None, name)), None) if len(found) == 1 else None
 
     def __repr__(self) -> str:
         return repr(dict(self.wanted))

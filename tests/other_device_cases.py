@@ -627,6 +627,30 @@ def test_a_copy_of_what_lies_there_is_made_by_the_thread_that_asks():
     assert DEVICE.copies() == ["d2d"]
 
 
+@pytest.mark.parametrize("dtype", ["float16", "float64", {"float32": "float64", "float64": "float32"}], ids=str)
+def test_casts_are_made_by_the_thread_that_asks(monkeypatch, dtype):
+    """And once: a mapping may lead in a circle."""
+    x, read, seen, move = there(), threading.Event(), [], torch.Tensor.to
+
+    def source():
+        yield {"there": x, "here": VALUES, "wide": VALUES.astype("f8"), "n": np.arange(3)}
+        read.set()
+
+    ready = tb.prefetch(source(), device="other", dtype=dtype)
+    monkeypatch.setattr(
+        torch.Tensor, "to", lambda t, *to, **how: (seen.append(threading.get_ident()), move(t, *to, **how))[1]
+    )
+    assert read.wait(30)
+    batch = next(ready)
+    assert set(seen) == {threading.get_ident()}
+    wanted = dtype if isinstance(dtype, str) else dtype["float32"]
+    assert batch["there"].dtype == batch["here"].dtype == getattr(torch, wanted)
+    assert batch["wide"].dtype == (getattr(torch, dtype) if isinstance(dtype, str) else torch.float32)
+    assert batch["n"].dtype == (getattr(torch, dtype) if isinstance(dtype, str) else torch.int64)
+    for name in ("there", "here", "wide"):
+        assert np.array_equal(batch[name].cpu().float(), VALUES)
+
+
 def test_guard_and_grad_mode_are_those_of_the_call():
     w = there().requires_grad_()
     with tb.copy_guard("error", kinds=("h2d",)):

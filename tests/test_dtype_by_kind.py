@@ -73,6 +73,38 @@ def test_a_list_is_cast_by_what_it_holds():
     assert (made.dtype, made.shape) == (np.float32, (2, 2))
 
 
+@pytest.mark.parametrize(
+    ("numbers", "kind", "wanted"),
+    [
+        ([300], "int64", "uint8"),
+        (-1, "integral", "uint8"),
+        ([1.5, 300.0], "float64", "uint8"),
+        ([2**40], "int64", "int32"),
+    ],
+    ids=str,
+)
+def test_numbers_that_do_not_fit_are_refused_as_without_a_mapping(numbers, kind, wanted):
+    with pytest.raises(tb.UnsupportedArrayError, match=f"it does not fit {wanted}"):
+        tb.to_numpy(numbers, dtype=wanted)
+    with pytest.raises(tb.UnsupportedArrayError, match=f"it does not fit {wanted}"):
+        tb.to_numpy(numbers, dtype={kind: wanted})
+
+
+def test_numbers_that_fit_are_cast_once():
+    assert tb.to_numpy([1, 2], dtype={"int64": "uint8"}).dtype == np.uint8
+    assert tb.to_torch([0.5], dtype={"float64": "float32", "float32": "float64"}).dtype == torch.float32
+    assert tb.to_numpy(True, dtype={"bool": "int8", "int8": "int64"}).dtype == np.int8
+
+
+def test_a_list_of_several_dtypes_is_made_of_the_one_that_the_mapping_makes_of_them():
+    parts = [np.ones(2, "f4"), np.full(2, 2.0)]
+    made = tb.to_numpy(parts, dtype={"real floating": "float32"})
+    assert (made.dtype, made.tolist()) == (np.float32, [[1, 1], [2, 2]])
+    for casts in ({"float32": "float64", "float64": "float32"}, {"float64": "float16"}):
+        with pytest.raises(tb.UnsupportedArrayError, match="different dtypes: float32, float64"):
+            tb.to_numpy(parts, dtype=casts)
+
+
 BATCH = {
     "obs": np.ones((2, 3)),
     "image": np.zeros((2, 2), np.uint8),
@@ -153,6 +185,16 @@ def test_prefetch_casts_what_is_meant():
             assert (batch["obs"].dtype, batch["label"].dtype) == (torch.float32, torch.int64)
     with tb.prefetch([{"x": np.zeros(2)}], device="cpu", dtype="float16") as ready:
         assert next(ready)["x"].dtype == torch.float16
+
+
+def test_prefetch_casts_for_numpy_too():
+    with tb.prefetch([BATCH], to="numpy", dtype={"float64": "float32"}) as ready:
+        assert next(ready)["obs"].dtype == np.float32
+
+
+def test_a_call_that_fails_before_the_array_is_known_is_quoted_with_its_mapping():
+    with pytest.raises(tb.UnsupportedArrayError, match=r"^to_torch\(dtype=\{'float64': 'float32'\}\): str cannot be"):
+        tb.to_torch("text", dtype={"float64": "float32"})
 
 
 def test_beside_out_it_is_refused_as_any_other_dtype():

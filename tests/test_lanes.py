@@ -308,3 +308,39 @@ def test_a_tensor_that_has_outgrown_its_storage_is_not_copied(options, offset, s
     for _ in range(3):
         with pytest.raises(tb.UnsupportedArrayError, match="its storage holds"):
             tb.to_numpy(t, **options)
+
+
+STRETCHED = {
+    "a stride beyond NumPy's": lambda: torch.as_strided(
+        torch.arange(8.0, dtype=torch.float64), (1, 2, 2), (2**61, 1, 2)
+    ),
+    "65 axes": lambda: torch.ones([1] * 63 + [2, 2]).transpose(-1, -2),
+}
+
+
+@pytest.mark.parametrize("options", [{"copy": True}, {"copy": True, "dtype": None}], ids=["lane", "full road"])
+@pytest.mark.parametrize("name", STRETCHED)
+def test_a_tensor_of_which_numpy_has_no_view_is_copied_or_refused_by_name(name, options):
+    tb.to_numpy(torch.ones(3)[::2], copy=True)  # the lanes are open
+    t = STRETCHED[name]()
+    if name == "65 axes":
+        with pytest.raises(tb.UnsupportedArrayError, match="at most 64 axes"):
+            tb.to_numpy(t, **options)
+    else:
+        assert tb.to_numpy(t, **options).tolist() == t.tolist()
+
+
+def test_inside_a_mode_no_lane_copies_a_real_tensor():
+    """The full road refuses: a mode answers for torch. (The lanes are open, and the tensors made outside.)"""
+    real, strided, a = torch.zeros(3), torch.zeros(6)[::2], np.ones(3, "f4")
+    tb.to_torch(a, out=real)
+    real.zero_()
+    with FakeTensorMode():
+        for call in (
+            lambda: tb.to_torch(a, out=real),
+            lambda: tb.to_numpy(real, copy=True),
+            lambda: tb.to_numpy(strided, copy=True),
+        ):
+            with pytest.raises((ValueError, tb.UnsupportedArrayError), match="inside FakeTensorMode"):
+                call()
+    assert real.tolist() == [0, 0, 0]

@@ -415,3 +415,11 @@ def test_nested_tensor_beside_a_plain_one_is_refused_as_it_is_alone(options):
             convert([torch.ones(2), nested], **options)
     with pytest.raises(tb.UnsupportedArrayError, match="nested"):
         next(tb.prefetch([[torch.ones(2), nested]], device="cpu"))
+
+
+@pytest.mark.parametrize("copy", [None, True])
+def test_an_empty_array_that_comes_twice_has_one_result(copy):
+    e = np.zeros(4)[:0]
+    for _ in range(2):
+        made = tb.tree.to_torch([e, np.zeros(3)[1:], e], copy=copy)
+        assert made[0] is made[2]

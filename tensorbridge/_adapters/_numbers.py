@@ -29,6 +29,10 @@ def dtype_of(numbers: Sequence[Any], kinds: set[type], want: Want, outer: tuple[
 
     `outer` is the shape of the lists around them: () for one number.
     """
+    if want.casts is not None:  # their own it is, and they have to fit what becomes of that
+        own_dtype = dtype_of(numbers, kinds, want._replace(casts=None), outer)
+        dtype_of(numbers, kinds, want._replace(dtype=want.casts.of(own_dtype), casts=None), outer)
+        return own_dtype
     asked = BOUNDS.get(want.dtype or "")
     whole = kinds <= {int, bool}
     dtypes = {np.dtype(OF_PYTHON[kind]) for kind in kinds if kind in OF_PYTHON}

@@ -140,6 +140,8 @@ def _arrays(outer: tuple[int, ...], leaves: Sequence[Any], want: Want) -> tuple[
     frameworks = {t.framework if t.framework in ("torch", "cupy") else "numpy" for t, _ in kinds}
     dtypes = {t.dtype.lstrip(">") for t, _ in kinds}
     wanted = want.out.dtype.lstrip(">") if want.out is not None else want.dtype
+    if want.casts is not None:
+        wanted = want.casts.common(dtypes)
     mixed = wanted if len(dtypes) > 1 and frameworks == {"numpy"} and are_cast(dtypes, wanted) else None
     for name, values, cure in (
         ("frameworks", frameworks, same),

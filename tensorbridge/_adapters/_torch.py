@@ -335,18 +335,21 @@ def in_place(t: Tensor, *, small: bool = True) -> Any:
     """
     if _raw(_keys(t)) & _ASKED != _HOST or _modes() or forward_ad._current_level >= 0:
         return None
-    if t.is_contiguous():
-        if t.storage_offset() * t.element_size() + t.nbytes > t.untyped_storage().nbytes():
+    try:
+        if t.is_contiguous():
+            if t.storage_offset() * t.element_size() + t.nbytes > t.untyped_storage().nbytes():
+                return None
+            return np.ndarray(t.shape, _torch_steps.IN_NUMPY[t.dtype], _numpy.bytes_at(t.data_ptr()))
+        if not small or t.nbytes >= SMALL:
             return None
-        return np.ndarray(t.shape, _torch_steps.IN_NUMPY[t.dtype], _numpy.bytes_at(t.data_ptr()))
-    if not small or t.nbytes >= SMALL:
+        shape, steps, itemsize = t.shape, t.stride(), t.element_size()
+        strides = tuple([s * itemsize for s in steps])
+        held = (t.storage_offset() + _span(shape, steps)) * itemsize <= t.untyped_storage().nbytes()
+        if not held or layout(shape, strides, itemsize).overlap:
+            return None
+        return np.ndarray(shape, _torch_steps.IN_NUMPY[t.dtype], _numpy.bytes_at(t.data_ptr()), 0, strides)
+    except (ValueError, OverflowError):  # more axes than NumPy has, or a stride that no int64 holds in bytes
         return None
-    shape, steps, itemsize = t.shape, t.stride(), t.element_size()
-    strides = tuple([s * itemsize for s in steps])
-    held = (t.storage_offset() + _span(shape, steps)) * itemsize <= t.untyped_storage().nbytes()
-    if not held or layout(shape, strides, itemsize).overlap:
-        return None
-    return np.ndarray(shape, _torch_steps.IN_NUMPY[t.dtype], _numpy.bytes_at(t.data_ptr()), 0, strides)
 
 
 dense: Callable[[Tensor], Any] = partial(in_place, small=False)

@@ -56,8 +56,8 @@ def prefetch(
         Called by the thread with each batch before it is converted; returns the batch to convert. The caller's grad
         mode and context variables are in force there, not its autocast, inference mode or default device.
     dtype : dtype, its name, or a mapping from what an array has, optional
-        As for `tree.to_torch`: ``{"float64": "float32"}`` leaves labels and masks as they are. Cast by the thread, on
-        the side where fewer bytes cross the bus.
+        As for `tree.to_torch`: ``{"float64": "float32"}`` leaves labels and masks as they are. Cast on the side where
+        fewer bytes cross the bus, ahead where the batch is sent ahead.
     copy : bool or None
         As for `to_torch`. On the host, None shares batches with the source where that is safe: an operation in place
         on a batch (``batch.mul_(2)``) then changes the data set, and a source that fills a buffer again and again

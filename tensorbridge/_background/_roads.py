@@ -113,12 +113,14 @@ class Elsewhere(Host):
 
     def __init__(self, want: Want) -> None:
         super().__init__()
-        self.want = want._replace(dtype=None, casts=None)  # the worker casts
-        self.context, self.in_grad_mode = copy_context(), grad_mode()
+        self.want, self.context, self.in_grad_mode = want, copy_context(), grad_mode()
 
     def converted(self, batch: Any, want: Want, read: list[Any]) -> Batch:
-        """What lies on the device stays; the rest gets memory of its own, for the source may fill a buffer again."""
-        made = _leaves.converted(batch, want._replace(device=None, copy=False if want.copy is False else None))
+        """What lies on the device stays; the rest gets memory of its own, for the source may fill a buffer again. Casts
+        are for the thread that asks: what they are made of may lie there.
+        """
+        here = want._replace(device=None, dtype=None, casts=None, copy=False if want.copy is False else None)
+        made = _leaves.converted(batch, here)
         if want.copy is False:
             return Batch(made)
         flat = flatten(made)

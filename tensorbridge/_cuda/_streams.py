@@ -135,7 +135,7 @@ def never_freed(*objects: object) -> None:
 @_forks.in_child
 def _after_fork() -> None:
     global _cupy_in_parent, _lock, in_child
-    _cupy_in_parent, _lock, in_child = "cupy" in _usable, threading.Lock(), True
+    _cupy_in_parent, _lock, in_child = _cupy_in_parent or "cupy" in _usable, threading.Lock(), True
     _usable.clear()
     _counts.clear()
 

@@ -137,7 +137,7 @@ def _copied_views(leaves: list[Any], results: list[Any], seen: dict[Any, int]) -
                 rest.append(i)
                 continue
             key = (CPU, address, _dtypes.of_numpy(a.dtype), a.shape, None, True, False, "", None)  # as _leaf.identity
-            first = seen.setdefault(key, i) if address else i
+            first = seen.setdefault(key if address else id(a), i)
             results[i] = results[first] if first != i else from_numpy(a.copy())
             continue
         rest.append(i)
