@@ -291,7 +291,7 @@ REFUSED = {
     ),
     "uneven depth": (lambda: [[1, 2], 3], "list of 2", "some of its parts are lists and some are not", PAD),
     "mixed frameworks": (
-        lambda: [np.zeros(2), torch.zeros(2)],
+        lambda: [np.zeros(2), torch.zeros(2).double()],
         "list of 2",
         "its parts have different frameworks: numpy, torch",
         ONE_KIND,
@@ -302,7 +302,13 @@ REFUSED = {
         "its parts have different dtypes: float32, float64",
         'Say dtype="float64".',
     ),
-    "numbers and arrays": (lambda: [np.zeros(2), 3], "list of 2", "it holds both numbers and arrays", ONE_KIND),
+    "numbers and arrays": (lambda: [np.array(1), 3], "list of 2", "it holds both numbers and arrays", ONE_KIND),
+    "numbers beside rows": (
+        lambda: [np.zeros(2), 3],
+        "list of 2",
+        "it holds both numbers and arrays, of different shapes: (), (2,)",
+        PAD,
+    ),
     "list of text": (lambda: ["a"], "list of 1, item [0]: str", "text is not an array", ENCODE),
     "list with None": (lambda: [1, None], "list of 2, item [1]: None", "None is no number", MISSING_NUMBER),
     "lists with text": (lambda: [[1, 2], [3, "4"]], "list of 4, item [1][1]: str", "text is not an array", ENCODE),

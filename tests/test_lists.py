@@ -127,18 +127,55 @@ def test_an_imaginary_part_is_not_dropped_from_one_of_several():
 CURED = {
     "dtypes": parts("float32", "float64"),
     "dtypes that have no common one": parts("float16", ml_dtypes.bfloat16),
+    "dtypes of which torch has no common one": parts("float32", "longdouble"),
     "dtypes of tensors": [torch.zeros(3), torch.zeros(3, dtype=torch.float64)],
     "frameworks": [np.zeros(2), torch.zeros(2).double()],
+    "frameworks and dtypes": [np.zeros(2), torch.zeros(2)],
     "numbers": [0.5, torch.tensor(2.0).double()],
+    "numbers and a narrow tensor": [torch.tensor(1.0), 2.0],
+    "ints and a tensor": [torch.tensor(1.5), 2],
+    "numbers, arrays and tensors": [np.float32(0.5), np.array(1), torch.tensor(2.0)],
 }
 
 
-@pytest.mark.parametrize("name", CURED)
-def test_the_cure_of_a_mixed_list_works(name):
-    x = CURED[name]
+def cured(x, convert, **options):
+    """What the cure gives that is said where `x` is refused, followed to the letter."""
     with pytest.raises(tb.UnsupportedArrayError) as error:
-        tb.to_torch(x)
+        convert(x, **options)
     cure = str(error.value).splitlines()[1].rstrip(".")
-    call = f"to_torch(x, {cure.removeprefix('Say ')})" if cure.startswith("Say ") else cure.partition(": ")[2]
-    made = eval(call, {"to_torch": tb.to_torch, "x": x})
-    assert np.array_equal(made.numpy(), np.stack([np.asarray(part, "float64") for part in x]))
+    name = convert.__name__
+    call = f"{name}(x, {cure.removeprefix('Say ')})" if cure.startswith("Say ") else cure.partition(": ")[2]
+    return eval(call, {"to_torch": tb.to_torch, "to_numpy": tb.to_numpy, "x": x})
+
+
+@pytest.mark.parametrize("convert", [tb.to_torch, tb.to_numpy])
+@pytest.mark.parametrize("name", CURED)
+def test_the_cure_of_a_mixed_list_works(name, convert):
+    x = CURED[name]
+    made = cured(x, convert)
+    assert np.array_equal(numbers(made), np.stack([np.asarray(part, "float64") for part in x]))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", {"real floating": "float32", "integral": "float32"}])
+@pytest.mark.parametrize("name", ["dtypes of tensors", "frameworks", "ints and a tensor", "numbers"])
+def test_the_cure_of_a_mixed_list_gives_the_dtype_that_was_asked_for(name, dtype):
+    made = cured(CURED[name], tb.to_torch, dtype=dtype)
+    assert tb.describe(made).dtype == (dtype if isinstance(dtype, str) else "float32")
+
+
+def test_the_cure_of_a_list_of_tensors_gives_the_dtype_of_out():
+    with pytest.raises(tb.UnsupportedArrayError, match=r'to_torch\(part, dtype="float32"\) for part'):
+        tb.to_torch([torch.tensor(1.0), 2.0], out=torch.zeros(2))
+
+
+@pytest.mark.parametrize("dtype", [None, "float32"])
+@pytest.mark.parametrize("narrow", [torch.float32, torch.bfloat16, torch.complex32])
+def test_the_cure_of_a_mixed_list_drops_no_imaginary_part(narrow, dtype):
+    x = [torch.ones(2, dtype=narrow), torch.ones(2, dtype=torch.complex64)]
+    assert cured(x, tb.to_torch, dtype=dtype).dtype.is_complex
+    assert cured([x[0], np.ones(2, "complex64")], tb.to_torch, dtype=dtype).dtype.is_complex
+
+
+def test_numbers_beside_arrays_that_have_axes_are_not_told_to_be_converted_one_by_one():
+    with pytest.raises(tb.UnsupportedArrayError, match=r"of different shapes: \(\), \(2,\)\.\nPad the parts"):
+        tb.to_torch([torch.zeros(2), 1.0])

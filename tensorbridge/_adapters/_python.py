@@ -131,10 +131,12 @@ def _arrays(outer: tuple[int, ...], leaves: Sequence[Any], want: Want) -> tuple[
             if alike is not None and alike(leaves):  # all at once, which is quicker, and how most lists are
                 handles = list(leaves)
                 break
-    same = "Bring them to one first: to_{framework}([to_{framework}(part) for part in x])."
-    if any(found.framework == "python scalar" for found, _ in kinds):
-        raise Obstacle("mixed list", what, "it holds both numbers and arrays").cured(same)
     shapes = {info.shape for _, info in kinds}
+    if any(found.framework == "python scalar" for found, _ in kinds):
+        detail = "it holds both numbers and arrays"
+        if len(shapes) > 1:
+            raise Obstacle("ragged", what, f"{detail}, of different shapes: {_first(map(shape_text, sorted(shapes)))}")
+        raise Obstacle("mixed list", what, detail).cured(_one_by_one(kinds, want))
     if len(shapes) > 1:
         raise _ragged(leaves, map(shape_text, sorted(shapes)))
     frameworks = {t.framework if t.framework in ("torch", "cupy") else "numpy" for t, _ in kinds}
@@ -143,14 +145,14 @@ def _arrays(outer: tuple[int, ...], leaves: Sequence[Any], want: Want) -> tuple[
     if want.casts is not None:
         wanted = want.casts.common(dtypes)
     mixed = wanted if len(dtypes) > 1 and frameworks == {"numpy"} and are_cast(dtypes, wanted) else None
-    for name, values, cure in (
-        ("frameworks", frameworks, same),
-        ("devices", {t.device for t, _ in kinds}, same.replace("to_{framework}(part)", "to_numpy(part)")),
-        ("dtypes", dtypes, _one_dtype(frameworks, dtypes)),
+    for name, values in (
+        ("frameworks", frameworks),
+        ("devices", {t.device for t, _ in kinds}),
+        ("dtypes", dtypes),
     ):
         if len(values) > 1 and not (name == "dtypes" and mixed):
             detail = f"its parts have different {name}: {', '.join(sorted(values))}"
-            raise Obstacle("mixed list", what, detail).cured(cure)
+            raise Obstacle("mixed list", what, detail).cured(_one_by_one(kinds, want))
     first = kinds[0][0]
     if first.device != CPU and first.framework not in ("torch", "cupy"):
         raise Obstacle("mixed list", what, "device arrays of other libraries are not stacked")
@@ -170,34 +172,54 @@ def _arrays(outer: tuple[int, ...], leaves: Sequence[Any], want: Want) -> tuple[
     return Parts(shape, handles, (), bool(mixed)), found
 
 
-def are_cast(dtypes: Iterable[str], wanted: str | None) -> bool:
+def are_cast(dtypes: Iterable[str], wanted: str | None, framework: str = "numpy") -> bool:
     """Whether arrays of these dtypes become one of the `wanted`."""
     return wanted is not None and all(
-        _dtypes.can_cast("numpy", dtype, wanted) and (_dtypes.is_complex(wanted) or not _dtypes.is_complex(dtype))
+        _dtypes.can_cast(framework, dtype, wanted) and (_dtypes.is_complex(wanted) or not _dtypes.is_complex(dtype))
         for dtype in dtypes
     )
 
 
-def common_dtype(dtypes: Iterable[str]) -> str:
-    """The dtype that NumPy would give what has several; float64 where it knows none."""
+def common_dtype(dtypes: Iterable[str], framework: str = "numpy") -> str:
+    """The dtype that NumPy would give what has several; where it knows none, or `framework` has not got it, one that
+    holds most numbers.
+    """
+    dtypes = set(dtypes)
     with suppress(TypeError):
-        kinds = [_dtypes.DTYPES[dtype].numpy for dtype in dtypes]
-        return _dtypes.of_numpy(np.result_type(*filter(None, kinds))) or "float64"
-    return "float64"
+        kinds = [_dtypes.DTYPES[dtype].numpy or np.dtype("complex64") for dtype in dtypes]  # NumPy lacks complex32
+        found = _dtypes.of_numpy(np.result_type(*kinds))
+        if _dtypes.exists_in(found, framework):
+            return found
+    return "complex128" if any(map(_dtypes.is_complex, dtypes)) else "float64"
 
 
-def _one_dtype(frameworks: set[str], dtypes: set[str]) -> str:
-    """What helps a list of arrays of several dtypes: to name one."""
-    named = f'dtype="{common_dtype(dtypes)}"'
-    if frameworks == {"numpy"}:
-        return f"Say {named}."
-    return f"Cast them first: to_{{framework}}([to_{{framework}}(part, {named}) for part in x])."
+def _one_by_one(kinds: list[tuple[Traits, ArrayInfo]], want: Want) -> str:
+    """What helps a list of arrays of several kinds: to bring each to one framework, device and dtype."""
+    dtypes, devices = {t.dtype.lstrip(">") for t, _ in kinds}, {t.device for t, _ in kinds}
+    wanted = want.out.dtype.lstrip(">") if want.out is not None else want.dtype
+    common = common_dtype(dtypes, want.framework)
+    if want.casts is not None:
+        wanted = want.casts.of(common)
+    frameworks = {t.framework if t.framework in ("torch", "cupy") else "numpy" for t, _ in kinds}
+    sides = {*frameworks, want.framework}
+    if not any(are_cast(dtypes, wanted, side) for side in sides):
+        wanted = common if len(dtypes) > 1 else None
+    numbers = any(t.framework == "python scalar" for t, _ in kinds)
+    if frameworks == {"numpy"} and len(devices) == 1 and not numbers:
+        return f'Say dtype="{wanted}".'
+    via = "to_{framework}" if len(devices) == 1 else "to_numpy"
+    part = f'{via}(part, dtype="{wanted}")' if wanted else f"{via}(part)"
+    return f"Bring them to one first: to_{{framework}}([{part} for part in x])."
 
 
 def _ragged(parts: Sequence[Any], shapes: Any) -> Obstacle:
-    named = list(shapes)
-    text = ", ".join(named[:4]) + (", ..." if len(named) > 4 else "")
-    return Obstacle("ragged", f"list of {len(parts)}", f"its parts have different shapes: {text}")
+    return Obstacle("ragged", f"list of {len(parts)}", f"its parts have different shapes: {_first(shapes)}")
+
+
+def _first(named: Iterable[str]) -> str:
+    """A few of them, in a row."""
+    found = list(named)
+    return ", ".join(found[:4]) + ", ..." * (len(found) > 4)
 
 
 def describe(handle: Any, traits: Traits) -> ArrayInfo:
