@@ -220,7 +220,8 @@ def parse_casts(dtype: Mapping[Any, Any]) -> Casts:
                 and has not in KINDS
                 and not has.startswith((">", "<"))
             ):
-                text = f"{has!r} is no dtype, and none of the kinds {', '.join(map(repr, KINDS))}{nearest(has, KINDS)}"
+                kinds = ", ".join(map(repr, KINDS))
+                text = f"{has!r} is neither a dtype nor one of the kinds {kinds}{nearest(has, KINDS)}"
             raise TypeError(f"dtype={dict(dtype)!r}: {text.removeprefix('dtype=')}") from None
     return Casts(tuple(found))
 

@@ -152,7 +152,7 @@ OBSTACLES: dict[str, Refusal] = {
         "a dataset is a table that is read when it is asked for",
         'Convert its columns: tensorbridge.tree.to_{framework}(x.with_format("arrow")[:]).',
     ),
-    "range": _unsupported("a range is no list of numbers yet", "Convert list(x)."),
+    "range": _unsupported("a range is not an array", "Convert list(x)."),
     "set": _unsupported("the elements of a set have no order", "Convert list(x), or each element."),
     "empty list": _unsupported("an empty list has no dtype", 'Say which: numpy.empty(0, dtype="float32").'),
 }

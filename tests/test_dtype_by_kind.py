@@ -210,7 +210,10 @@ def test_an_empty_mapping_casts_nothing():
 @pytest.mark.parametrize(
     ("dtype", "text"),
     [
-        ({"floating": "float32"}, "dtype={'floating': 'float32'}: 'floating' is no dtype, and none of the kinds 'bo"),
+        (
+            {"floating": "float32"},
+            "dtype={'floating': 'float32'}: 'floating' is neither a dtype nor one of the kinds 'bo",
+        ),
         ({"real floatin": "float32"}, "; did you mean 'real floating'?"),
         ({"float64": "flaot32"}, "dtype={'float64': 'flaot32'}: 'flaot32' is not an element type"),
         ({"float64": "real floating"}, "'real floating' is not an element type"),

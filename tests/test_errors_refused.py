@@ -318,7 +318,7 @@ REFUSED = {
     "set": (lambda: {1, 2}, "set", "the elements of a set have no order", "Convert list(x), or each element."),
     "mock": (Mock, "Mock", *STANDS_IN),
     "mock of everything": (MagicMock, "MagicMock", *STANDS_IN),
-    "range": (lambda: range(3), "range", "a range is no list of numbers yet", "Convert list(x)."),
+    "range": (lambda: range(3), "range", "a range is not an array", "Convert list(x)."),
     **{
         f"sparse, {kind}": (
             lambda kind=kind: getattr(pytest.importorskip("scipy.sparse", reason="no SciPy"), kind)(np.eye(2)),

@@ -193,7 +193,7 @@ def test_a_second_loop_over_what_is_used_up_is_warned_of_where_the_source_has_mo
     ready = tb.prefetch([np.zeros(3)] * 2, device="cpu")
     assert iter(ready) is ready
     end(ready)
-    text = r"prefetch: this iterator is used up: call prefetch\(list\) again for another loop"
+    text = r"prefetch: this iterator is used up and gives no batch; call prefetch\(list\) again for another loop$"
     with pytest.warns(UserWarning, match=text) as seen:
         assert list(ready) == []
     assert [w.filename for w in seen] == [__file__]

@@ -164,8 +164,8 @@ class Prefetch(Iterator[Any]):
     @eager
     def __iter__(self) -> Prefetch:
         if self._used_up and self._again:
-            text = f"prefetch: this iterator is used up: call {self._again} again for another loop"
-            _watch.warn(f"{text}, which would find no batch here", UserWarning)
+            text = f"prefetch: this iterator is used up and gives no batch; call {self._again} again for another loop"
+            _watch.warn(text, UserWarning)
         return self
 
     @eager
