@@ -72,7 +72,8 @@ def refuse_count(x: Any, count: int, cure: str, whose: str = "it", inside: bool 
     """Raise if `count` values are missing, `inside` the rows of the column or as rows."""
     if count:
         detail = f"{whose} has {count} missing value{'s' * (count > 1)}{' inside its rows' * inside}"
-        raise Obstacle("missing", type(x).__name__, f"{detail}, for which arrays have no sign but NaN").cured(cure)
+        mark = f"an array can mark {'them' if count > 1 else 'that'} only as NaN"
+        raise Obstacle("missing", type(x).__name__, f"{detail}, and {mark}").cured(cure)
 
 
 # By library and by what the column holds, where filling or coding can do without dropping rows.
@@ -108,7 +109,7 @@ _CODES = {
         "string": "{whole}.dictionary_encode().indices.fill_null(-1)",
         "categories": '{whole}.indices.cast("int64").fill_null(-1)',
     },
-    "pandas": dict.fromkeys(("string", "categories"), "pandas.factorize(x)[0]"),
+    "pandas": {"string": "pandas.factorize(x)[0]", "categories": "{codes}"},
     "polars": {
         "string": "x.cast(polars.Categorical).to_physical().cast(polars.Int64).fill_null(-1)",
         "categories": "x.to_physical().cast(polars.Int64).fill_null(-1)",
@@ -121,9 +122,14 @@ def cure_of_nulls(x: Any, where: str, kind: str, said: object) -> str:
     drop = _DROP[where]
     rest = "." if is_index(x) else f"; or leave the column out: {_SELECT[where]}."
     if kind in _CODES[where]:
-        codes = _CODES[where][kind].format(whole=_whole(x))
-        return f"Convert codes, {_ONCE}, -1 for what is missing: {codes}{rest}"
+        once, codes = _coded(x, where) if kind == "categories" else (_ONCE, "")
+        codes = _CODES[where][kind].format(whole=_whole(x), codes=codes)
+        return f"Convert its codes, {once}, -1 for what is missing: {codes}{rest}"
     cure = _cure(x, where, kind, said)
+    if kind in ("datetime", "datetime32"):
+        call = cure.removeprefix("Convert ").removesuffix(_UNIT)
+        kept = _KEPT["arrow" if hasattr(said, "pyarrow_dtype") else where].format(call)
+        return f"Convert {kept}, 0 for what is missing, or {_OF_X.sub(drop, call)},{_UNIT}{rest}"
     if cure:
         return (cure if kind == "object" else _OF_X.sub(drop, cure)) + rest
     if kind == "nothing":
@@ -137,6 +143,14 @@ def cure_of_nulls(x: Any, where: str, kind: str, said: object) -> str:
     return f"Fill or drop them first: {fill}, {drop}." if fill else f"Drop them first: {drop}."
 
 
+_UNIT = " and keep the unit beside it"
+# By library: dates as integers, {}, in which nothing is missing.
+_KEPT = {
+    "pyarrow": "{}.fill_null(0)",
+    "pandas": "np.where(x.isna(), 0, {})",
+    "arrow": "{}.fillna(0)",  # in pandas
+    "polars": "{}.fill_null(0)",
+}
 # By library; {} says whether a row is kept.
 _ROWS = {
     "pyarrow": "x.filter([{} for row in x.to_pylist()])",
@@ -203,7 +217,7 @@ def _parts(column: Any) -> Any:
 # By library and by what is in the way; {whole} is x, as one array where it is in chunks. What is not here has no cure.
 _CURES = {
     "pyarrow": {
-        "string": "Convert codes, {once}: {whole}.dictionary_encode().indices",
+        "string": "Convert its codes, {once}: {whole}.dictionary_encode().indices",
         "categories": "Convert its codes, {whole}.indices",
         "datetime": 'Convert x.cast("int64") and keep the unit beside it',
         "datetime32": 'Convert x.cast("int32") and keep the unit beside it',
@@ -213,8 +227,8 @@ _CURES = {
         "ragged": "Pad its lists to one length",
     },
     "pandas": {
-        "string": "Convert codes, {once}: pandas.factorize(x)[0]",
-        "categories": "Convert codes, {once}: pandas.factorize(x)[0]",
+        "string": "Convert its codes, {once}: pandas.factorize(x)[0]",
+        "categories": "Convert its codes, {once}: {codes}",
         "datetime": 'Convert x.astype("int64{arrow}") and keep the unit beside it',
         "datetime32": 'Convert x.astype("int32{arrow}") and keep the unit beside it',
         "decimal": 'Convert x.astype("float64")',
@@ -222,7 +236,7 @@ _CURES = {
         "ragged": "Pad its lists to one length",
     },
     "polars": {
-        "string": "Convert codes, {once}: x.cast(polars.Categorical).to_physical()",
+        "string": "Convert its codes, {once}: x.cast(polars.Categorical).to_physical()",
         "categories": "Convert its codes, x.to_physical()",
         "datetime": "Convert x.to_physical() and keep the unit beside it",
         "decimal": "Convert x.cast(polars.Float64)",
@@ -233,10 +247,10 @@ _CURES = {
 }
 _SELECT = {
     "pyarrow": 'table.select(["name", ...])',
-    "pandas": 'df.select_dtypes(["number", "bool"], "timedelta")',
+    "pandas": 'df.select_dtypes(["number", "bool"], exclude="timedelta")',
     "polars": "df.select(polars.selectors.integer() | polars.selectors.float() | polars.selectors.boolean())",
 }
-_ONCE = "once for the whole data set"
+_ONCE = "made once for the whole data set"
 # The dtype for Python objects that are numbers, by what pandas says that they are.
 _OBJECTS = {
     **dict.fromkeys(("integer", "floating", "mixed-integer-float", "decimal", "boolean", "empty"), "float64"),
@@ -270,7 +284,15 @@ def _cure(x: Any, where: str, kind: str, said: object) -> str:
     if where == "pandas" and kind == "object":
         return _cure_of_objects(x)
     arrow = "[pyarrow]" * hasattr(said, "pyarrow_dtype")
-    return _CURES[where].get(kind, "").format(whole=_whole(x), arrow=arrow, once=_ONCE)
+    once, codes = _coded(x, where) if kind == "categories" else (_ONCE, "")
+    return _CURES[where].get(kind, "").format(whole=_whole(x), arrow=arrow, once=once, codes=codes)
+
+
+def _coded(x: Any, where: str) -> tuple[str, str]:
+    """Of categories: how they are numbered, and, in pandas, by which call."""
+    if where != "pandas" or not hasattr(x.dtype, "categories"):  # pyarrow's in pandas
+        return _ONCE, "pandas.factorize(x)[0]"
+    return "in the order of its categories", "x.cat.codes" if hasattr(x, "cat") else "x.codes"
 
 
 def _cure_of_objects(x: Any) -> str:
@@ -287,7 +309,7 @@ def _cure_of_objects(x: Any) -> str:
     if dtype:
         return f'Convert {"x.dropna()" if any(value is pandas.NA for value in x) else "x"}.astype("{dtype}")'
     said = ", -1 for what is missing" * lacks
-    return f"Convert codes, {_ONCE}{said}: pandas.factorize(x)[0]" if hashed else ""
+    return f"Convert its codes, {_ONCE}{said}: pandas.factorize(x)[0]" if hashed else ""
 
 
 def is_index(x: Any) -> bool:

@@ -153,8 +153,19 @@ CURES: dict[str, tuple[Any, str, Any]] = {
     "pandas text and null": (lambda: pd.Series(["b", None, "a"]), "pandas.factorize(x)[0]", [0, -1, 1]),
     "pandas text categories and null": (
         lambda: pd.Series(["b", None, "a"], dtype="category"),
+        "in the order of its categories, -1 for what is missing: x.cat.codes",
+        [1, -1, 0],
+    ),
+    "pandas labels that are text categories and null": (
+        lambda: pd.CategoricalIndex(["b", None, "a"]),
+        "x.codes",
+        [1, -1, 0],
+    ),
+    "pandas array of text categories and null": (lambda: pd.Categorical(["b", None, "a"]), "x.codes", [1, -1, 0]),
+    "pandas arrow text categories and null": (
+        lambda: arrow_pandas(pa.array(["b", None]).dictionary_encode(), pa.dictionary(pa.int32(), pa.string())),
         "pandas.factorize(x)[0]",
-        [0, -1, 1],
+        [0, -1],
     ),
     "pandas arrow text and null": (lambda: arrow_pandas(["b", None], pa.string()), "pandas.factorize(x)[0]", [0, -1]),
     "pandas array of categories and null": (
@@ -203,6 +214,42 @@ CURES: dict[str, tuple[Any, str, Any]] = {
         "x.dropna()",
         [[1, 2]],
     ),
+    **{
+        f"pandas {name} and NaT, rows kept": (make, 'np.where(x.isna(), 0, x.astype("int64"))', expected)
+        for name, make, expected in [
+            ("moments", lambda: pd.Series([MOMENT, None]).astype("datetime64[s]"), [1577836800, 0]),
+            ("zoned moments", lambda: pd.Series([MOMENT, None]).astype("datetime64[s]").dt.tz_localize("UTC"), None),
+            ("durations", lambda: pd.Series(pd.to_timedelta([1, None], unit="s")).astype("timedelta64[s]"), [1, 0]),
+            ("periods", lambda: pd.Series(pd.PeriodIndex(["1970-01-02", None], freq="D")), [1, 0]),
+            ("labels of moments", lambda: pd.DatetimeIndex([MOMENT, None]).as_unit("s"), [1577836800, 0]),
+            ("an array of moments", lambda: pd.DatetimeIndex([MOMENT, None]).as_unit("s").array, [1577836800, 0]),
+        ]
+    },
+    "pandas arrow dates and null, rows kept": (
+        lambda: arrow_pandas(pa.array([1, None], pa.date32()), pa.date32()),
+        'x.astype("int32[pyarrow]").fillna(0)',
+        [1, 0],
+    ),
+    "pandas arrow moments and null, rows kept": (
+        lambda: arrow_pandas(pa.array([1, None], pa.timestamp("s")), pa.timestamp("s")),
+        'x.astype("int64[pyarrow]").fillna(0)',
+        [1, 0],
+    ),
+    "arrow moments and null, rows kept": (
+        lambda: pa.array([1, None], pa.timestamp("s")),
+        'x.cast("int64").fill_null(0)',
+        [1, 0],
+    ),
+    "arrow dates and null, rows kept": (
+        lambda: pa.array([1, None], pa.date32()),
+        'x.cast("int32").fill_null(0)',
+        [1, 0],
+    ),
+    "polars dates and null, rows kept": (
+        lambda: pl.Series([datetime.date(1970, 1, 2), None]),
+        "x.to_physical().fill_null(0)",
+        [1, 0],
+    ),
     "pandas moments and null": (
         lambda: pd.Series([MOMENT, None]).astype("datetime64[s]"),
         'x.dropna().astype("int64")',
@@ -249,7 +296,15 @@ CURES: dict[str, tuple[Any, str, Any]] = {
     "pandas text": (lambda: pd.Series(["b", "a", "b"]), "pandas.factorize(x)[0]", [0, 1, 0]),
     "pandas text labels": (lambda: pd.Index(["b", "a", "b"]), "pandas.factorize(x)[0]", [0, 1, 0]),
     "pandas arrow text": (lambda: arrow_pandas(["b", "a"], pa.string()), "pandas.factorize(x)[0]", [0, 1]),
-    "pandas text categories": (lambda: pd.Series(["b", "a"], dtype="category"), "pandas.factorize(x)[0]", [0, 1]),
+    "pandas text categories": (lambda: pd.Series(["b", "a"], dtype="category"), "x.cat.codes", [1, 0]),
+    "pandas labels that are text categories": (lambda: pd.CategoricalIndex(["b", "a"]), "x.codes", [1, 0]),
+    "pandas array of text categories": (lambda: pd.Categorical(["b", "a"]), "x.codes", [1, 0]),
+    "pandas interval categories": (lambda: pd.cut(pd.Series([5, 1]), [0, 2, 6]), "x.cat.codes", [1, 0]),
+    "pandas arrow text categories": (
+        lambda: arrow_pandas(pa.array(["b", "a"]).dictionary_encode(), pa.dictionary(pa.int32(), pa.string())),
+        "pandas.factorize(x)[0]",
+        [0, 1],
+    ),
     "pandas objects": (lambda: pd.Series([1, 2], dtype=object), 'x.astype("float64")', [1, 2]),
     "pandas text objects": (lambda: pd.Series(["b", "a"], dtype=object), "pandas.factorize(x)[0]", [0, 1]),
     "pandas pairs": (lambda: pd.MultiIndex.from_tuples([(1, 2), (1, 3)]), "pandas.factorize(x)[0]", [0, 1]),
@@ -326,7 +381,7 @@ def test_the_cure_that_is_said_works(name):
             convert(x)
         assert len(str(caught.value).splitlines()) == 2
     names = {"x": x, "np": np, "name": "name", "tensorbridge": tb, "pyarrow": pa, "pandas": pd, "polars": pl}
-    cured = eval(cure.removeprefix("-1 for what is missing: "), names)
+    cured = eval(cure.partition("-1 for what is missing: ")[2] or cure, names)
     for a in (tb.to_numpy(cured), tree.to_numpy({"c": cured})["c"]):
         assert a.dtype.kind in "iufbc"
         assert len(a) == len(cured)
@@ -353,12 +408,16 @@ def test_the_first_cure_of_missing_numbers_keeps_them_missing(name):
     make, cure = NAN[name]
     x = make()
     with pytest.raises(
-        tb.UnsupportedArrayError, match=r"for which arrays have no sign but NaN\.\nFill or drop"
+        tb.UnsupportedArrayError, match=r"and an array can mark that only as NaN\.\nFill or drop"
     ) as caught:
         tb.to_torch(x)
     assert str(caught.value).partition("Fill or drop them first: ")[2].startswith(f"{cure} for NaN, x.fill")
     made = tb.to_numpy(eval(cure, {"x": x, "polars": pl}))
     np.testing.assert_array_equal(made, [1, np.nan])
+    with pytest.raises(tb.UnsupportedArrayError, match=re.escape(cure)):
+        tb.to_torch(x, dtype="float32")
+    made = tb.to_torch(eval(cure, {"x": x, "polars": pl}), dtype="float32")
+    np.testing.assert_array_equal(made, torch.tensor([1, float("nan")]))
 
 
 ONLY_CODES = {
@@ -376,7 +435,10 @@ ONLY_CODES = {
 @pytest.mark.parametrize("name", ONLY_CODES)
 def test_what_no_cast_makes_numbers_of_is_not_told_to_be_cast(name):
     x = ONLY_CODES[name]()
-    with pytest.raises(tb.UnsupportedArrayError, match=r"\nConvert codes.*: pandas\.factorize\(x\)\[0\]") as caught:
+    with pytest.raises(
+        tb.UnsupportedArrayError,
+        match=r"\nConvert its codes, made once for the whole data set.*: pandas\.factorize\(x\)\[0\]",
+    ) as caught:
         tb.to_torch(x)
     assert "astype" not in str(caught.value)
     assert tb.to_torch(pd.factorize(x)[0]).shape == (len(x),)
@@ -429,7 +491,7 @@ def test_no_cure_is_said_for_text_in_lists_but_to_leave_it_out(make):
 def test_labels_are_not_told_to_leave_out_a_column():
     with pytest.raises(tb.UnsupportedArrayError, match=r'Convert x.astype\("int64"\) and keep the unit beside it\.$'):
         tb.to_numpy(pd.DatetimeIndex([MOMENT]))
-    with pytest.raises(tb.UnsupportedArrayError, match=r"x\.dropna\(\)\.astype.*beside it\.$"):
+    with pytest.raises(tb.UnsupportedArrayError, match=r"Convert np\.where.* or x\.dropna\(\)\.astype.*beside it\.$"):
         tb.to_numpy(pd.DatetimeIndex([MOMENT, None]))
 
 
@@ -442,8 +504,8 @@ SELECTED = {
     "arrow": (pa.table, 'table.select(["name", ...])', lambda x: x.select(["n", "b"])),
     "pandas": (
         pd.DataFrame,
-        'df.select_dtypes(["number", "bool"], "timedelta")',
-        lambda x: x.select_dtypes(["number", "bool"], "timedelta"),
+        'df.select_dtypes(["number", "bool"], exclude="timedelta")',
+        lambda x: x.select_dtypes(["number", "bool"], exclude="timedelta"),
     ),
     "polars": (
         pl.DataFrame,
