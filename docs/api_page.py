@@ -48,8 +48,9 @@ OPTIONS = {
     "dtype": """None keeps the dtype of `x`; a cast of an array is a copy. One for every array, or a mapping from what
         an array has to what it gets: `{"float64": "float32"}` leaves what is not float64 as it is. A key is a dtype or
         a kind of the array API standard ("bool", "signed integer", "unsigned integer", "integral", "real floating",
-        "complex floating", "numeric"); a dtype counts before a kind, and of two kinds the first. bfloat16 and float8
-        are "real floating" too. Beside `out` leave it out: the dtype of `out` counts.""",
+        "complex floating", "numeric", or NumPy's `np.floating` and the like); a dtype counts before a kind, and of two
+        kinds the first. bfloat16 and float8 are "real floating" too. Beside `out` leave it out: the dtype of `out`
+        counts.""",
     "device": """None is where `x` is; for `to_cupy` and host memory, the current device. Beside `out` leave it out.
         `to_numpy` always gives host memory.""",
     "writable": """Only NumPy arrays can be read-only, so only `to_numpy` has it. None is as writable as is safe. True

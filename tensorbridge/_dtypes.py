@@ -151,7 +151,7 @@ def parse(dtype: object) -> str:
         return OF_PYTHON[dtype]
     try:
         name = of_numpy(np.dtype(dtype)) if dtype is not None else ""  # type: ignore[call-overload]
-    except TypeError:
+    except (TypeError, ValueError):  # the latter of some tuples
         name = _ALIASES.get(dtype, "") if isinstance(dtype, str) else ""  # "cfloat", "chalf": NumPy knows no such name
     if name.startswith(">"):
         raise TypeError(f"dtype={dtype!r}: results are in native byte order; ask for {name[1:]!r}")
@@ -175,6 +175,14 @@ KINDS: dict[str, tuple[str, ...]] = {
     "real floating": _REAL,
     "complex floating": _COMPLEX,
     "numeric": _SIGNED + _UNSIGNED + _REAL + _COMPLEX,
+}
+_OF_ABSTRACT: dict[object, str] = {  # NumPy's names for kinds
+    np.signedinteger: "signed integer",
+    np.unsignedinteger: "unsigned integer",
+    np.integer: "integral",
+    np.floating: "real floating",
+    np.complexfloating: "complex floating",
+    np.number: "numeric",
 }
 
 
@@ -211,7 +219,8 @@ def parse_casts(dtype: Mapping[Any, Any]) -> Casts:
     found: list[tuple[str, str]] = []
     for has, wanted in dtype.items():
         try:
-            found.append((has if has in KINDS else parse(has), parse(wanted)))
+            kind = _OF_ABSTRACT.get(has, has)
+            found.append((kind if kind in KINDS else parse(has), parse(wanted)))
         except TypeError as error:
             text = str(error)
             if (
@@ -221,7 +230,7 @@ def parse_casts(dtype: Mapping[Any, Any]) -> Casts:
                 and not has.startswith((">", "<"))
             ):
                 kinds = ", ".join(map(repr, KINDS))
-                text = f"{has!r} is neither a dtype nor one of the kinds {kinds}{nearest(has, KINDS)}"
+                text = f"{has!r} is neither a dtype nor one of the kinds {kinds}{nearest(has, (*KINDS, *DTYPES))}"
             raise TypeError(f"dtype={dict(dtype)!r}: {text.removeprefix('dtype=')}") from None
     return Casts(tuple(found))
 

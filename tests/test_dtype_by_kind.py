@@ -218,6 +218,10 @@ def test_an_empty_mapping_casts_nothing():
         ({"float64": "flaot32"}, "dtype={'float64': 'flaot32'}: 'flaot32' is not an element type"),
         ({"float64": "real floating"}, "'real floating' is not an element type"),
         ({"float64": None}, "None is not an element type"),
+        ({"bf16": "float32"}, "'numeric'; did you mean 'bfloat16'?"),
+        ({"flaot64": "float32"}, "'numeric'; did you mean 'float64'?"),
+        ({("float64", "int8"): "float32"}, "'float32'}: ('float64', 'int8') is not an element type"),
+        ({np.generic: "float32"}, "<class 'numpy.generic'> is not an element type"),
         ({">f8": "float32"}, "ask for 'float64'"),
     ],
 )
@@ -225,6 +229,30 @@ def test_a_mapping_that_makes_no_sense_is_refused(dtype, text):
     with pytest.raises(TypeError) as caught:
         tb.tree.to_torch(BATCH, dtype=dtype)
     assert text in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("cls", "kind"),
+    [
+        (np.signedinteger, "signed integer"),
+        (np.unsignedinteger, "unsigned integer"),
+        (np.integer, "integral"),
+        (np.floating, "real floating"),
+        (np.complexfloating, "complex floating"),
+        (np.number, "numeric"),
+    ],
+)
+def test_abstract_types_of_numpy_are_kinds(cls, kind):
+    for x in BATCH["obs"], np.arange(2), np.arange(2, dtype="uint8"), np.ones(2, "complex64"):
+        meant = tb.plan(x, "torch", dtype={kind: "complex128"})
+        assert tb.plan(x, "torch", dtype={cls: "complex128"}) == meant
+
+
+@pytest.mark.parametrize("dtype", [("float64", "int8"), ("V8", "V16")])
+def test_a_tuple_is_no_dtype(dtype):
+    """NumPy raises a ValueError of its own for some."""
+    with pytest.raises(TypeError, match="is not an element type"):
+        tb.to_numpy(np.zeros(2), dtype=dtype)
 
 
 def test_the_callers_mapping_is_read_when_it_is_given():
