@@ -59,12 +59,12 @@ def _table(x: Any, wanted: str | None) -> Any:
         a = _shared(x)
         return a if a is not None else Joined(x.shape, plain, lambda: np.array(x), _BESIDE)
     parts, names = [], []
-    for name, column in _missing.named_columns(x):
+    for place, (name, column) in enumerate(_missing.named_columns(x)):
         try:
             parts.append(_COLUMN[_missing.library(column, "column")](column))
         except Obstacle as obstacle:
             obstacle.what = f"{type(x).__name__}, column {name!r}: {obstacle.what}"
-            raise
+            raise obstacle.cured(obstacle.refusal.cure + others_refused(x, place)) from None
         names.append(name)
     if not parts:
         raise Obstacle("empty list", type(x).__name__, "a table without columns has no dtype")
@@ -86,6 +86,24 @@ def _table(x: Any, wanted: str | None) -> Any:
         if a is not None:
             return a
     return Joined(shape, parts[0].dtype, lambda: np.stack([_arrow.made(part) for part in parts], axis=1), _BESIDE)
+
+
+_FEW = 4
+
+
+def others_refused(x: Any, place: int) -> str:
+    """The columns of a table, beside that at `place`, of which there are no arrays: a line of its error, or nothing."""
+    found = []
+    for i, (name, column) in enumerate(_missing.named_columns(x)):
+        try:
+            if i != place:
+                _COLUMN[_missing.library(column, "column")](column)
+        except Obstacle:
+            count = _missing.count(column)
+            said = _missing.shorten(column.type if hasattr(column, "type") else column.dtype)
+            found.append(f"{name!r} ({said}{f', {count} missing value' * bool(count)}{'s' * (count > 1)})")
+    more = f" and {len(found) - _FEW} more" * (len(found) > _FEW)
+    return f"\nOther columns of this table that cannot be converted: {', '.join(found[:_FEW])}{more}." * bool(found)
 
 
 def _plain_dtype(x: Any) -> Any:

@@ -13,9 +13,10 @@ from typing import Any
 import numpy as np
 
 from tensorbridge import _lanes, _readonly
+from tensorbridge._adapters import _columns, _missing
 from tensorbridge._array import SMALL, ArrayInfo, c_strides
 from tensorbridge._convert import Case, judged
-from tensorbridge._errors import BridgeError
+from tensorbridge._errors import BridgeError, UnsupportedArrayError
 from tensorbridge._step import Want
 from tensorbridge._trees._walk import Flat
 
@@ -30,6 +31,9 @@ def name(error: Exception, flat: Flat, place: int) -> None:
         if lacks and "dtype=" not in text[: lacks.start()]:
             casts = f'dtype={{"{lacks[1]}": "{lacks[2]}"}}'
             text += f"\nIn a tree that casts every array: {casts} casts those of this dtype alone."
+        node, child = flat.around(place)
+        if isinstance(error, UnsupportedArrayError) and _missing.library(node, "table"):
+            text += _columns.others_refused(node, child)
         error.args = (f"{flat.path(place)}: {text}",)
 
 

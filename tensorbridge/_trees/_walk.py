@@ -40,8 +40,16 @@ class Flat(NamedTuple):
 
     def path(self, leaf: int) -> str:
         """How a person writes the way to a leaf: ``batch['obs'][1].mask``."""
-        number = next(n for n, f in enumerate(self.frames) if f.first <= leaf < f.first + f.size)
+        number = self._frame_of(leaf)
         return self.way(number) + _leaf_name(self.frames[number], leaf - self.frames[number].first)
+
+    def around(self, leaf: int) -> tuple[Any, int]:
+        """The container that a leaf lies in, and its place among the children."""
+        frame = self.frames[self._frame_of(leaf)]
+        return frame.node, _place(frame, leaf - frame.first)
+
+    def _frame_of(self, leaf: int) -> int:
+        return next(n for n, f in enumerate(self.frames) if f.first <= leaf < f.first + f.size)
 
     def paths(self) -> list[str]:
         """The ways to all leaves."""
@@ -91,7 +99,11 @@ class Flat(NamedTuple):
 
 
 def _leaf_name(frame: Frame, i: int) -> str:
-    return frame.kind.name(frame.node, frame.keys, i if frame.where is None else frame.where[i])
+    return frame.kind.name(frame.node, frame.keys, _place(frame, i))
+
+
+def _place(frame: Frame, i: int) -> int:
+    return i if frame.where is None else frame.where[i]
 
 
 def flatten(tree: Any, *, everything: bool = False) -> Flat:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import datetime
 from typing import Any
 
 import numpy as np
@@ -188,6 +189,56 @@ def test_deeper_lists_are_deeper_arrays():
 def test_ragged_null_and_other_columns_are_refused_by_name(column, text):
     with pytest.raises(tb.UnsupportedArrayError, match=rf"^batch\['t'\]\['x'\]: .*{text}"):
         tree.to_torch({"t": pa.table({"x": column})})
+
+
+TEXT = ["a", "b"]
+WHEN = [datetime.date(2020, 1, 1), None]
+SEVERAL = {
+    "pandas": (
+        lambda: pd.DataFrame(
+            {
+                "n": [1, 2],
+                "t": TEXT,
+                "c": pd.Series(TEXT, dtype="category"),
+                "i": pd.Series([1, None], dtype="Int64"),
+                "d": pd.Series(pd.to_datetime(WHEN)).astype("datetime64[s]"),
+                "o": [{}, {}],
+                "u": TEXT,
+            }
+        ),
+        "'c' (category), 'i' (Int64, 1 missing value), 'd' (datetime64[s], 1 missing value), 'o' (object) and 1 more.",
+    ),
+    "arrow": (
+        lambda: pa.table({"n": [1, 2], "t": TEXT, "i": [1, None], "d": WHEN}),
+        "'i' (int64, 1 missing value), 'd' (date32[day], 1 missing value).",
+    ),
+    "polars": (
+        lambda: pl.DataFrame({"n": [1, 2], "t": TEXT, "i": [None, None]}),
+        "'i' (Null, 2 missing values).",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SEVERAL)
+def test_all_columns_that_cannot_be_converted_are_named_in_one_error(name):
+    make, rest = SEVERAL[name]
+    x = make()
+    for convert, where in (
+        (tb.to_torch, f"to_torch: {type(x).__name__}, column 't': "),
+        (lambda x: tree.to_torch({"x": x}), "batch['x']['t']: to_torch: "),
+    ):
+        with pytest.raises(tb.UnsupportedArrayError) as caught:
+            convert(x)
+        first, _, last = str(caught.value).splitlines()
+        assert first.startswith(where)
+        assert last == f"Other columns of this table that cannot be converted: {rest}"
+
+
+def test_a_refused_copy_of_a_column_names_no_others():
+    x = pd.DataFrame({"n": pd.Series([1, 2], dtype="category"), "t": TEXT})
+    with pytest.raises(tb.CopyRequiredError) as caught:
+        tree.to_torch(x, copy=False)
+    assert "Other columns" not in str(caught.value)
 
 
 def test_empty_tables():
