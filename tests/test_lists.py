@@ -176,6 +176,15 @@ def test_the_cure_of_a_mixed_list_drops_no_imaginary_part(narrow, dtype):
     assert cured([x[0], np.ones(2, "complex64")], tb.to_torch, dtype=dtype).dtype.is_complex
 
 
+@pytest.mark.parametrize("depth", [1, 2, 3, 4])
+def test_the_cure_of_lists_in_lists_reaches_their_parts(depth):
+    x = [[torch.tensor(1.5), 2], [3, torch.tensor(4)]]
+    expected = np.array([[1.5, 2], [3, 4]])
+    for _ in range(depth - 1):
+        x, expected = [x, x], np.stack([expected, expected])
+    assert np.array_equal(cured(x, tb.to_torch, dtype="float32"), expected)
+
+
 def test_numbers_beside_arrays_that_have_axes_are_not_told_to_be_converted_one_by_one():
     with pytest.raises(tb.UnsupportedArrayError, match=r"of different shapes: \(\), \(2,\)\.\nPad the parts"):
         tb.to_torch([torch.zeros(2), 1.0])

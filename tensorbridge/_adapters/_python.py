@@ -136,7 +136,7 @@ def _arrays(outer: tuple[int, ...], leaves: Sequence[Any], want: Want) -> tuple[
         detail = "it holds both numbers and arrays"
         if len(shapes) > 1:
             raise Obstacle("ragged", what, f"{detail}, of different shapes: {_first(map(shape_text, sorted(shapes)))}")
-        raise Obstacle("mixed list", what, detail).cured(_one_by_one(kinds, want))
+        raise Obstacle("mixed list", what, detail).cured(_one_by_one(kinds, want, len(outer)))
     if len(shapes) > 1:
         raise _ragged(leaves, map(shape_text, sorted(shapes)))
     frameworks = {t.framework if t.framework in ("torch", "cupy") else "numpy" for t, _ in kinds}
@@ -152,7 +152,7 @@ def _arrays(outer: tuple[int, ...], leaves: Sequence[Any], want: Want) -> tuple[
     ):
         if len(values) > 1 and not (name == "dtypes" and mixed):
             detail = f"its parts have different {name}: {', '.join(sorted(values))}"
-            raise Obstacle("mixed list", what, detail).cured(_one_by_one(kinds, want))
+            raise Obstacle("mixed list", what, detail).cured(_one_by_one(kinds, want, len(outer)))
     first = kinds[0][0]
     if first.device != CPU and first.framework not in ("torch", "cupy"):
         raise Obstacle("mixed list", what, "device arrays of other libraries are not stacked")
@@ -193,8 +193,8 @@ def common_dtype(dtypes: Iterable[str], framework: str = "numpy") -> str:
     return "complex128" if any(map(_dtypes.is_complex, dtypes)) else "float64"
 
 
-def _one_by_one(kinds: list[tuple[Traits, ArrayInfo]], want: Want) -> str:
-    """What helps a list of arrays of several kinds: to bring each to one framework, device and dtype."""
+def _one_by_one(kinds: list[tuple[Traits, ArrayInfo]], want: Want, depth: int) -> str:
+    """What helps arrays of several kinds, so many lists deep: to bring each to one framework, device and dtype."""
     dtypes, devices = {t.dtype.lstrip(">") for t, _ in kinds}, {t.device for t, _ in kinds}
     wanted = want.out.dtype.lstrip(">") if want.out is not None else want.dtype
     common = common_dtype(dtypes, want.framework)
@@ -208,8 +208,11 @@ def _one_by_one(kinds: list[tuple[Traits, ArrayInfo]], want: Want) -> str:
     if frameworks == {"numpy"} and len(devices) == 1 and not numbers:
         return f'Say dtype="{wanted}".'
     via = "to_{framework}" if len(devices) == 1 else "to_numpy"
-    part = f'{via}(part, dtype="{wanted}")' if wanted else f"{via}(part)"
-    return f"Bring them to one first: to_{{framework}}([{part} for part in x])."
+    made = f'{via}(part, dtype="{wanted}")' if wanted else f"{via}(part)"
+    names = ["part", "row", *(f"rows{n or ''}" for n in range(depth))][:depth]
+    for name, around in zip(names, [*names[1:], "x"], strict=True):
+        made = f"[{made} for {name} in {around}]"
+    return f"Bring them to one first: to_{{framework}}({made})."
 
 
 def _ragged(parts: Sequence[Any], shapes: Any) -> Obstacle:
