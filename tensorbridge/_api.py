@@ -13,7 +13,7 @@ from tensorbridge._convert import convert, described, planned
 from tensorbridge._eager import eager, noticing
 from tensorbridge._loaded import Named
 from tensorbridge._memory import infos_share
-from tensorbridge._options import PlanOptions, Unpack
+from tensorbridge._options import DeviceLike, DtypeLike, PlanOptions, Unpack, UntypedDtype
 from tensorbridge._remember import remembering
 from tensorbridge._step import Plan
 
@@ -29,45 +29,31 @@ _Scalar = TypeVar("_Scalar", bound=np.generic)
 
 @overload
 def to_numpy(
-    x: Any, *, dtype: Any = ..., copy: bool | None = ..., writable: bool | None = ..., detach: bool = ..., out: _Out
-) -> _Out: ...
+    x: Any, *, dtype: DtypeLike | None = ..., copy: bool | None = ..., writable: bool | None = ...,
+    detach: bool = ..., out: _Out,
+) -> _Out: ...  # fmt: skip
 @overload
 def to_numpy(
-    x: NDArray[_Scalar],
-    *,
-    dtype: None = ...,
-    copy: bool | None = ...,
-    writable: bool | None = ...,
-    detach: bool = ...,
-    out: None = ...,
-) -> NDArray[_Scalar]: ...
+    x: NDArray[_Scalar], *, dtype: None = ..., copy: bool | None = ..., writable: bool | None = ...,
+    detach: bool = ..., out: None = ...,
+) -> NDArray[_Scalar]: ...  # fmt: skip
 @overload
 def to_numpy(
-    x: Any,
-    *,
-    dtype: type[_Scalar] | np.dtype[_Scalar],
-    copy: bool | None = ...,
-    writable: bool | None = ...,
-    detach: bool = ...,
-    out: None = ...,
-) -> NDArray[_Scalar]: ...
+    x: Any, *, dtype: type[_Scalar] | np.dtype[_Scalar], copy: bool | None = ..., writable: bool | None = ...,
+    detach: bool = ..., out: None = ...,
+) -> NDArray[_Scalar]: ...  # fmt: skip
 @overload
 def to_numpy(
-    x: Any,
-    *,
-    dtype: Any = ...,
-    copy: bool | None = ...,
-    writable: bool | None = ...,
-    detach: bool = ...,
-    out: None = ...,
-) -> NDArray[Any]: ...
+    x: Any, *, dtype: UntypedDtype | None = ..., copy: bool | None = ..., writable: bool | None = ...,
+    detach: bool = ..., out: None = ...,
+) -> NDArray[Any]: ...  # fmt: skip
 @_lanes.plain_tensor_to_numpy
 @remembering
 @eager
 def to_numpy(
     x: Any,
     *,
-    dtype: Any = None,
+    dtype: DtypeLike | None = None,
     copy: bool | None = None,
     writable: bool | None = None,
     detach: bool = True,
@@ -141,8 +127,8 @@ def to_numpy(
 def to_torch(
     x: Any,
     *,
-    device: Any = None,
-    dtype: Any = None,
+    device: DeviceLike | None = None,
+    dtype: DtypeLike | None = None,
     copy: bool | None = None,
     share_readonly: bool = False,
     detach: bool = False,
@@ -230,8 +216,8 @@ def to_torch(
 def to_cupy(
     x: Any,
     *,
-    device: Any = None,
-    dtype: Any = None,
+    device: DeviceLike | None = None,
+    dtype: DtypeLike | None = None,
     copy: bool | None = None,
     share_readonly: bool = False,
     detach: bool = True,

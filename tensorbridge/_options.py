@@ -27,12 +27,49 @@ elif TYPE_CHECKING:
 else:
     Unpack = dict  # what reads hints there finds a type
 
+if TYPE_CHECKING:
+    from typing import Protocol, TypeAlias
+
+    import numpy as np
+
+    # The types of torch and CuPy by what they have: where one is not installed, it would make all the others unknown.
+    class _TorchDtype(Protocol):
+        @property
+        def is_floating_point(self) -> bool: ...
+
+    class _TorchDevice(Protocol):
+        @property
+        def type(self) -> str: ...
+        @property
+        def index(self) -> int: ...
+
+    class _CupyDevice(Protocol):
+        @property
+        def id(self) -> int: ...
+
+    class _HasDtype(Protocol):
+        @property
+        def dtype(self) -> np.dtype[Any]: ...
+
+    class _HasNumpyDtype(Protocol):
+        @property
+        def __numpy_dtype__(self) -> np.dtype[Any]: ...
+
+    _Number: TypeAlias = type[bool] | type[int] | type[float] | type[complex]
+    _OfNumpy: TypeAlias = tuple[Any, ...] | list[Any] | _HasDtype | _HasNumpyDtype  # as in its own DTypeLike
+    # Of which no type checker reads a scalar type; without NumPy's, which is none here where it does not fit.
+    UntypedDtype: TypeAlias = str | _Number | _TorchDtype | Mapping[Any, Any] | _OfNumpy
+    DtypeLike: TypeAlias = type[Any] | np.dtype[Any] | UntypedDtype
+    DeviceLike: TypeAlias = str | int | _TorchDevice | _CupyDevice
+else:
+    UntypedDtype = DtypeLike = DeviceLike = Any  # where hints are read: torch is not imported for one
+
 
 class PlanOptions(TypedDict, total=False):
     """Those of all conversions. Which of them one has, is asked when it is planned."""
 
-    device: Any
-    dtype: Any
+    device: DeviceLike | None
+    dtype: DtypeLike | None
     copy: bool | None
     writable: bool | None
     share_readonly: bool

@@ -129,7 +129,7 @@ SNIPPET = """
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import DTypeLike, NDArray
 from typing_extensions import assert_type
 
 import tensorbridge as tb
@@ -146,6 +146,34 @@ filled: np.ndarray[tuple[int], np.dtype[np.int16]] = tb.to_numpy(x, out=out)
 assert_type(tb.plan(x, "torch").steps[0].nbytes, int)
 assert_type(tb.describe(x).device, tb.Device)
 assert_type(tb.shares_memory(x, x), bool)
+single = np.zeros(3, np.float32)
+wrong: NDArray[np.int64] = tb.to_numpy(x, dtype=np.float32)  # type: ignore[arg-type]
+wrong = tb.to_numpy(single, dtype=np.dtype(np.float32))  # type: ignore[arg-type]
+right: NDArray[np.int64] = tb.to_numpy(x, dtype="int64")
+wider: NDArray[np.floating[Any]] = tb.to_numpy(x, dtype=np.float32)
+
+
+def what_is_taken(
+    name: str | None, any_numpy: np.dtype[Any], a_type: type[np.generic], like: DTypeLike, device: tb.Device
+) -> None:
+    assert_type(tb.to_numpy(x, dtype=x.dtype), NDArray[Any])
+    assert_type(tb.to_numpy(single, dtype=name), NDArray[Any])
+    assert_type(tb.to_numpy(single, dtype=any_numpy), NDArray[Any])
+    assert_type(tb.to_numpy(x, dtype=like), NDArray[Any])
+    assert_type(tb.to_numpy(x, dtype=float), NDArray[Any])
+    assert_type(tb.to_numpy(x, dtype={np.float64: "float32", "bool": int}), NDArray[Any])
+    tb.to_torch(x, dtype=a_type, device=device)
+    tb.to_cupy(x, dtype=like, device=0)
+    tb.tree.to_numpy(x, dtype={"real floating": np.float32})
+    tb.tree.to_torch(x, dtype=bool, device=x.device)
+    tb.prefetch([x], dtype=like, device=None)
+    tb.plan(x, "torch", dtype=any_numpy, device="cuda:1")
+
+
+tb.to_torch(x, dtype=32)  # type: ignore[arg-type]
+tb.to_torch(x, device=b"cpu")  # type: ignore[arg-type]
+tb.tree.to_torch(x, device=1.0)  # type: ignore[arg-type]
+tb.prefetch([x], dtype=32)  # type: ignore[arg-type]
 tb.plan(x, "jax")  # type: ignore[arg-type]
 tb.plan(x, "torch", cpy=False)  # type: ignore[call-arg]
 tb.plan(x, "torch", copy="no")  # type: ignore[arg-type]

@@ -19,6 +19,7 @@ from tensorbridge._background._worker import Failure, Worker, dropped, end_reade
 from tensorbridge._cuda import _streams
 from tensorbridge._eager import eager, is_inside, noticing
 from tensorbridge._errors import DeviceError
+from tensorbridge._options import DeviceLike, DtypeLike
 from tensorbridge._step import Want
 from tensorbridge._trees import _tables
 
@@ -31,10 +32,10 @@ def prefetch(
     batches: Iterable[_T],
     *,
     to: Literal["numpy", "torch", "cupy"] = "torch",
-    device: Any = _USUAL,
+    device: DeviceLike | None = _USUAL,
     depth: int = 2,
     transform: Callable[[_T], Any] | None = None,
-    dtype: Any = None,
+    dtype: DtypeLike | None = None,
     copy: bool | None = None,
 ) -> Prefetch:
     """Return an iterator over `batches`, converted and on their device before they are asked for.

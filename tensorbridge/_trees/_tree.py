@@ -9,7 +9,7 @@ from typing import Any, Literal, NamedTuple
 from tensorbridge import _eager, _options
 from tensorbridge._adapters import is_scalar
 from tensorbridge._array import ArrayInfo, Traits
-from tensorbridge._options import PlanOptions, Unpack
+from tensorbridge._options import DeviceLike, DtypeLike, PlanOptions, Unpack
 from tensorbridge._step import Plan, bytes_text, step_lines
 from tensorbridge._trees._containers import check_known, is_array, may_hold_arrays
 from tensorbridge._trees._fill import aligned, checked
@@ -23,7 +23,7 @@ from tensorbridge._trees._walk import flatten
 def to_numpy(
     tree: Any,
     *,
-    dtype: Any = None,
+    dtype: DtypeLike | None = None,
     copy: bool | None = None,
     writable: bool | None = None,
     detach: bool = True,
@@ -83,8 +83,8 @@ def to_numpy(
 def to_torch(
     tree: Any,
     *,
-    device: Any = None,
-    dtype: Any = None,
+    device: DeviceLike | None = None,
+    dtype: DtypeLike | None = None,
     copy: bool | None = None,
     share_readonly: bool = False,
     detach: bool = False,
@@ -141,8 +141,8 @@ def to_torch(
 def to_cupy(
     tree: Any,
     *,
-    device: Any = None,
-    dtype: Any = None,
+    device: DeviceLike | None = None,
+    dtype: DtypeLike | None = None,
     copy: bool | None = None,
     share_readonly: bool = False,
     detach: bool = True,
