@@ -126,7 +126,8 @@ def test_steps_that_a_plan_may_show_are_all_named_where_a_step_is_documented():
 # -- Types
 
 SNIPPET = """
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, TypedDict
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
@@ -170,9 +171,31 @@ def what_is_taken(
     tb.plan(x, "torch", dtype=any_numpy, device="cuda:1")
 
 
+class Batch(TypedDict):
+    image: NDArray[np.float32]
+
+
+@dataclass
+class Pair:
+    first: NDArray[np.float32]
+
+
+def what_is_filled(batch: Batch, pair: Pair, sizes: dict[str, list[int]], other: object, maybe: Pair | None) -> Pair:
+    assert_type(tb.tree.to_numpy(x, out=batch), Batch)
+    assert_type(tb.tree.to_torch(x, device="cpu", out=pair), Pair)
+    assert_type(tb.tree.to_cupy(x, out=sizes), dict[str, list[int]])
+    assert_type(tb.tree.to_numpy(x, out=other), Any)
+    assert_type(tb.tree.to_numpy(x, out=None), Any)
+    assert_type(tb.tree.to_numpy({"x": batch}), Any)
+    named: dict[str, NDArray[Any]] = tb.tree.to_numpy(x, out=x)
+    wrong: Batch = tb.tree.to_numpy(x, out=pair)  # type: ignore[assignment]
+    made: Pair = tb.tree.to_numpy(x, out=maybe)
+    return made
+
+
 tb.to_torch(x, dtype=32)  # type: ignore[arg-type]
 tb.to_torch(x, device=b"cpu")  # type: ignore[arg-type]
-tb.tree.to_torch(x, device=1.0)  # type: ignore[arg-type]
+tb.tree.to_torch(x, device=1.0)  # type: ignore[call-overload]
 tb.prefetch([x], dtype=32)  # type: ignore[arg-type]
 tb.plan(x, "jax")  # type: ignore[arg-type]
 tb.plan(x, "torch", cpy=False)  # type: ignore[call-arg]

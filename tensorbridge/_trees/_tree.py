@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar, overload
 
 from tensorbridge import _eager, _options
 from tensorbridge._adapters import is_scalar
@@ -18,7 +18,30 @@ from tensorbridge._trees._leaves import blocks_of, check_pack, converted, outsid
 from tensorbridge._trees._pack import Block
 from tensorbridge._trees._walk import flatten
 
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+    from typing import ClassVar, Protocol
 
+    from numpy.typing import NDArray
+
+    class _Dataclass(Protocol):
+        __dataclass_fields__: ClassVar[dict[str, Any]]
+
+
+# Not any type: one that None is not, so that an `out` that may be None gives what a call without it gives.
+_Out = TypeVar("_Out", bound="Mapping[Any, Any] | Sequence[Any] | NDArray[Any] | _Dataclass")
+
+
+@overload
+def to_numpy(
+    tree: Any, *, dtype: DtypeLike | None = ..., copy: bool | None = ..., writable: bool | None = ...,
+    detach: bool = ..., out: _Out, pack: bool = ...,
+) -> _Out: ...  # fmt: skip
+@overload
+def to_numpy(
+    tree: Any, *, dtype: DtypeLike | None = ..., copy: bool | None = ..., writable: bool | None = ...,
+    detach: bool = ..., out: Any = ..., pack: bool = ...,
+) -> Any: ...  # fmt: skip
 @_eager.noticing
 def to_numpy(
     tree: Any,
@@ -79,6 +102,18 @@ def to_numpy(
     return converted(tree, want, out=out, pack=pack)
 
 
+@overload
+def to_torch(
+    tree: Any, *, device: DeviceLike | None = ..., dtype: DtypeLike | None = ..., copy: bool | None = ...,
+    share_readonly: bool = ..., detach: bool = ..., pin_memory: bool = ..., non_blocking: bool = ...,
+    out: _Out, pack: bool = ...,
+) -> _Out: ...  # fmt: skip
+@overload
+def to_torch(
+    tree: Any, *, device: DeviceLike | None = ..., dtype: DtypeLike | None = ..., copy: bool | None = ...,
+    share_readonly: bool = ..., detach: bool = ..., pin_memory: bool = ..., non_blocking: bool = ...,
+    out: Any = ..., pack: bool = ...,
+) -> Any: ...  # fmt: skip
 @_eager.noticing
 def to_torch(
     tree: Any,
@@ -137,6 +172,18 @@ def to_torch(
     return converted(tree, want, out=out, pack=pack)
 
 
+@overload
+def to_cupy(
+    tree: Any, *, device: DeviceLike | None = ..., dtype: DtypeLike | None = ..., copy: bool | None = ...,
+    share_readonly: bool = ..., detach: bool = ..., non_blocking: bool = ...,
+    out: _Out, pack: bool = ...,
+) -> _Out: ...  # fmt: skip
+@overload
+def to_cupy(
+    tree: Any, *, device: DeviceLike | None = ..., dtype: DtypeLike | None = ..., copy: bool | None = ...,
+    share_readonly: bool = ..., detach: bool = ..., non_blocking: bool = ...,
+    out: Any = ..., pack: bool = ...,
+) -> Any: ...  # fmt: skip
 @_eager.eager
 def to_cupy(
     tree: Any,
