@@ -193,6 +193,25 @@ def what_is_filled(batch: Batch, pair: Pair, sizes: dict[str, list[int]], other:
     return made
 
 
+async def what_is_made_ahead(source: list[Any], wrong: tb.Prefetch[int], alone: tb.Prefetch) -> None:
+    batches: tb.Prefetch[Batch] = tb.prefetch(source)
+    with batches as ready:
+        for batch in ready:
+            assert_type(batch, Batch)
+    assert_type(next(batches), Batch)
+    wider: tb.Prefetch[object] = batches
+    wrong = batches  # type: ignore[assignment]
+    assert_type(next(alone), Any)
+    transfer: tb.Transfer[NDArray[np.float32]] = tb.to_numpy_async(x)
+    assert_type(transfer.result(1.0), NDArray[np.float32])
+    assert_type(await transfer, NDArray[np.float32])
+    assert_type(tb.to_numpy_async(x).result(), Any)
+
+
+def what_is_made(transfer: tb.Transfer) -> Any:
+    return transfer.result()
+
+
 tb.to_torch(x, dtype=32)  # type: ignore[arg-type]
 tb.to_torch(x, device=b"cpu")  # type: ignore[arg-type]
 tb.tree.to_torch(x, device=1.0)  # type: ignore[call-overload]
@@ -250,6 +269,13 @@ def test_hints_can_be_read_where_the_program_runs(name, x):
         assert hints["return"] is importlib.import_module("torch").Tensor
     if name == "tensorbridge.to_cupy":
         assert hints["return"] is getattr(sys.modules.get("cupy"), "ndarray", Any)
+
+
+def test_what_is_made_ahead_can_be_named_with_its_type_where_the_program_runs():
+    for generic in (tb.Prefetch, tb.Transfer):
+        assert typing.get_origin(generic[int]) is generic
+        assert typing.get_args(generic[int]) == (int,)
+    assert not hasattr(tb.to_numpy_async([1.0]), "__dict__")
 
 
 def test_package_says_that_it_is_typed():

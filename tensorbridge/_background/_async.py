@@ -14,7 +14,7 @@ import threading
 from collections.abc import Callable, Generator
 from contextlib import ExitStack
 from inspect import unwrap
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from tensorbridge import _api, _convert, _dtypes, _forks, _watch, tree
 from tensorbridge._array import CPU, ArrayInfo, by_stride
@@ -30,11 +30,17 @@ from tensorbridge._trees._walk import flatten
 if TYPE_CHECKING:
     from concurrent.futures import Future, ThreadPoolExecutor
 
+    from typing_extensions import TypeVar as TypeVarWithDefault
+
+    _Made_co = TypeVarWithDefault("_Made_co", covariant=True, default=Any)  # `Transfer` alone is one of anything
+else:
+    _Made_co = TypeVar("_Made_co", covariant=True)
+
 _worker: ThreadPoolExecutor | None = None
 _lock = threading.Lock()
 
 
-class Transfer:
+class Transfer(Generic[_Made_co]):
     """Arrays on their way to the host. They cannot be reached before their bytes are there.
 
     In a coroutine, ``await transfer`` waits for them without holding up the event loop; a wait that is cancelled does
@@ -43,7 +49,7 @@ class Transfer:
 
     __slots__ = ("_future", "_process")
 
-    def __init__(self, future: Future[Any]) -> None:
+    def __init__(self, future: Future[_Made_co]) -> None:
         self._future, self._process = future, os.getpid()
 
     @eager
@@ -52,7 +58,7 @@ class Transfer:
         return self._future.done()
 
     @eager
-    def result(self, timeout: float | None = None) -> Any:
+    def result(self, timeout: float | None = None) -> _Made_co:
         """The arrays, waited for.
 
         Raises
@@ -77,7 +83,7 @@ class Transfer:
             del self  # an error's traceback holds this frame, and the future the error
 
     @eager
-    def __await__(self) -> Generator[Any, None, Any]:
+    def __await__(self) -> Generator[Any, None, _Made_co]:
         import asyncio
 
         self._refuse_fork()
@@ -95,7 +101,7 @@ class Transfer:
 
 
 @noticing
-def to_numpy_async(x: Any, *, pinned: bool = False) -> Transfer:
+def to_numpy_async(x: Any, *, pinned: bool = False) -> Transfer[Any]:
     """Start to bring `x` to the host, and return at once.
 
     Do not write to `x` before the transfer is done: its bytes are read meanwhile. It may be dropped: it is kept.
@@ -161,7 +167,7 @@ def to_numpy_async(x: Any, *, pinned: bool = False) -> Transfer:
         return _done(error=error)
 
 
-def _done(*, result: Any = None, error: Exception | None = None) -> Transfer:
+def _done(*, result: Any = None, error: Exception | None = None) -> Transfer[Any]:
     """Made here, where no traceback of `error` comes by: it would hold the future, which holds `error`."""
     from concurrent.futures import Future
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sized
-from typing import Any, Literal, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, TypeVar
 
 from tensorbridge import _options, _watch
 from tensorbridge._array import CPU, Device, Traits
@@ -23,6 +23,12 @@ from tensorbridge._options import DeviceLike, DtypeLike
 from tensorbridge._step import Want
 from tensorbridge._trees import _tables
 
+if TYPE_CHECKING:  # without a batch in brackets it is of any: as an annotation, `Prefetch` alone is no error
+    from typing_extensions import TypeVar as TypeVarWithDefault
+
+    _Batch_co = TypeVarWithDefault("_Batch_co", covariant=True, default=Any)
+else:
+    _Batch_co = TypeVar("_Batch_co", covariant=True)
 _T = TypeVar("_T")
 _USUAL = Device("cuda")  # by its identity told from a "cuda" that is given
 
@@ -37,7 +43,7 @@ def prefetch(
     transform: Callable[[_T], Any] | None = None,
     dtype: DtypeLike | None = None,
     copy: bool | None = None,
-) -> Prefetch:
+) -> Prefetch[Any]:
     """Return an iterator over `batches`, converted and on their device before they are asked for.
 
     Parameters
@@ -101,7 +107,7 @@ def prefetch(
     source = _iterator(batches)
     road = road_for(want)
     worker = Worker(batches, source, depth, transform, want, road, _watch._caller()[0])
-    iterator = Prefetch(worker, road, batches, again=source is not batches)
+    iterator: Prefetch[Any] = Prefetch(worker, road, batches, again=source is not batches)
     worker.start()
     return iterator
 
@@ -148,7 +154,7 @@ def _want(to: str, device: Any, depth: int, transform: Any, dtype: Any, copy: An
         raise
 
 
-class Prefetch(Iterator[Any]):
+class Prefetch(Iterator[_Batch_co]):
     """Batches that were read and converted ahead. Made by `prefetch`; ``close()`` it, or use it in a ``with`` block."""
 
     def __init__(self, worker: Worker, road: Host, batches: Iterable[Any], again: bool) -> None:
@@ -163,14 +169,14 @@ class Prefetch(Iterator[Any]):
         return f"<tensorbridge.Prefetch of {self._source}{', used up' * self._used_up}>"
 
     @eager
-    def __iter__(self) -> Prefetch:
+    def __iter__(self) -> Prefetch[_Batch_co]:
         if self._used_up and self._again:
             text = f"prefetch: this iterator is used up and gives no batch; call {self._again} again for another loop"
             _watch.warn(text, UserWarning)
         return self
 
     @eager
-    def __next__(self) -> Any:
+    def __next__(self) -> _Batch_co:
         if self._worker is threading.current_thread():
             text = "prefetch: its own source or transform asks for the next batch, which would wait for itself"
             raise RuntimeError(f"{text}; read ahead in the source")
@@ -186,7 +192,7 @@ class Prefetch(Iterator[Any]):
                 del item  # the traceback holds this frame
                 self.close()  # what the source raises at its end has the failure as its context
         try:
-            return self._road.handed_over(item)
+            return self._road.handed_over(item)  # type: ignore[no-any-return]
         except BaseException:  # it ends the iteration, as one of the worker's; none is left out
             self.close()
             raise
@@ -215,7 +221,7 @@ class Prefetch(Iterator[Any]):
         text = "prefetch: an iterator over batches cannot be copied or pickled: one thread of this process fills it"
         raise TypeError(f"{text}; call prefetch where the batches are used")
 
-    def __enter__(self) -> Prefetch:
+    def __enter__(self) -> Prefetch[_Batch_co]:
         return self
 
     def __exit__(self, *exc: object) -> None:
