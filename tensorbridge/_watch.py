@@ -27,7 +27,8 @@ from tensorbridge._step import Plan, bytes_text, cure_of, step_lines
 _F = TypeVar("_F", bound=Callable[..., Any])
 Mode: TypeAlias = Literal["error", "warn", "allow"]
 MODES: tuple[Mode, ...] = get_args(Mode)
-KINDS = ("h2h", "h2d", "d2h", "d2d")
+Kind: TypeAlias = Literal["h2h", "h2d", "d2h", "d2d"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
 
 # Guards that a context holds, and open traces, by identity: what a conversion asks first, and all that it pays when
 # there is none. No lock: a finalizer or a signal handler may open or end one at any time, each by one operation.
@@ -145,14 +146,14 @@ class copy_guard(ContextDecorator):
     Allow it with copy_guard("allow") around this call, or share x, the argument, as it lies, values in opposite order: to_torch(x[::-1]).
     """  # noqa: E501
 
-    def __init__(self, mode: Mode, *, min_bytes: int = 0, kinds: Iterable[str] | None = None) -> None:
+    def __init__(self, mode: Mode, *, min_bytes: int = 0, kinds: Kind | Iterable[Kind] | None = None) -> None:
         if mode not in MODES:
             raise ValueError(f'copy_guard({mode!r}): choose "error", "warn" or "allow"{nearest(mode, MODES)}')
         if isinstance(min_bytes, bool) or not isinstance(min_bytes, int):
             raise TypeError(f"copy_guard(min_bytes={min_bytes!r}): a number of bytes, as an int")
         if min_bytes < 0:
             raise ValueError(f"copy_guard(min_bytes={min_bytes}): a number of bytes from 0")
-        chosen = frozenset([kinds] if isinstance(kinds, str) else KINDS if kinds is None else kinds)
+        chosen: frozenset[str] = frozenset([kinds] if isinstance(kinds, str) else KINDS if kinds is None else kinds)
         if not chosen <= set(KINDS):
             raise ValueError(f"copy_guard(kinds={sorted(chosen - set(KINDS))}): choose from {', '.join(KINDS)}")
         if not chosen:

@@ -216,6 +216,10 @@ tb.to_torch(x, dtype=32)  # type: ignore[arg-type]
 tb.to_torch(x, device=b"cpu")  # type: ignore[arg-type]
 tb.tree.to_torch(x, device=1.0)  # type: ignore[call-overload]
 tb.prefetch([x], dtype=32)  # type: ignore[arg-type]
+tb.copy_guard("eror")  # type: ignore[arg-type]
+tb.copy_guard("error", kinds=["h2d", "d2h"])
+tb.copy_guard("error", kinds="h2d")
+tb.copy_guard("error", kinds={"d2g"})  # type: ignore[arg-type]
 tb.plan(x, "jax")  # type: ignore[arg-type]
 tb.plan(x, "torch", cpy=False)  # type: ignore[call-arg]
 tb.plan(x, "torch", copy="no")  # type: ignore[arg-type]
