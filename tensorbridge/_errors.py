@@ -53,7 +53,8 @@ class DeviceError(BridgeError, RuntimeError):
 class MissingFrameworkError(BridgeError, ImportError):
     """A framework that the conversion needs is not installed."""
 
-    __str__ = BaseException.__str__  # ImportError keeps its first text, without the leaf that is named later
+    def __str__(self) -> str:
+        return BaseException.__str__(self)  # ImportError keeps its first text, without the leaf that is named later
 
 
 class ProducerError(BridgeError, BufferError):

@@ -40,8 +40,8 @@ class Host:
         # stream it is in order: that is the worker's too.
         callers = {} if _streams.capturing() else _streams.currents()
         self.entered = _threads.same_device()  # what the worker runs in: the source and the transform are the caller's
-        self.own = callers.pop(own, set())
-        self.marks = {
+        self.own: set[int] = callers.pop(own, set())
+        self.marks: dict[int, list[_stream_order.Mark]] = {
             index: [_stream_order.mark(number, index) for number in numbers - {_streams.LEGACY_DEFAULT}]
             for index, numbers in callers.items()
         }

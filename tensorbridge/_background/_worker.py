@@ -48,11 +48,11 @@ class State:
         for _ in range(depth):
             self.room.put(None)
         self.back: deque[Batch | Failure | None] = deque()  # what was taken and could not be given out
-        self.closed = False  # the consumer wants no more
-        self.outran = False  # a later prefetch has taken the source
-        self.consumer = threading.get_ident()
+        self.closed: bool = False  # the consumer wants no more
+        self.outran: bool = False  # a later prefetch has taken the source
+        self.consumer: int = threading.get_ident()
         self.failure: BaseException | None = None  # of closing the source
-        self.process = os.getpid()
+        self.process: int = os.getpid()
 
     def wait_for_room(self) -> bool:
         """Whether another batch is wanted; waits until one may be read."""
@@ -120,8 +120,8 @@ class Worker(threading.Thread):
         self, batches: Any, source: Iterator[Any], depth: int, transform: Any, want: Want, road: Host, where: str
     ) -> None:
         _convert.import_ahead()
-        self.state = State(depth)
-        self.loader = batches if _hands_out_one(batches) else None
+        self.state: State = State(depth)
+        self.loader: Any = batches if _hands_out_one(batches) else None
         arguments = (_work, self.state, source, transform, want, road, grad_mode(), where)
         super().__init__(target=copy_context().run, args=arguments, name=f"prefetch {where}", daemon=True)
 
