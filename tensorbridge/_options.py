@@ -57,7 +57,7 @@ if TYPE_CHECKING:
 
     _Number: TypeAlias = type[bool] | type[int] | type[float] | type[complex]
     _OfNumpy: TypeAlias = tuple[Any, ...] | list[Any] | _HasDtype | _HasNumpyDtype  # as in its own DTypeLike
-    # Of which no type checker reads a scalar type; without NumPy's, which is none here where it does not fit.
+    # Without NumPy's own: one that is not of the expected type must find no overload of `to_numpy` to fall through to.
     UntypedDtype: TypeAlias = str | _Number | _TorchDtype | Mapping[Any, Any] | _OfNumpy
     DtypeLike: TypeAlias = type[Any] | np.dtype[Any] | UntypedDtype
     DeviceLike: TypeAlias = str | int | _TorchDevice | _CupyDevice
