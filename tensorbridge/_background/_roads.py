@@ -33,13 +33,11 @@ class Batch(NamedTuple):
 class Host:
     """Batches come to the host."""
 
-    entered: Callable[[], AbstractContextManager[Any]]
-
     def __init__(self, own: int = -1) -> None:
         # What the caller has queued, in either framework, may have made arrays that the source holds. On the default
         # stream it is in order: that is the worker's too.
         callers = {} if _streams.capturing() else _streams.currents()
-        self.entered = _threads.same_device()  # what the worker runs in: the source and the transform are the caller's
+        self.on_same_device = _threads.same_device()
         self.own: set[int] = callers.pop(own, set())
         self.marks: dict[int, list[_stream_order.Mark]] = {
             index: [_stream_order.mark(number, index) for number in numbers - {_streams.LEGACY_DEFAULT}]
@@ -53,6 +51,10 @@ class Host:
                 for mark in self.marks.get(index, ()):
                     _hold_back(index, mark)
         return self.on_device(batch)
+
+    def entered(self) -> AbstractContextManager[Any]:
+        """What the worker runs in: the source and the transform are the caller's, and meant for its device."""
+        return self.on_same_device()
 
     def on_device(self, batch: Any) -> list[Any]:
         """The arrays of a batch that the worker's side stream reads, and its consumer's will."""
@@ -146,10 +148,12 @@ class Cuda(Host):
             raise DeviceError(_CAPTURING)
         super().__init__(index)
         self.stream = _streams.side_stream(index)
-        self.entered = partial(_streams.use_stream, self.stream)
         self.number = _streams.identify(self.stream)[0]
         for number in self.own:
             _stream_order.link(number, self.number, index)
+
+    def entered(self) -> AbstractContextManager[Any]:
+        return _streams.use_stream(self.stream)
 
     def on_device(self, batch: Any) -> list[Any]:
         return _device_arrays(batch)
