@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 SMALL = 64 * 1024  # bytes: below, a copy costs its call, not its bytes
 LARGE = 4 * 1024 * 1024  # bytes: from here on, NumPy asks the kernel for huge pages
-HUGE = 16 * 1024 * 1024  # bytes: from here on, torch's threads are worth it where cores are idle
+HUGE = 16 * 1024 * 1024  # bytes: from here on, torch's threads may share a copy where cores are idle
 ON_A_TENSOR = frozenset({"tensor", "narrowed"})  # origins: a write is one to the tensor, whose version it counts
 MOST, MOST_AXES = 2**63 - 1, 64  # bytes and axes: a tensor may claim more (a huge expand), a NumPy array may not
 
