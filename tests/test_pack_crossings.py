@@ -135,7 +135,7 @@ def test_plain_tensors_cross_alike_whatever_is_beside_them(bus):
     assert bus.ups == [60 * ALIGN] * 2 + [61 * ALIGN] * 2
 
 
-@pytest.mark.parametrize("bad", [np.array(["text"]), np.array(["text"] * 50_000), np.zeros(2, dtype="M8[s]")])
+@pytest.mark.parametrize("bad", [np.zeros(2, dtype="M8[s]"), np.zeros(50_000, dtype="M8[s]")])
 def test_what_cannot_cross_is_refused_before_the_block_does(bad, bus):
     with pytest.raises(tb.UnsupportedArrayError, match=r"^batch\['bad'\]: "):
         tree.to_torch({**{str(i): np.zeros(3) for i in range(9)}, "bad": bad}, device="cuda:0")

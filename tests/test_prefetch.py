@@ -136,8 +136,8 @@ def failing_transform(batch: Any) -> Any:
     return batch
 
 
-def text_at_2(batch: Any) -> Any:
-    return {"x": np.array(["text"])} if int(batch["x"][0]) == 2 else batch
+def dates_at_2(batch: Any) -> Any:
+    return {"x": np.array(["2026-01-01"], dtype="M8[D]")} if int(batch["x"][0]) == 2 else batch
 
 
 def nothing_at_2(batch: Any) -> Any:
@@ -158,7 +158,7 @@ FAILURES: dict[str, Any] = {
     "source": (lambda: Source(9, fail_at=2), None, ValueError, "broken source"),
     "source, by no ordinary exception": (lambda: Source(9, fail_at=2, error=SystemExit(3)), None, SystemExit, "3"),
     "transform": (lambda: Source(9), failing_transform, KeyError, "broken transform"),
-    "conversion": (lambda: Source(9), text_at_2, tb.UnsupportedArrayError, r"^batch\['x'\]: to_torch.*: numpy <U4"),
+    "conversion": (lambda: Source(9), dates_at_2, tb.UnsupportedArrayError, r"^batch\['x'\]: to_torch.*: numpy date"),
     "transform that returns nothing": (lambda: Source(9), nothing_at_2, TypeError, "returned None for batch 2"),
     "transform without an array": (lambda: Source(9), number_at_2, TypeError, "returned int without an array in it"),
     "transform that stops": (lambda: Source(9), stop_at_2, RuntimeError, "transform raised StopIteration for batch 2"),

@@ -32,7 +32,7 @@ class Kind(NamedTuple):
     open: Callable[[Any], tuple[list[Any], Any]]  # its children, and what is needed to build and to name
     build: Callable[[Any, Any, list[Any]], Any]  # the original, what `open` kept, new children: its like
     name: Callable[[Any, Any, int], str] = lambda node, keys, i: f"[{keys[i]!r}]"  # of child i, as a person writes it
-    exotic: bool = True  # kept as it is where nothing in it is an array
+    exotic: bool = True  # kept as it is where nothing in it is an array; else its like can always be built
     asked: bool = True  # an exotic one's like is asked whether it holds the new children
 
 
@@ -116,6 +116,21 @@ def is_array(x: Any) -> bool:
     return kind_of(x) is ARRAY
 
 
+TEXTUAL = frozenset("SUTO")  # the kinds of NumPy's dtypes whose elements are, or may be, text
+
+
+def is_text(x: Any) -> bool:
+    """Whether the elements of a value are text, all of them: an array of NumPy that a tree keeps as it keeps text."""
+    if type(x) is not np.ndarray or x.dtype.kind not in TEXTUAL:
+        return False
+    elements = set(map(type, x.flat)) if x.dtype.kind == "O" else _TEXT
+    return not elements.isdisjoint(_TEXT) and elements <= _TEXT_OR_NONE
+
+
+_TEXT: set[type] = {str, bytes}
+_TEXT_OR_NONE = {*_TEXT, type(None)}
+
+
 def may_hold_arrays(x: Any) -> bool:
     """Whether what is kept as it is may have arrays in its attributes, or give them one by one: a module, a generator.
     Numbers, text and shapes cannot.
@@ -125,6 +140,13 @@ def may_hold_arrays(x: Any) -> bool:
     if isinstance(x, (set, frozenset)):
         return any(is_array(element) or may_hold_arrays(element) for element in x)
     return any(hasattr(x, name) for name in ("__dict__", "__slots__", "__iter__"))
+
+
+def left_as(x: Any) -> str:
+    """How a plan calls a value that stays as it is in a tree, though somebody may have meant it; else ""."""
+    if is_text(x):
+        return "text"
+    return "" if is_array(x) or not may_hold_arrays(x) else type(x).__name__
 
 
 def check_known(tree: Any, framework: str, call: str = "") -> None:
@@ -227,12 +249,12 @@ def _is_array(x: Any, cls: type) -> bool:
 
 
 def rebuilt(kind: Kind, node: Any, keys: Any, children: list[Any], where: Callable[[], str], around: Any) -> Any:
-    """The like of a container that lies in `around`, with new children. Refused where it does not hold them."""
+    """The like of an exotic container that lies in `around`, with new children. Refused where it does not hold them."""
     cause: Exception | None = None
     why = "it does not hold them as they are given"
     try:
         made = kind.build(node, keys, children)
-        if not (kind.exotic and kind.asked) or _holds(kind, made, keys, children):
+        if not kind.asked or _holds(kind, made, keys, children):
             return made
     except (TypeError, ValueError, AttributeError, LookupError, RuntimeError) as error:
         cause, why = error, f"{type(error).__name__}: {error}".removesuffix(".")

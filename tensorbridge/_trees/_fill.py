@@ -12,7 +12,7 @@ from tensorbridge._adapters import adapter_of
 from tensorbridge._array import ArrayInfo
 from tensorbridge._memory import first_meeting
 from tensorbridge._step import Want
-from tensorbridge._trees._containers import DICT, LIST, ROOT, TUPLE
+from tensorbridge._trees._containers import DICT, LIST, ROOT, TUPLE, is_text
 from tensorbridge._trees._leaf import NAMED, Leaf, identity, name, opened
 from tensorbridge._trees._walk import Flat, Frame, flatten
 
@@ -75,6 +75,8 @@ def _strange(flat: Flat, path: str) -> str:
     """Why an array of `out` has no source: often it has one, which is no array."""
     everything = flatten(flat.frames[0].node, everything=True)
     value = next((x for x, name in zip(everything.leaves, everything.paths()) if name == path), None)
+    if is_text(value):
+        return f"it has {path}, which is text in the source"
     if not isinstance(value, (Number, np.bool_)):
         return f"it has {path}"
     kind = type(value).__name__

@@ -11,7 +11,7 @@ from tensorbridge._adapters import is_scalar
 from tensorbridge._array import ArrayInfo, Traits
 from tensorbridge._options import DeviceLike, DtypeLike, PlanOptions, Unpack
 from tensorbridge._step import Plan, bytes_text, step_lines
-from tensorbridge._trees._containers import check_known, is_array, may_hold_arrays
+from tensorbridge._trees._containers import check_known, left_as
 from tensorbridge._trees._fill import aligned, checked
 from tensorbridge._trees._leaf import decided
 from tensorbridge._trees._leaves import blocks_of, check_pack, converted, outside, plan_of
@@ -75,9 +75,9 @@ def to_numpy(
     Returns
     -------
     containers of the same types, keys and order (a table becomes a dict of columns)
-        What is not an array (text, None, numbers, bytes, sets) is the same object. The same memory twice stays one: of
-        one address, dtype, shape and strides, writable or requiring grad both or neither. Other views of one memory,
-        ``W`` and ``W.T``, become two where they are copied.
+        What is not an array (text and NumPy's arrays of it, None, numbers, bytes, sets) is the same object. The same
+        memory twice stays one: of one address, dtype, shape and strides, writable or requiring grad both or neither.
+        Other views of one memory, ``W`` and ``W.T``, become two where they are copied.
 
     Raises
     ------
@@ -254,7 +254,7 @@ class LeafPlan(NamedTuple):
 
 class LeftPart(NamedTuple):
     """What is left as it is and might have been meant: an object that may hold arrays, and is not a container that
-    tensorbridge knows; a list of numbers, of type "numbers".
+    tensorbridge knows; a list of numbers, of type "numbers"; an array of text, of type "text".
     """
 
     path: str
@@ -383,15 +383,16 @@ def plan(
 
 def _left(tree: Any) -> tuple[LeftPart, ...]:
     flat = flatten(tree, everything=True)
-    numbers, others = [], []
+    numbers: list[LeftPart] = []
+    others: dict[int, str] = {}
     for number, frame in enumerate(flat.frames):
         mine = range(frame.first, frame.first + frame.size)
         leaves = [flat.leaves[i] for i in mine]
         if type(frame.node) is list and leaves and not frame.inner and all(map(is_scalar, map(type, leaves))):
             numbers.append(LeftPart(flat.way(number), "numbers"))
-        others += [i for i, x in zip(mine, leaves, strict=True) if not is_array(x) and may_hold_arrays(x)]
+        others |= {i: name for i, x in zip(mine, leaves, strict=True) if (name := left_as(x))}
     paths = flat.paths() if others else []
-    return (*(LeftPart(paths[i], type(flat.leaves[i]).__name__) for i in others), *numbers)
+    return (*(LeftPart(paths[i], name) for i, name in others.items()), *numbers)
 
 
 _FUNCTIONS: dict[str, Callable[..., Any]] = {"numpy": to_numpy, "torch": to_torch, "cupy": to_cupy}

@@ -9,8 +9,12 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from tensorbridge._errors import UnsupportedArrayError
-from tensorbridge._trees._containers import ARRAY, EXACT, OTHER, ROOT, Kind, kind_of, rebuilt
+from tensorbridge._trees._containers import ARRAY, EXACT, OTHER, ROOT, TEXTUAL, Kind, is_text, kind_of, rebuilt
+
+_ndarray = np.ndarray
 
 
 class Frame:
@@ -90,11 +94,13 @@ class Flat(NamedTuple):
                 filled = filled or inner in full
             if filled:
                 full.add(number)
-            elif kind.exotic:
+            if not kind.exotic:
+                frame.built = kind.build(frame.node, frame.keys, children)
+            elif filled:
+                where = partial(self.way, number)
+                frame.built = rebuilt(kind, frame.node, frame.keys, children, where, frames[frame.above].node)
+            else:
                 frame.built = frame.node
-                continue
-            where = partial(self.way, number)
-            frame.built = rebuilt(kind, frame.node, frame.keys, children, where, frames[frame.above].node)
         return frames[0].built
 
 
@@ -149,11 +155,16 @@ def flatten(tree: Any, *, everything: bool = False) -> Flat:
 
 
 def _inner(frame: Frame, leaves: list[Any], everything: bool) -> Sequence[tuple[int, Kind]]:
-    """Take the leaves of a container, all at once; its inner containers, and their places."""
+    """Take the leaves of a container, all at once; its inner containers, and their places. Text stays in it."""
     children = frame.parts
     frame.first = len(leaves)
     classes = set(map(type, children))
-    if len(classes) == 1:
+    texts: set[int] = set()
+    if _ndarray in classes and frame.kind is not ROOT:
+        arrays = children if len(classes) == 1 else [x for x in children if type(x) is _ndarray]
+        if not TEXTUAL.isdisjoint([a.dtype.kind for a in arrays]):
+            texts = set(map(id, filter(is_text, arrays)))
+    if len(classes) == 1 and not texts:
         only = EXACT.get(classes.pop())
         if only is ARRAY or (everything and only is OTHER):
             leaves.extend(children)
@@ -164,7 +175,7 @@ def _inner(frame: Frame, leaves: list[Any], everything: bool) -> Sequence[tuple[
     where: list[int] = []
     inner: list[tuple[int, Kind]] = []
     for place, child in enumerate(children):
-        kind = EXACT.get(type(child)) or kind_of(child)
+        kind: Any = OTHER if id(child) in texts else EXACT.get(type(child)) or kind_of(child)
         if kind is ARRAY or (everything and kind is OTHER):
             where.append(place)
             leaves.append(child)
