@@ -2,7 +2,8 @@
 
 from inspect import unwrap
 
-from tensorbridge._trees._tree import LeafPlan, LeftPart, TreePlan, plan, to_cupy, to_numpy, to_torch
+from tensorbridge._trees._tree import to_cupy, to_numpy, to_torch
+from tensorbridge._trees._tree_plan import LeafPlan, LeftPart, TreePlan, plan
 
 __all__ = ["LeafPlan", "LeftPart", "TreePlan", "plan", "to_cupy", "to_numpy", "to_torch"]
 

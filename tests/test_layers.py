@@ -45,6 +45,7 @@ LAYERS = [
     {"_background._roads"},
     {"_background._worker"},
     {"_trees._tree", "_background._prefetch"},
+    {"_trees._tree_plan"},
     {"tree"},
     {"_background._async", "_commands._matrix"},
     {"_commands._info"},

@@ -36,7 +36,10 @@ class Frame:
 
 
 class Flat(NamedTuple):
-    """A tree taken apart: its leaves, its containers, and in which order to build them: inner ones first."""
+    """A tree taken apart: its leaves, its containers, and in which order to build them: inner ones first.
+
+    Frame 0 stands around the tree, and is never built.
+    """
 
     leaves: list[Any]
     frames: list[Frame]
@@ -101,7 +104,9 @@ class Flat(NamedTuple):
                 frame.built = rebuilt(kind, frame.node, frame.keys, children, where, frames[frame.above].node)
             else:
                 frame.built = frame.node
-        return frames[0].built
+        if len(frames) > 1:
+            return frames[1].built
+        return results[0] if results else frames[0].node
 
 
 def _leaf_name(frame: Frame, i: int) -> str:
@@ -118,17 +123,18 @@ def flatten(tree: Any, *, everything: bool = False) -> Flat:
     flat = Flat([], [root], [])
     kind = EXACT.get(type(tree)) or kind_of(tree)
     if not isinstance(kind, Kind):
-        _inner(root, flat.leaves, everything)
-        flat.order.append(0)
+        if kind is ARRAY or everything:
+            flat.leaves.append(tree)
+            root.size = 1
         return flat
     whole = Frame(tree, kind, 0, 0)
     flat.frames.append(whole)
     root.inner.append((0, 1))
     containers = _inner(whole, flat.leaves, everything)
     if not containers:
-        flat.order.extend((1, 0))
+        flat.order.append(1)
         return flat
-    stack = [(0, iter(())), (1, iter(containers))]
+    stack = [(1, iter(containers))]
     seen = {id(tree): 1}
     while stack:
         number, inner = stack[-1]
@@ -160,7 +166,7 @@ def _inner(frame: Frame, leaves: list[Any], everything: bool) -> Sequence[tuple[
     frame.first = len(leaves)
     classes = set(map(type, children))
     texts: set[int] = set()
-    if _ndarray in classes and frame.kind is not ROOT:
+    if _ndarray in classes:
         arrays = children if len(classes) == 1 else [x for x in children if type(x) is _ndarray]
         if not TEXTUAL.isdisjoint([a.dtype.kind for a in arrays]):
             texts = set(map(id, filter(is_text, arrays)))
