@@ -100,11 +100,11 @@ def again(want: Want, leaves: Sequence[Any]) -> list[_convert.Recipe] | None:
         recipe = recipes.get(_key(traits))
         if traits is None or recipe is None or _convert.waits_for_threads(traits):
             return None
-        if recipe.by_torch and _may_be_otherwise():
-            return None
         found.append(recipe)
         if recipe.moves:
             moving.append(x)
+    if _may_be_otherwise() and any(recipe.by_torch for recipe in found):
+        return None
     apart = all(type(x) is np.ndarray and x.base is None for x in moving)  # as arrays that own their memory are
     return found if apart or len(set(map(_address, moving))) == len(moving) else None
 
@@ -139,22 +139,26 @@ def fills(framework: str, sources: Sequence[Any], outs: Sequence[Any]) -> list[_
         if traits is None or traits.spacing != "dense" or _convert.waits_for_threads(traits):
             return None
         recipe = recipes.get(_key(traits)) if recipes else None
-        if recipe is None or (recipe.by_torch and _may_be_otherwise()):
+        if recipe is None:
             return None
         found.append(recipe)
-        for array, nbytes, written in ((x, x.nbytes, False), (out, out.nbytes, True)):
-            start = _address(array)
-            spans.append((start, start + nbytes, written))
+        read, written = _address(x), _address(out)
+        spans += (read, read + x.nbytes, False), (written, written + out.nbytes, True)
+    if _may_be_otherwise() and any(recipe.by_torch for recipe in found):
+        return None
     return found if _no_write_meets(spans) else None
 
 
 def _no_write_meets(spans: list[tuple[int, int, bool]]) -> bool:
     """Of memory from an address to another, and whether it is written."""
-    ends = {True: 0, False: 0}  # of what was written, of what was read, so far
+    last_written = last_read = 0  # where what was written so far ends, and what was read
     for start, end, written in sorted(spans):
-        if start < ends[True] or (written and start < ends[False]):
+        if start < last_written or (written and start < last_read):
             return False
-        ends[written] = max(ends[written], end)
+        if written:
+            last_written = end
+        elif end > last_read:
+            last_read = end
     return True
 
 
