@@ -218,7 +218,7 @@ def used_on(x: Any, stream: Any) -> None:
     x : torch.Tensor or cupy.ndarray on a CUDA device
     stream : torch.cuda.Stream, cupy.cuda.Stream, cuda.core.Stream, anything with ``__cuda_stream__``, or int
         As for `use_stream`, but that a stream which does not say its device (an int, a wrapper of a handle) is one of
-        `x`'s; it is kept for the life of the process.
+        `x`'s. It is kept for the life of the process; of an int, its owner has to keep the stream.
 
     Raises
     ------

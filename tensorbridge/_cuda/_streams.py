@@ -337,13 +337,14 @@ def use_stream(stream: Any) -> Iterator[Any]:
     Parameters
     ----------
     stream : torch.cuda.Stream, cupy.cuda.Stream, cuda.core.Stream, anything with ``__cuda_stream__``, or int
-        An int is a raw handle on the current device; 0 and 1 are the default stream.
+        An int is a raw handle on the current device; 0 and 1 are the default stream. It holds no stream: its owner has
+        to keep that for as long as memory that was used on it lives.
 
     Returns
     -------
     context manager yielding `stream`
         Inside, the stream's device is current, and `stream` in every framework that was imported before. Afterwards
-        devices and streams are as they were. The stream is kept for the life of the process.
+        devices and streams are as they were. A stream, not an int, is kept for the life of the process.
 
     Raises
     ------
