@@ -94,7 +94,16 @@ _PIECEWISE = frozenset({Op.STACK, Op.RESOLVE, Op.CAST, Op.PACK, Op.COPY, Op.FILL
 
 
 def numpy_may_copy(now: Traits, dtype: str) -> bool:
-    """Whether NumPy may copy a tensor: from the size on where torch would use threads. One in a graph is autograd's."""
+    """Whether NumPy may copy a tensor: from the size on where torch would use threads, and one that torch's kernels may
+    fault on. One in a graph is autograd's.
+    """
     both = _dtypes.exists_in(now.dtype, "numpy") and _dtypes.exists_in(dtype, "numpy")
     plain = now.device == CPU and not now.graph and not now.lazy
-    return (now.size == "medium" or now.size in FROM_LARGE) and plain and both
+    return (now.size == "medium" or now.size in FROM_LARGE or faults(now)) and plain and both
+
+
+def faults(now: Traits) -> bool:
+    """Whether torch's kernels may end the process at an element that is read many times, of a misaligned tensor: NumPy
+    aligns complex128 to 8 bytes, and torch, which takes it so, to 16.
+    """
+    return now.framework == "torch" and not now.aligned and now.overlap

@@ -307,7 +307,7 @@ def numpy_fills(now: Traits, out: Traits) -> bool:
 
 def filling(now: Traits, out: Traits, receiver: str, here: Here) -> _engine.Kernel:
     """Whose kernel writes into `out`: where the engine has the choice, the one that a fresh copy would get."""
-    if "numpy" not in (now.framework, receiver) or not numpy_fills(now, out):
+    if ("numpy" not in (now.framework, receiver) and not _engine.faults(now)) or not numpy_fills(now, out):
         return _engine.Kernel("torch" if "torch" in (now.framework, receiver) else receiver)
     holds = now.framework == "torch" or (torch_holds(now) and (receiver == "torch" or torch_holds(out)))
     return _engine.into(now, out, here) if holds else _engine.NUMPY

@@ -79,6 +79,36 @@ def test_negative_strides_never_reach_torch():
     )
 
 
+@pytest.mark.parametrize("name", ["complex128", "complex64"])
+def test_a_misaligned_element_that_is_read_many_times_is_left_to_numpy(name):
+    """torch 2.13 faults on it in `clone` and `copy_`: NumPy aligns complex numbers by their parts, torch as a whole."""
+    itemsize = np.dtype(name).itemsize
+    make = f"""
+store = np.zeros({itemsize} * 80, "u1")
+start = -store.ctypes.data % {itemsize} + {itemsize} // 2
+a = store[start : start + {itemsize} * 64].view({name!r})
+a[:] = np.arange(64) - 2j
+x = torch.from_numpy(a)[:, None].expand(64, 8)
+assert x.data_ptr() % {itemsize}
+wanted = np.repeat(a, 8).reshape(64, 8)
+"""
+    ways = {
+        "copied to torch": "tb.to_torch(x, copy=True)",
+        "copied to numpy": "tb.to_numpy(x, copy=True)",
+        "writable": "tb.to_numpy(x, writable=True)",
+        "into a tensor": f"tb.to_torch(x, out=torch.empty(64, 8, dtype=torch.{name}))",
+        "into an array": f"tb.to_numpy(x, out=np.empty((64, 8), {name!r}))",
+        "into a tensor of another width": f"tb.to_torch(x, out=torch.empty(64, 8, dtype=torch.{OTHER_WIDTH[name]}))",
+        "cast": f"tb.to_torch(x, dtype={OTHER_WIDTH[name]!r})",
+        "in a tree": "tb.tree.to_torch([x], copy=True)[0]",
+        "shared": "tb.to_numpy(x)",
+    }
+    assert_survives({way: f"{make}assert np.array_equal(np.asarray({call}), wanted)" for way, call in ways.items()})
+
+
+OTHER_WIDTH = {"complex128": "complex64", "complex64": "complex128"}
+
+
 def test_read_only_pages_are_not_written_and_lent_pages_are_not_unmapped():
     """A write to a page mapped for reading, or a read of one that is gone, is SIGSEGV: pytorch#46741, numpy#18294."""
     folder = "folder = Path(tempfile.mkdtemp()); np.arange(4.0).tofile(folder / 'a')"
