@@ -123,7 +123,7 @@ def test_a_hash_that_is_kept_is_that_of_the_new_values(slots):
 
 def test_an_error_names_the_field():
     with pytest.raises(tb.UnsupportedArrayError, match=r"^batch\['s'\]\._mask: "):
-        tree.to_numpy({"s": Old(np.zeros(2), np.array(["text"]))})
+        tree.to_numpy({"s": Old(np.zeros(2), np.zeros(2, "M8[s]"))})
 
 
 def test_one_without_an_array_is_the_same_object():

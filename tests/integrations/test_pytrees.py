@@ -66,7 +66,7 @@ def test_what_is_registered_with_optree_is_a_container():
     assert made["b"].label == "kept"
     assert isinstance(made["b"].inside[0], torch.Tensor)
     with pytest.raises(tb.UnsupportedArrayError, match=r"^batch\['b'\]\['inside'\]: "):
-        tree.to_torch({"b": Box(np.array(["text"]), "")})
+        tree.to_torch({"b": Box(np.zeros(2, "M8[s]"), "")})
 
 
 class Named(typing.NamedTuple):
@@ -75,7 +75,7 @@ class Named(typing.NamedTuple):
 
 def test_namedtuples_are_named_as_ever():
     with pytest.raises(tb.UnsupportedArrayError, match=r"^batch\.x: "):
-        tree.to_torch(Named(np.array(["text"])))
+        tree.to_torch(Named(np.zeros(2, "M8[s]")))
 
 
 def test_optrees_own_treatment_of_dicts_is_not_ours():
