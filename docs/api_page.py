@@ -49,7 +49,8 @@ OPTIONS = {
         an array has to what it gets: `{"float64": "float32"}` leaves what is not float64 as it is. A key is a dtype or
         a kind of the array API standard ("bool", "signed integer", "unsigned integer", "integral", "real floating",
         "complex floating", "numeric", or NumPy's `np.floating` and the like); a dtype counts before a kind, and of two
-        kinds the first. bfloat16 and float8 are "real floating" too. Beside `out` leave it out: the dtype of `out`
+        kinds the first. bfloat16 and float8 are "real floating" too. What is made of several arrays, a list of them or
+        a table, is cast part by part, and has to come to one dtype. Beside `out` leave it out: the dtype of `out`
         counts.""",
     "device": """None is where `x` is; for `to_cupy` and host memory, the current device. Beside `out` leave it out.
         `to_numpy` always gives host memory.""",

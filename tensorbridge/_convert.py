@@ -91,8 +91,7 @@ def planned(x: Any, want: Want, out: Any = None) -> Plan:
 
 def judged(x: Any, want: Want, out: Any = None, *, planning: bool = False) -> tuple[Any, Case]:
     """An array opened and decided; what is not to be done is refused. A plan is also made for a device not here."""
-    adapter, handle, traits = opened(x, want)
-    want = settled(want, traits)
+    adapter, handle, traits, want = opened(x, want)
     if want.device is not None or want.pin_memory or want.framework == "cupy":
         want = _options.placed(want, traits, planning=planning)
     if out is not None and want.out is not None:
@@ -102,11 +101,6 @@ def judged(x: Any, want: Want, out: Any = None, *, planning: bool = False) -> tu
     if recipe.decision.refusal is not None:
         raise words.refused(recipe.decision, adapter.describe(handle, traits), want)
     return handle, Case(adapter, traits, want, recipe)
-
-
-def settled(want: Want, traits: Traits) -> Want:
-    """A wish whose dtype hangs on what the array has, now that this is known."""
-    return want if want.casts is None else want._replace(dtype=want.casts.of(traits.dtype), casts=None)
 
 
 def perform(recipe: Recipe, handle: Any, out: Any) -> Any:
@@ -120,11 +114,11 @@ def perform(recipe: Recipe, handle: Any, out: Any) -> Any:
     return result
 
 
-def opened(x: Any, want: Want, call: str = "") -> tuple[Adapter, Any, Traits]:
-    """The facts, and the handle on which steps are performed (a foreign array is imported once, here)."""
+def opened(x: Any, want: Want, call: str = "") -> tuple[Adapter, Any, Traits, Want]:
+    """The handle on which steps are performed (a foreign array is imported once, here), the facts, the settled wish."""
     adapter = adapter_of(type(x))
     try:
-        handle, traits = adapter.open(x, want)
+        return adapter, *adapter.open(x, want)
     except Obstacle as obstacle:
         text = f"{call or words.call(want)}: {obstacle.what} cannot be converted: {obstacle.why}."
         cure = obstacle.refusal.cure.replace("{framework}", want.framework)
@@ -132,11 +126,10 @@ def opened(x: Any, want: Want, call: str = "") -> tuple[Adapter, Any, Traits]:
     except BridgeError as error:
         error.args = (f"{call or words.call(want)}: {error}",)
         raise
-    return adapter, handle, traits
 
 
 def described(x: Any, call: str = "describe") -> ArrayInfo:
-    adapter, handle, traits = opened(x, Want("numpy"), call)
+    adapter, handle, traits, _ = opened(x, Want("numpy"), call)
     return adapter.describe(handle, traits)
 
 

@@ -7,7 +7,7 @@ the float8 family) crosses as an unsigned integer of the same width, its `carrie
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import ml_dtypes
@@ -199,11 +199,6 @@ class Casts(NamedTuple):
                 return wanted
         return next((wanted for kind, wanted in self.wanted if native.startswith(KINDS.get(kind, ()))), None)
 
-    def common(self, names: Iterable[str]) -> str | None:
-        """What elements of these dtypes all become; None if that is not one, or would become another."""
-        found = {self.of(name) or name for name in names}
-        return next((name for name in found if self.of(name) in (None, name)), None) if len(found) == 1 else None
-
     def __repr__(self) -> str:
         return repr(dict(self.wanted))
 
@@ -215,12 +210,14 @@ def parse_casts(dtype: Mapping[Any, Any]) -> Casts:
     ------
     TypeError
         As `parse`; or a key is no dtype and no kind.
+    ValueError
+        Two keys are names of one dtype or kind, which is to become two.
     """
-    found: list[tuple[str, str]] = []
+    found: dict[str, str] = {}
     for has, wanted in dtype.items():
         try:
             kind = _OF_ABSTRACT.get(has, has)
-            found.append((kind if kind in KINDS else parse(has), parse(wanted)))
+            name, becomes = kind if kind in KINDS else parse(has), parse(wanted)
         except TypeError as error:
             text = str(error)
             if (
@@ -232,7 +229,10 @@ def parse_casts(dtype: Mapping[Any, Any]) -> Casts:
                 kinds = ", ".join(map(repr, KINDS))
                 text = f"{has!r} is neither a dtype nor one of the kinds {kinds}{nearest(has, (*KINDS, *DTYPES))}"
             raise TypeError(f"dtype={dict(dtype)!r}: {text.removeprefix('dtype=')}") from None
-    return Casts(tuple(found))
+        if found.setdefault(name, becomes) != becomes:
+            both = f"{name} is to become both {found[name]} and {becomes}"
+            raise ValueError(f"dtype={dict(dtype)!r}: {both}; name it once")
+    return Casts(tuple(found.items()))
 
 
 def itemsize(name: str) -> int:

@@ -271,7 +271,7 @@ def with_out(want: Want, out: Any) -> Want:
     if not isinstance(out, array_class(want.framework)):
         raise TypeError(f"{call}: out is {type(out).__name__}, not an array of {want.framework}")
     try:
-        _, traits = adapter_of(type(out)).open(out, Want("numpy"))
+        _, traits, _ = adapter_of(type(out)).open(out, Want("numpy"))
     except Obstacle as obstacle:
         raise ValueError(f"{call}: out is {obstacle.what}: {obstacle.why}") from None
     if want.copy is False:

@@ -218,7 +218,7 @@ def _remember(words: tuple[Any, ...], options: dict[str, Any], traits: Traits) -
 
 
 def _keep(recipes: _Recipes, want: Want, traits: Traits) -> None:
-    want = _convert.settled(want, traits)
+    want = want.settled(traits.dtype)
     here = _convert.moment(traits, want)
     if here is _convert.WITH_TORCH or here is _convert.WITH_THREADS:
         key = (traits, here is _convert.WITH_THREADS) if traits.size == "huge" else traits

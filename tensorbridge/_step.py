@@ -65,6 +65,14 @@ class Want(NamedTuple):
     out: Traits | None = None
     casts: _dtypes.Casts | None = None  # in place of `dtype`, until it is known what the array has
 
+    def settled(self, has: str) -> Want:
+        """The wish for an array of this dtype: what becomes of it is its `dtype`, and no longer hangs on anything."""
+        return self if self.casts is None else self._replace(dtype=self.casts.of(has), casts=None)
+
+    def gets(self, has: str) -> str:
+        """What elements of this dtype become."""
+        return self.settled(has).dtype or has
+
 
 def usual(framework: str) -> Want:
     """What is asked for by a call without options: a tensor can keep its graph, an array cannot."""

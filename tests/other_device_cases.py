@@ -698,6 +698,18 @@ def test_a_batch_that_is_missing_its_device_is_refused_at_the_call():
         tb.prefetch([VALUES], device="other:7")
 
 
+def test_tensors_of_several_dtypes_are_brought_to_one_first():
+    """Of other devices than CUDA it is not known which casts they do as a row is filled."""
+    x = [there(), there(VALUES.astype("i4"))]
+    with pytest.raises(
+        tb.UnsupportedArrayError, match=r"first: to_torch\(\[to_torch\(part, dtype=\"float32\"\) for part"
+    ):
+        tb.to_torch(x, dtype="float32")
+    assert torch.equal(
+        tb.to_torch([tb.to_torch(part, dtype="float32") for part in x]).cpu(), torch.tensor([VALUES] * 2)
+    )
+
+
 def test_samples_are_stacked_where_they_are():
     batch = tb.collate([{"x": there(), "y": 1}, {"x": there(), "y": 2}])
     assert batch["x"].device.type == "other"

@@ -105,6 +105,28 @@ def test_a_list_of_several_dtypes_is_made_of_the_one_that_the_mapping_makes_of_t
             tb.to_numpy(parts, dtype=casts)
 
 
+def test_every_part_of_a_list_is_cast_once():
+    """What the mapping would make of the dtype that they come to have in common is another matter."""
+    casts = {"integral": "float64", "float64": "float32"}
+    parts = [np.array([1, 2]), np.array([3, 4], "int32")]
+    for made in (tb.to_numpy(parts, dtype=casts), tb.to_numpy([torch.from_numpy(part) for part in parts], dtype=casts)):
+        assert (made.dtype, made.tolist()) == (np.float64, [[1, 2], [3, 4]])
+
+
+def test_a_list_whose_parts_stay_different_is_refused_with_the_dtype_that_holds_what_they_become():
+    with pytest.raises(tb.UnsupportedArrayError, match='int16, int32\\.\nSay dtype="float64"'):
+        tb.to_numpy([np.ones(2, "i2"), np.ones(2, "i4")], dtype={"int16": "float32"})
+
+
+def test_numbers_are_made_at_once_of_what_the_mapping_says():
+    for numbers in ([1, 2], 3):
+        assert tb.plan(numbers, "numpy", dtype={"int64": "uint8"}) == tb.plan(numbers, "numpy", dtype="uint8")
+    assert tb.to_numpy([2**63], dtype={"integral": "uint64"}).tolist() == [2**63]
+    assert tb.to_numpy([2**53 + 1, 0.0], dtype={"float64": "int64"}).tolist() == [2**53 + 1, 0]
+    with pytest.raises(tb.UnsupportedArrayError, match="a Python integer is int64 here"):
+        tb.to_numpy([2**63], dtype={"real floating": "uint64"})
+
+
 BATCH = {
     "obs": np.ones((2, 3)),
     "image": np.zeros((2, 2), np.uint8),
@@ -229,6 +251,26 @@ def test_a_mapping_that_makes_no_sense_is_refused(dtype, text):
     with pytest.raises(TypeError) as caught:
         tb.tree.to_torch(BATCH, dtype=dtype)
     assert text in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "text"),
+    [
+        ({"float64": "float32", np.float64: "float16"}, "float64 is to become both float32 and float16; name it once"),
+        ({torch.float16: "float32", "half": "bfloat16"}, "float16 is to become both float32 and bfloat16"),
+        ({"real floating": "float32", np.floating: "float16"}, "real floating is to become both float32 and float16"),
+    ],
+)
+def test_two_names_of_one_dtype_must_not_contradict(dtype, text):
+    for call in (tb.to_numpy, tb.to_torch, tb.tree.to_torch):
+        with pytest.raises(ValueError, match=text):
+            call(object(), dtype=dtype)
+
+
+def test_two_names_of_one_dtype_may_say_the_same():
+    casts = {"float64": "float32", np.float64: torch.float32, "real floating": "float16", np.floating: "half"}
+    assert _dtypes.parse_casts(casts) == _dtypes.parse_casts({"float64": "float32", "real floating": "float16"})
+    assert tb.to_torch(np.ones(2), dtype=casts).dtype == torch.float32
 
 
 @pytest.mark.parametrize(

@@ -70,7 +70,7 @@ def wanted(target: str, options: dict[str, Any]) -> Want:
 
 def facts(x: Any) -> Any:
     """What a step promises. The size class is the source's; page-locking is asked only where the bus is crossed."""
-    _, traits = adapter_of(type(x)).open(x, Want("numpy"))
+    _, traits, _ = adapter_of(type(x)).open(x, Want("numpy"))
     return promised(traits)
 
 
@@ -99,7 +99,7 @@ def assert_honest(array: Any, values: Any, target: str, options: dict[str, Any])
         assert str(again) == str(refusal)
         return
     adapter, want = adapter_of(type(array)), wanted(target, options)
-    result, traits = adapter.open(array, want)
+    result, traits, want = adapter.open(array, want)
     source = adapter.describe(result, traits)
     steps = decide(traits, want, _convert.moment(traits, want)).steps
     assert bind(steps, source, want) == plan

@@ -10,6 +10,8 @@ from arrays import numbers
 from torch.autograd import forward_ad
 
 import tensorbridge as tb
+from tensorbridge._adapters import _python
+from tensorbridge._array import Device, Traits
 
 
 def outgrown():
@@ -107,6 +109,68 @@ def test_arrays_of_several_dtypes_are_stacked_in_the_one_that_is_asked_for(dtype
         tb.to_torch(items)
 
 
+TENSORS = {
+    "floats": ("float32", "float64"),
+    "ints beside floats": ("int64", "float16", "bool"),
+    "small floats": ("float16", "bfloat16"),
+    "not in C's order": ("int8", "float64"),
+}
+
+
+@pytest.mark.parametrize("to", ["torch", "numpy"])
+@pytest.mark.parametrize("wanted", ["float32", "int16", "complex64"])
+@pytest.mark.parametrize("name", TENSORS)
+def test_tensors_of_several_dtypes_are_stacked_in_the_one_that_is_asked_for(name, wanted, to):
+    items = [torch.arange(6).to(getattr(torch, dtype)).reshape(2, 3) for dtype in TENSORS[name]]
+    if name == "not in C's order":
+        items = [item.T for item in items]
+    convert = {"torch": tb.to_torch, "numpy": tb.to_numpy}[to]
+    expected = torch.stack([item.to(getattr(torch, wanted)) for item in items])
+    made = convert(items, dtype=wanted)
+    assert tb.describe(made).dtype == wanted
+    assert np.array_equal(numbers(made), expected.numpy())
+    casts = {"integral": wanted, "real floating": wanted, "bool": wanted}
+    assert np.array_equal(numbers(convert(items, dtype=casts)), expected.numpy())
+    plan = tb.plan(items, to, dtype=casts)
+    assert plan == tb.plan(items, to, dtype=wanted)
+    assert [step.op for step in plan.steps if step.kind] == ["stack"]  # each element is written once
+    assert plan.bytes_moved == expected.nbytes
+    assert f"by torch, which casts its parts, of several dtypes, to {wanted}" in str(plan)
+    with tb.trace() as seen:
+        convert(items, dtype=casts)
+    assert seen.totals.nbytes == expected.nbytes
+    with pytest.raises(tb.CopyRequiredError):
+        convert(items, dtype=casts, copy=False)
+    with tb.copy_guard("error"), pytest.raises(tb.CopyRequiredError):
+        convert(items, dtype=casts)
+
+
+def test_tensors_of_several_dtypes_fill_out():
+    items = [torch.ones(2, 3), torch.arange(6).reshape(2, 3)]
+    out = torch.zeros(2, 2, 3, dtype=torch.float64)
+    assert tb.to_torch(items, out=out) is out
+    assert torch.equal(out, torch.stack([item.double() for item in items]))
+
+
+@pytest.mark.parametrize("dtype", ["float32", {"real floating": "float32"}])
+def test_tensors_of_several_dtypes_in_a_graph_are_cast_one_by_one(dtype):
+    """Filling a part of a tensor is a node that keeps all of it: the gradient would be copied once a part."""
+    items = [torch.ones(2, requires_grad=True), torch.ones(2, dtype=torch.float64)]
+    made = cured(items, tb.to_torch, dtype=dtype)
+    assert (made.dtype, made.requires_grad) == (torch.float32, True)
+
+
+def test_cupy_arrays_of_several_dtypes_are_cast_one_by_one():
+    kinds = [(Traits("cupy", Device("cuda:0"), dtype), None) for dtype in ("float32", "float64")]
+    assert not _python._are_cast_at_once(kinds, "float32")
+    assert _python._are_cast_at_once([(t._replace(framework="torch"), info) for t, info in kinds], "float32")
+
+
+def test_conjugate_tensors_of_several_dtypes_are_stacked_by_value():
+    items = [torch.tensor([1 + 2j]).conj(), torch.tensor([1.5], dtype=torch.float64), torch.tensor([3j]).conj().imag]
+    assert tb.to_torch(items, dtype="complex128").tolist() == [[1 - 2j], [1.5], [-3]]
+
+
 def test_no_integer_goes_by_way_of_a_float_that_cannot_hold_it():
     big = 2**53 + 1
     items = [np.array([big], "int64"), np.array([big], "uint64"), np.array([True])]
@@ -129,6 +193,7 @@ CURED = {
     "dtypes that have no common one": parts("float16", ml_dtypes.bfloat16),
     "dtypes of which torch has no common one": parts("float32", "longdouble"),
     "dtypes of tensors": [torch.zeros(3), torch.zeros(3, dtype=torch.float64)],
+    "dtypes of tensors in a graph": [torch.zeros(3), torch.zeros(3, dtype=torch.float64, requires_grad=True)],
     "frameworks": [np.zeros(2), torch.zeros(2).double()],
     "frameworks and dtypes": [np.zeros(2), torch.zeros(2)],
     "numbers": [0.5, torch.tensor(2.0).double()],
@@ -153,11 +218,11 @@ def cured(x, convert, **options):
 def test_the_cure_of_a_mixed_list_works(name, convert):
     x = CURED[name]
     made = cured(x, convert)
-    assert np.array_equal(numbers(made), np.stack([np.asarray(part, "float64") for part in x]))
+    assert np.array_equal(numbers(made), np.stack([numbers(part) for part in x]))
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", {"real floating": "float32", "integral": "float32"}])
-@pytest.mark.parametrize("name", ["dtypes of tensors", "frameworks", "ints and a tensor", "numbers"])
+@pytest.mark.parametrize("name", ["dtypes of tensors in a graph", "frameworks", "ints and a tensor", "numbers"])
 def test_the_cure_of_a_mixed_list_gives_the_dtype_that_was_asked_for(name, dtype):
     made = cured(CURED[name], tb.to_torch, dtype=dtype)
     assert tb.describe(made).dtype == (dtype if isinstance(dtype, str) else "float32")

@@ -56,7 +56,7 @@ def test_whoever_reads_first_waits_for_the_stream_that_the_producer_was_asked_fo
     """Reversed memory goes to torch by way of CuPy: the producer ordered torch's stream, and CuPy reads first."""
     machine.current["torch"][0], machine.current["cupy"][0] = 0x50, 0x60
     producer = OnDevice(np.arange(6, dtype=np.float32)[::-1])
-    handle, traits = _protocols.open(producer, Want(reader))
+    handle, traits, _ = _protocols.open(producer, Want(reader))
     asked = {"torch": 0x50, "cupy": 0x60}[reader]
     assert (traits.spacing, handle.stream) == ("reversed", asked)
     assert producer.asked == [{"max_version": (1, 0), "stream": asked}]
@@ -68,7 +68,7 @@ def test_whoever_reads_first_waits_for_the_stream_that_the_producer_was_asked_fo
 def test_torch_waits_too_where_its_stream_is_another_by_then(machine, monkeypatch):
     machine.current["torch"][0] = 0x50
     exporter = machine.cupy.full((6,), 1.0)
-    handle, _ = _protocols.open(OnDevice(np.arange(6, dtype=np.float32)), Want("torch"))
+    handle, _, _ = _protocols.open(OnDevice(np.arange(6, dtype=np.float32)), Want("torch"))
     handle = handle._replace(address=exporter.data.ptr, capsule=exporter.__dlpack__())
     machine.current["torch"][0] = 0x70
     kept = _torch_cuda.imported(handle)
@@ -113,7 +113,7 @@ def test_an_interface_that_names_no_device_is_where_the_driver_says(machine):
     memory = np.arange(6, dtype=np.float32)
     machine.lies_on[memory.ctypes.data] = 1
     cupy_adapter()
-    handle, traits = _protocols.open(Interface(memory), Want("cupy"))
+    handle, traits, _ = _protocols.open(Interface(memory), Want("cupy"))
     assert handle.device == traits.device == "cuda:1"
 
 
@@ -126,7 +126,7 @@ def test_an_address_that_the_driver_does_not_know_is_the_producers_fault(machine
 def test_an_interface_without_memory_is_on_the_current_device(machine):
     machine.devices, machine.device = 2, 1
     memory = np.empty((0, 3), np.float32)
-    handle, _ = _protocols.open(Interface(memory, data=(0, False)), Want("cupy"))
+    handle, _, _ = _protocols.open(Interface(memory, data=(0, False)), Want("cupy"))
     assert handle.device == "cuda:1"
 
 
@@ -342,7 +342,7 @@ def test_a_stream_that_is_none_is_the_producers_fault(machine, monkeypatch):
     def refuse(*_):
         raise RuntimeError("invalid resource handle")
 
-    handle, _ = _protocols.open(Interface(memory, stream=0x70), Want("cupy"))
+    handle, _, _ = _protocols.open(Interface(memory, stream=0x70), Want("cupy"))
     monkeypatch.setattr(_foreign._stream_order, "wait", refuse)
     with pytest.raises(tb.ProducerError, match="112 is no stream of cuda:0: invalid resource handle"):
         handle.wait_in("cupy")

@@ -2,9 +2,12 @@
 
 An adapter is a module with
 
-    open(x, want)           -> (handle, traits)   read the facts; a foreign array is imported here, once
-    describe(handle, traits) -> ArrayInfo         the same facts, for a person
-    performer(step, before, want) -> function          handle -> the array that the step promised
+    open(x, want)            -> (handle, traits, want)  read the facts; a foreign array is imported here, once
+    describe(handle, traits) -> ArrayInfo               the same facts, for a person
+    performer(step, before, want) -> function           handle -> the array that the step promised
+
+The `want` that `open` gives back is settled: its dtype is what this array gets, where the caller's hangs on what it has
+(``dtype={"float64": "float32"}``). What is made of several parts is settled part by part, and then made at once.
 
 Nothing is imported until its array shows up: a caller can hold a tensor only if torch is in `sys.modules`.
 """
@@ -23,7 +26,7 @@ from tensorbridge._step import Op, Step, Want
 
 
 class Adapter(Protocol):
-    def open(self, x: Any, want: Want) -> tuple[Any, Traits]: ...
+    def open(self, x: Any, want: Want) -> tuple[Any, Traits, Want]: ...
 
     def describe(self, handle: Any, traits: Traits) -> ArrayInfo: ...
 

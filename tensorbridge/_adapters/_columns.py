@@ -6,6 +6,7 @@ that the library would have to copy are `Joined`: a step with bytes, which a pla
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -13,8 +14,10 @@ import numpy as np
 from tensorbridge import _dtypes
 from tensorbridge._adapters import _arrow, _missing, _strangers
 from tensorbridge._adapters._arrow import Joined, Whole
-from tensorbridge._adapters._python import are_cast, common_dtype, stacked_as
+from tensorbridge._adapters._numpy import stacked_as
+from tensorbridge._adapters._python import are_cast, one_dtype
 from tensorbridge._refuse import Obstacle
+from tensorbridge._step import Want
 
 _BESIDE = "its columns are joined into one array, row after row"
 _CAST = "its columns, of several dtypes, are cast as they are joined into one array, row after row"
@@ -22,9 +25,9 @@ _SPARSE = "what a sparse column leaves out is filled in"
 _MADE = "its library makes an array of it"
 
 
-def stand_in(x: Any, wanted: str | None = None) -> Any:
-    """What stands for `x` in a conversion: a NumPy view of a column, a `Joined`; all that is no column, as it is. Where
-    a dtype is `wanted`, columns of a table that have several are cast to it.
+def stand_in(x: Any, want: Want) -> tuple[Any, Want]:
+    """What stands for `x` in a conversion: a NumPy view of a column, a `Joined`; all that is no column, as it is. The
+    wish is settled where it says what columns of several dtypes are cast to.
 
     A plain Arrow array speaks for itself, and so does the one chunk of a column.
     """
@@ -33,14 +36,14 @@ def stand_in(x: Any, wanted: str | None = None) -> Any:
         _refuse_scalar(x)
         only = x.chunk(0) if getattr(x, "num_chunks", 0) == 1 else x
         if not x.null_count and _arrow.is_plain(x.type) and not hasattr(only, "chunks"):
-            return only
+            return only, want
     if where:
-        return _COLUMN[where](x)
+        return _COLUMN[where](x), want
     if _missing.library(x, "table"):
-        return _table(x, wanted)
+        return _table(x, want)
     _strangers.refuse_unseen(x)
     _missing.refuse_nulls(x)
-    return x
+    return x, want
 
 
 def kind_of(x: Any) -> str:
@@ -53,11 +56,11 @@ def is_scalar(x: Any) -> bool:
     return hasattr(type(x), "as_py") and _missing.library(x, "column") == "pyarrow"
 
 
-def _table(x: Any, wanted: str | None) -> Any:
+def _table(x: Any, want: Want) -> tuple[Any, Want]:
     """A table of one dtype is a matrix. Of several, the one that it gets is for the caller to say."""
     if _missing.library(x, "table") == "pandas" and (plain := _plain_dtype(x)):
         a = _shared(x)
-        return a if a is not None else Joined(x.shape, plain, lambda: np.array(x), _BESIDE)
+        return a if a is not None else Joined(x.shape, plain, lambda: np.array(x), _BESIDE), want
     parts, names = [], []
     for place, (name, column) in enumerate(_missing.named_columns(x)):
         try:
@@ -70,22 +73,33 @@ def _table(x: Any, wanted: str | None) -> Any:
         raise Obstacle("empty list", type(x).__name__, "a table without columns has no dtype")
     kinds = {(part.dtype, part.shape[1:]): name for part, name in zip(reversed(parts), reversed(names), strict=True)}
     shape = (parts[0].shape[0], len(parts), *parts[0].shape[1:])
-    dtypes = [_dtypes.of_numpy(dtype).lstrip(">") for dtype, _ in kinds]
     alike = len({row for _, row in kinds}) == 1
-    if len(kinds) > 1 and alike and wanted and are_cast(dtypes, wanted):
+    dtypes = {_dtypes.of_numpy(dtype).lstrip(">") for dtype, _ in kinds}
+    becomes = set(map(want.gets, dtypes))
+    if len(kinds) > 1 and alike and len(becomes) == 1 and are_cast(dtypes, wanted := min(becomes)):
         dtype: Any = _dtypes.DTYPES[wanted].numpy
-        return Joined(shape, dtype, lambda: stacked_as([*map(_arrow.made, parts)], dtype, axis=1), _CAST)
+        joined = Joined(shape, dtype, lambda: stacked_as([*map(_arrow.made, parts)], 1, dtype=dtype), _CAST)
+        return joined, want._replace(dtype=wanted, casts=None)
     if len(kinds) > 1:
-        said = sorted({f"{name!r} is {dtype}{list(shape) or ''}" for (dtype, shape), name in kinds.items()})
+        gets = want.gets if len(becomes) > 1 else str  # one that all would get is not what is in the way
+        said = sorted({f"{name!r} {_said(dtype, gets)}{list(row) or ''}" for (dtype, row), name in kinds.items()})
         detail = f"its columns have different dtypes: {', '.join(said[:4])}{', ...' * (len(said) > 4)}"
-        one = f'say dtype="{common_dtype(dtypes)}"' if alike else "give them one shape and dtype first"
+        one = f'say dtype="{one_dtype(dtypes, becomes)}"' if alike else "give them one shape and dtype first"
         cure = f"Convert every column by itself, tensorbridge.tree.to_{{framework}}(x), or {one}."
         raise Obstacle("container", type(x).__name__, detail).cured(cure)
     if not any(isinstance(part, Joined) for part in parts):
         a = _shared(x)
         if a is not None:
-            return a
-    return Joined(shape, parts[0].dtype, lambda: np.stack([_arrow.made(part) for part in parts], axis=1), _BESIDE)
+            return a, want
+    join = lambda: np.stack([_arrow.made(part) for part in parts], axis=1)
+    return Joined(shape, parts[0].dtype, join, _BESIDE), want
+
+
+def _said(dtype: Any, gets: Callable[[str], str]) -> str:
+    """The dtype of a column in words, or what it gets in place of its own."""
+    name = _dtypes.of_numpy(dtype)
+    becomes = gets(name.lstrip(">"))
+    return f"is {dtype}" if becomes == name.lstrip(">") else f"becomes {becomes}"
 
 
 _FEW = 4

@@ -35,8 +35,9 @@ from tensorbridge._roads import CAPTURED, PINNED
 from tensorbridge._step import Op, Step, Want
 
 
-def open(x: Any, want: Want) -> tuple[Any, Traits]:
-    return x, traits(x)
+def open(x: Any, want: Want) -> tuple[Any, Traits, Want]:
+    found = traits(x)
+    return x, found, want.settled(found.dtype)
 
 
 def traits(x: Any) -> Traits:

@@ -24,28 +24,25 @@ def base_of(number: Any) -> type:
     return next(cls for cls in OF_PYTHON if isinstance(number, cls))
 
 
-def dtype_of(numbers: Sequence[Any], kinds: set[type], want: Want, outer: tuple[int, ...]) -> str:
+def made_as(numbers: Sequence[Any], kinds: set[type], want: Want, outer: tuple[int, ...]) -> tuple[str, Want]:
     """The dtype in which numbers of these types are made: their own, or the one asked for where only that holds them.
 
-    `outer` is the shape of the lists around them: () for one number.
+    `outer` is the shape of the lists around them: () for one number. With it the settled wish.
     """
-    if want.casts is not None:  # their own it is, and they have to fit what becomes of that
-        own_dtype = dtype_of(numbers, kinds, want._replace(casts=None), outer)
-        dtype_of(numbers, kinds, want._replace(dtype=want.casts.of(own_dtype), casts=None), outer)
-        return own_dtype
-    asked = BOUNDS.get(want.dtype or "")
     whole = kinds <= {int, bool}
     dtypes = {np.dtype(OF_PYTHON[kind]) for kind in kinds if kind in OF_PYTHON}
     if len(dtypes) < len(kinds):
         dtypes |= {np.asarray(x).dtype for x in numbers if type(x) not in OF_PYTHON}
     found = np.result_type(*dtypes) if dtypes else np.dtype("float64")
+    want = want.settled(_dtypes.of_numpy(found))
+    asked = BOUNDS.get(want.dtype or "")
     if asked is not None and found.kind != "c":  # of complex numbers the imaginary part is in the way first
         own = numbers if kinds <= OF_PYTHON.keys() else [x for x in numbers if _is_python(x)]
         if own and not (_between(own, asked) if whole else _fit(own, asked)):
             raise _out_of_bounds(numbers, own, asked, want, outer)
         exact = own is numbers or _fit(numbers, asked)  # else NumPy's numbers are cast as an array is: they wrap
         if own and exact and (whole or len(dtypes) > 1):  # at once: in between, an int beside floats is rounded
-            return str(want.dtype)
+            return str(want.dtype), want
     elif int in kinds and not _between(numbers if whole else [x for x in numbers if type(x) is int], _INT64):
         if want.dtype is None or not _fit_floats(numbers):
             raise _too_big(numbers, kinds, want, outer)
@@ -60,7 +57,7 @@ def dtype_of(numbers: Sequence[Any], kinds: set[type], want: Want, outer: tuple[
     if not name:
         obstacle = Obstacle("datetime" if found.kind in "mM" else "unknown dtype", f"list of {len(numbers)} values")
         raise obstacle.cured(obstacle.refusal.cure.replace("x.view", "np.asarray(x).view"))
-    return name.lstrip(">")
+    return name.lstrip(">"), want
 
 
 _EXACT = 2**53  # up to here float64 holds every int

@@ -31,9 +31,10 @@ Array: TypeAlias = "np.ndarray[Any, Any]"
 PLAIN = Layout()
 
 
-def open(x: Array, want: Want) -> tuple[Array, Traits]:
+def open(x: Array, want: Want) -> tuple[Array, Traits, Want]:
     """Steps are performed on the plain array: a subclass may answer for NumPy's functions (``__array_function__``)."""
-    return _base(x), traits(x)
+    found = traits(x)
+    return _base(x), found, want.settled(found.dtype)
 
 
 def quick_traits(a: Array) -> Traits | None:
@@ -239,13 +240,23 @@ def performer(step: Step, before: Traits, want: Want) -> Callable[..., Any]:
         return lambda a: np.array(a, order=order, copy=True, subok=False)
     if op == Op.STACK:
         dtype = _dtypes.DTYPES[after.dtype].numpy
-        return lambda parts: parts.stacked(np.stack, dtype)
+        stack = stacked_as if before.origin else np.stack
+        return lambda parts: parts.stacked(stack, dtype)
     rest: dict[str, Callable[..., Any]] = {
         Op.SHARE: _base,
         Op.RESTRIDE: _restrided,
         Op.PROTECT: _sealed if step.by == IN_PLACE else _protected,
     }
     return filler(before.dtype, after.dtype) if op == Op.FILL else rest[op]
+
+
+def stacked_as(arrays: Sequence[Array], axis: int = 0, *, dtype: Any) -> Array:
+    """Arrays of any dtypes in one of `dtype`, each element written once; with the warnings of the casts."""
+
+    def stack(wanted: Any) -> Array:
+        return np.stack(arrays, axis=axis, dtype=wanted, casting="unsafe")
+
+    return _casting.with_warnings(stack, "complex128", _dtypes.of_numpy(np.dtype(dtype)))(dtype)
 
 
 def _base(a: Array) -> Array:

@@ -23,14 +23,16 @@ from tensorbridge._refuse import Obstacle
 from tensorbridge._step import EXPORTED, Op, Step, Want
 
 
-def open(x: Any, want: Want) -> tuple[Any, Traits]:
-    cls = type(x)
+def open(x: Any, want: Want) -> tuple[Any, Traits, Want]:
     if isinstance(x, (str, type, type(None))):
-        raise Obstacle("text" if isinstance(x, str) else "not an array", cls.__name__)
-    seen = _asked(lambda: _columns.stand_in(x, want.dtype), x, "what it holds")
-    if isinstance(seen, (np.ndarray, Joined)):
-        return _column(seen, x)
-    x = seen
+        raise Obstacle("text" if isinstance(x, str) else "not an array", type(x).__name__)
+    seen, want = _asked(lambda: _columns.stand_in(x, want), x, "what it holds")
+    is_column = isinstance(seen, (np.ndarray, Joined))
+    handle, traits = _column(seen, x) if is_column else _by_protocol(seen, want)
+    return handle, traits, want.settled(traits.dtype)
+
+
+def _by_protocol(x: Any, want: Want) -> tuple[Any, Traits]:
     if _speaks(x, "__dlpack__") and _speaks(x, "__dlpack_device__"):
         return _by_dlpack(x, want)
     if (facts := _offered(x, "__cuda_array_interface__")) is not None:
@@ -45,9 +47,9 @@ def open(x: Any, want: Want) -> tuple[Any, Traits]:
     elif _speaks(x, "__dlpack__"):
         detail = "it has __dlpack__ and no __dlpack_device__, nor an array interface, buffer or __array__"
         cure = "Give it a __dlpack_device__ that says where its memory is: (1, 0) is the host."
-        raise Obstacle("not an array", cls.__name__, detail).cured(cure)
+        raise Obstacle("not an array", type(x).__name__, detail).cured(cure)
     else:
-        raise Obstacle(_strangers.obstacle_of(x), cls.__name__)
+        raise Obstacle(_strangers.obstacle_of(x), type(x).__name__)
     return _read(found, via, x)
 
 

@@ -24,7 +24,6 @@ class Parts(NamedTuple):
     shape: tuple[int, ...]
     arrays: list[Any] | None
     numbers: Sequence[Any]
-    mixed: bool = False  # arrays of several dtypes, which are cast as they are stacked
 
     def stacked(self, stack: Callable[..., Any], dtype: Any = None) -> Any:
         if self.arrays is None:
@@ -34,41 +33,30 @@ class Parts(NamedTuple):
             arrays = [a.stacked(stack, None) if hasattr(a, "stacked") else a for a in arrays]
         if any(issubclass(kind, np.ndarray) and kind is not np.ndarray for kind in kinds):
             arrays = [np.asarray(a) for a in arrays]  # np.stack of np.matrix writes beyond its memory
-        if self.mixed:
-            return stacked_as(arrays, dtype).reshape(self.shape)
         whole = stack(arrays) if dtype is None else stack(arrays, dtype=dtype)
         return whole.reshape(self.shape)
 
 
-def stacked_as(arrays: list[Any], dtype: Any, axis: int = 0) -> Any:
-    """NumPy arrays of any dtypes in one of `dtype`, each element written once; with the warnings of the casts."""
-
-    def stack(wanted: Any) -> Any:
-        return np.stack(arrays, axis=axis, dtype=wanted, casting="unsafe")
-
-    return _casting.with_warnings(stack, "complex128", _dtypes.of_numpy(np.dtype(dtype)))(dtype)
-
-
-def open(x: Any, want: Want) -> tuple[Any, Traits]:
+def open(x: Any, want: Want) -> tuple[Any, Traits, Want]:
     if not isinstance(x, (list, tuple)):
-        return x, _scalar(x, want)
+        return _scalar(x, want)
     if hasattr(x, "_fields"):
         raise Obstacle("container", f"namedtuple {type(x).__name__}")
     outer, leaves, kinds = _unfolded(x)
     if all(is_scalar(kind) for kind in kinds):
-        dtype = _numbers.dtype_of(leaves, kinds, want, outer)
-        parts = Parts(outer, None, x)
+        dtype, want = _numbers.made_as(leaves, kinds, want, outer)
         size = size_class(math.prod(outer) * _dtypes.itemsize(dtype))
-        return parts, Traits("numpy list", dtype=dtype, size=size)
+        return Parts(outer, None, x), Traits("numpy list", dtype=dtype, size=size), want
     return _arrays(outer, leaves, want)
 
 
-def _scalar(x: Any, want: Want) -> Traits:
+def _scalar(x: Any, want: Want) -> tuple[Any, Traits, Want]:
     if isinstance(x, np.generic):
-        found = _numpy.traits(np.asarray(x))
-        return Traits("python scalar", dtype=found.dtype.lstrip(">"))
+        dtype = _numpy.traits(np.asarray(x)).dtype.lstrip(">")
+        return x, Traits("python scalar", dtype=dtype), want.settled(dtype)
     base = _numbers.base_of(x)
-    return Traits("python scalar", dtype=_numbers.dtype_of([base(x)], {base}, want, ()))
+    dtype, want = _numbers.made_as([base(x)], {base}, want, ())
+    return x, Traits("python scalar", dtype=dtype), want
 
 
 def _unfolded(x: Any) -> tuple[tuple[int, ...], Sequence[Any], set[type]]:
@@ -107,10 +95,11 @@ def _check_axes(count: int) -> None:
         )
 
 
-def _arrays(outer: tuple[int, ...], leaves: Sequence[Any], want: Want) -> tuple[Parts, Traits]:
+def _arrays(outer: tuple[int, ...], leaves: Sequence[Any], want: Want) -> tuple[Parts, Traits, Want]:
     what = f"list of {len(leaves)}"
     handles: list[Any] = []
     kinds: list[tuple[Traits, ArrayInfo]] = []  # of all parts but those that are like the first
+    becomes: set[str] = set()  # the dtypes that they get
     alike: Callable[[Sequence[Any]], bool] | None = None
     for place, leaf in enumerate(leaves):
         if alike is not None and alike([leaf]):
@@ -120,12 +109,13 @@ def _arrays(outer: tuple[int, ...], leaves: Sequence[Any], want: Want) -> tuple[
             if leaf is None:
                 raise Obstacle("missing number", "None")
             adapter = adapter_of(type(leaf))
-            handle, found = adapter.open(leaf, want._replace(copy=None))
+            handle, found, settled = adapter.open(leaf, want._replace(copy=None))
         except Obstacle as obstacle:
             obstacle.what = f"{what}, item {_numbers.index_of(place, outer)}: {obstacle.what}"
             raise
         handles.append(handle)
         kinds.append((found, adapter.describe(handle, found)))
+        becomes.add(settled.gets(found.dtype.lstrip(">")))
         if not place and hasattr(adapter, "like"):
             alike = adapter.like(leaf)
             if alike is not None and alike(leaves):  # all at once, which is quicker, and how most lists are
@@ -136,32 +126,27 @@ def _arrays(outer: tuple[int, ...], leaves: Sequence[Any], want: Want) -> tuple[
         detail = "it holds both numbers and arrays"
         if len(shapes) > 1:
             raise Obstacle("ragged", what, f"{detail}, of different shapes: {_first(map(shape_text, sorted(shapes)))}")
-        raise Obstacle("mixed list", what, detail).cured(_one_by_one(kinds, want, len(outer)))
+        raise Obstacle("mixed list", what, detail).cured(_one_by_one(kinds, becomes, want, len(outer)))
     if len(shapes) > 1:
         raise _ragged(leaves, map(shape_text, sorted(shapes)))
-    frameworks = {t.framework if t.framework in ("torch", "cupy") else "numpy" for t, _ in kinds}
-    dtypes = {t.dtype.lstrip(">") for t, _ in kinds}
-    wanted = want.out.dtype.lstrip(">") if want.out is not None else want.dtype
-    if want.casts is not None:
-        wanted = want.casts.common(dtypes)
-    mixed = wanted if len(dtypes) > 1 and frameworks == {"numpy"} and are_cast(dtypes, wanted) else None
+    dtypes = _dtypes_of(kinds)
+    mixed = len(dtypes) > 1 and len(becomes) == 1 and _are_cast_at_once(kinds, min(becomes))
     for name, values in (
-        ("frameworks", frameworks),
+        ("frameworks", _holders(kinds)),
         ("devices", {t.device for t, _ in kinds}),
-        ("dtypes", dtypes),
+        ("dtypes", dtypes if len(dtypes) > 1 else becomes),
     ):
         if len(values) > 1 and not (name == "dtypes" and mixed):
             detail = f"its parts have different {name}: {', '.join(sorted(values))}"
-            raise Obstacle("mixed list", what, detail).cured(_one_by_one(kinds, want, len(outer)))
+            raise Obstacle("mixed list", what, detail).cured(_one_by_one(kinds, becomes, want, len(outer)))
     first = kinds[0][0]
     if first.device != CPU and first.framework not in ("torch", "cupy"):
         raise Obstacle("mixed list", what, "device arrays of other libraries are not stacked")
     shape = outer + kinds[0][1].shape
     _check_axes(0 if first.framework == "torch" else len(shape))
-    dtype = mixed or first.dtype.lstrip(">")
-    holder = first.framework if first.framework in ("torch", "cupy") else "numpy"
+    dtype = min(becomes if mixed else dtypes)
     found = Traits(
-        f"{holder} list",
+        f"{_holder(first)} list",
         first.device,
         dtype,
         "C" if all(t.order == "C" for t, _ in kinds) else "K",  # else the framework's choice
@@ -169,22 +154,52 @@ def _arrays(outer: tuple[int, ...], leaves: Sequence[Any], want: Want) -> tuple[
         size=size_class(math.prod(shape) * _dtypes.itemsize(dtype), len(shape)),
         origin=f", which casts its parts, of several dtypes, to {dtype}" if mixed else "",
     )
-    return Parts(shape, handles, (), bool(mixed)), found
+    if want.casts is not None:  # each part has been settled
+        want = want._replace(dtype=None if becomes == dtypes else min(becomes), casts=None)
+    return Parts(shape, handles, ()), found, want
 
 
-def are_cast(dtypes: Iterable[str], wanted: str | None, framework: str = "numpy") -> bool:
+def _holder(part: Traits) -> str:
+    """Who stacks it."""
+    return part.framework if part.framework in ("torch", "cupy") else "numpy"
+
+
+def _holders(kinds: list[tuple[Traits, ArrayInfo]]) -> set[str]:
+    return {_holder(t) for t, _ in kinds}
+
+
+def _dtypes_of(kinds: list[tuple[Traits, ArrayInfo]]) -> set[str]:
+    return {t.dtype.lstrip(">") for t, _ in kinds}
+
+
+def _are_cast_at_once(kinds: list[tuple[Traits, ArrayInfo]], wanted: str) -> bool:
+    """Whether parts of several dtypes are written into one array of `wanted`, each element once.
+
+    In a graph every such write would be a node that keeps all of the array; elsewhere `copy_` casts too few dtypes.
+    """
+    holders = _holders(kinds)
+    plain = not any(t.graph or t.device.is_other for t, _ in kinds)
+    return len(holders) == 1 and "cupy" not in holders and plain and are_cast(_dtypes_of(kinds), wanted, min(holders))
+
+
+def are_cast(dtypes: Iterable[str], wanted: str, framework: str = "numpy") -> bool:
     """Whether arrays of these dtypes become one of the `wanted`."""
-    return wanted is not None and all(
+    return all(
         _dtypes.can_cast(framework, dtype, wanted) and (_dtypes.is_complex(wanted) or not _dtypes.is_complex(dtype))
         for dtype in dtypes
     )
 
 
-def common_dtype(dtypes: Iterable[str], framework: str = "numpy") -> str:
+def one_dtype(dtypes: set[str], becomes: set[str], framework: str = "numpy", sides: Iterable[str] = ("numpy",)) -> str:
+    """The dtype to ask for where there are several: for what they are to become, if one of `sides` can cast to that."""
+    found = min(becomes) if len(becomes) == 1 else _common(becomes, framework)
+    return found if any(are_cast(dtypes, found, side) for side in sides) else _common(dtypes, framework)
+
+
+def _common(dtypes: set[str], framework: str) -> str:
     """The dtype that NumPy would give what has several; where it knows none, or `framework` has not got it, one that
     holds most numbers.
     """
-    dtypes = set(dtypes)
     with suppress(TypeError):
         kinds = [_dtypes.DTYPES[dtype].numpy or np.dtype("complex64") for dtype in dtypes]  # NumPy lacks complex32
         found = _dtypes.of_numpy(np.result_type(*kinds))
@@ -193,22 +208,15 @@ def common_dtype(dtypes: Iterable[str], framework: str = "numpy") -> str:
     return "complex128" if any(map(_dtypes.is_complex, dtypes)) else "float64"
 
 
-def _one_by_one(kinds: list[tuple[Traits, ArrayInfo]], want: Want, depth: int) -> str:
+def _one_by_one(kinds: list[tuple[Traits, ArrayInfo]], becomes: set[str], want: Want, depth: int) -> str:
     """What helps arrays of several kinds, so many lists deep: to bring each to one framework, device and dtype."""
-    dtypes, devices = {t.dtype.lstrip(">") for t, _ in kinds}, {t.device for t, _ in kinds}
-    wanted = want.out.dtype.lstrip(">") if want.out is not None else want.dtype
-    common = common_dtype(dtypes, want.framework)
-    if want.casts is not None:
-        wanted = want.casts.of(common)
-    frameworks = {t.framework if t.framework in ("torch", "cupy") else "numpy" for t, _ in kinds}
-    sides = {*frameworks, want.framework}
-    if not any(are_cast(dtypes, wanted, side) for side in sides):
-        wanted = common if len(dtypes) > 1 else None
+    dtypes, devices = _dtypes_of(kinds), {t.device for t, _ in kinds}
+    wanted = one_dtype(dtypes, becomes, want.framework, {*_holders(kinds), want.framework})
     numbers = any(t.framework == "python scalar" for t, _ in kinds)
-    if frameworks == {"numpy"} and len(devices) == 1 and not numbers:
+    if len(devices) == 1 and not numbers and _are_cast_at_once(kinds, wanted):
         return f'Say dtype="{wanted}".'
     via = "to_{framework}" if len(devices) == 1 else "to_numpy"
-    made = f'{via}(part, dtype="{wanted}")' if wanted else f"{via}(part)"
+    made = f"{via}(part)" if {wanted} == dtypes else f'{via}(part, dtype="{wanted}")'
     names = ["part", "row", *(f"rows{n or ''}" for n in range(depth))][:depth]
     for name, around in zip(names, [*names[1:], "x"], strict=True):
         made = f"[{made} for {name} in {around}]"

@@ -41,15 +41,17 @@ _has_storage, _modes = torch._C._has_storage, _torch_steps.modes
 _devices: dict[torch.device, Device] = {}
 
 
-def open(t: Tensor, want: Want) -> tuple[Tensor, Traits]:
+def open(t: Tensor, want: Want) -> tuple[Tensor, Traits, Want]:
     plain = is_plain(t)
     if not plain and _functorch.is_functorch_wrapped_tensor(t):
         t = _functorch.unwrap_if_dead(t)  # it outlived its transform: what is left is a plain tensor
     if type(t) in EXACT:
-        return t, _traits(t, plain, ask_pinned=_crosses_bus(t, want))
-    with _itself():
         traits = _traits(t, plain, ask_pinned=_crosses_bus(t, want))
-        return t if want.framework == "torch" else t.as_subclass(torch.Tensor), traits
+    else:
+        with _itself():
+            traits = _traits(t, plain, ask_pinned=_crosses_bus(t, want))
+            t = t if want.framework == "torch" else t.as_subclass(torch.Tensor)
+    return t, traits, want.settled(traits.dtype)
 
 
 # Inside, a tensor is looked at itself, whatever its subclass answers for torch's functions (``__torch_function__``).

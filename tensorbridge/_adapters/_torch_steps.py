@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -50,6 +51,9 @@ def _performer(step: Step, before: Traits, want: Want) -> Callable[..., Any]:
         return _torch_cuda.from_cupy(before) if before.framework == "cupy" else as_it_is
     if op == Op.FILL:
         return _filler(before, step, want)
+    if op == Op.STACK and before.origin:
+        write = _in_pieces if step.by == _engine.IN_PIECES else Tensor.copy_
+        return lambda parts: parts.stacked(partial(_stacked_as, write), DTYPES[after.dtype])
     if step.by == _engine.IN_PIECES and op == Op.STACK:
         return lambda parts: parts.stacked(stacked_in_pieces)
     if step.by == _engine.IN_PIECES and not _engine.in_numpy_pages(before, after.dtype, step.by):
@@ -97,6 +101,14 @@ def stacked(tensors: list[Tensor]) -> Tensor:
     if not (tensors[0].is_cpu or tensors[0].is_cuda):
         tensors = [_true_sign(t) for t in tensors]
     return torch.stack(tensors)
+
+
+def _stacked_as(write: Callable[[Tensor, Tensor], Tensor], tensors: list[Tensor], *, dtype: torch.dtype) -> Tensor:
+    """Tensors of any dtypes, none of them in a graph, in one of `dtype`, each element written once."""
+    out = torch.empty((len(tensors), *tensors[0].shape), dtype=dtype, device=tensors[0].device)
+    for row, t in zip(out, tensors, strict=True):
+        write(row, t.resolve_conj().resolve_neg())  # marks that `copy_` loses where it casts
+    return out
 
 
 def stacked_in_pieces(tensors: list[Tensor], out: Tensor | None = None) -> Tensor:

@@ -223,7 +223,7 @@ def _refuse_unwritable(torch: Any, t: torch.Tensor) -> None:
         raise UnsupportedArrayError(f"editing: {why}. Edit it outside the transformed function.")
     adapter: Any = adapter_of(type(t))
     try:
-        _, traits = adapter.open(t, Want("numpy"))
+        _, traits, _ = adapter.open(t, Want("numpy"))
     except _refuse.Obstacle as found:
         cure = _CURES.get(found.name) or found.refusal.cure.replace("Convert", "Edit")
         raise UnsupportedArrayError(f"editing: {found.what} cannot be an array: {found.why}. {cure}") from None
