@@ -159,7 +159,9 @@ class copy_guard(ContextDecorator):
         if not chosen:
             raise ValueError('copy_guard(kinds=[]): guards nothing; leave kinds out for all, or say mode="allow"')
         self._mode, self._min_bytes, self._kinds = mode, min_bytes, chosen
-        self._open: list[_Opened] = []  # blocks of any thread or task that have not ended
+        # Blocks of any thread or task that have not ended. No list: without the GIL, one that another thread takes
+        # something out of is not found whole.
+        self._open: dict[_Opened, None] = {}
         self._used = False
 
     _used = True  # where it could not be made
@@ -191,7 +193,7 @@ class copy_guard(ContextDecorator):
     @eager
     def __enter__(self) -> copy_guard:
         self._used, opened = True, _Opened(self)
-        self._open.append(opened)
+        self._open[opened] = None
         _change(opened, enter=True)
         return self
 
@@ -199,10 +201,10 @@ class copy_guard(ContextDecorator):
     def __exit__(self, *exc: object) -> None:
         mine = next((x for x in reversed(_opened.get()) if x in self._open), None)
         if mine is not None:  # the last of its own, even where blocks end out of turn, as those of generators may
-            self._open.remove(mine)
+            del self._open[mine]
             _change(mine, enter=False)
         elif self._open:  # of a generator that ends elsewhere
-            self._open.pop().end()
+            self._open.popitem()[0].end()
         else:
             raise RuntimeError(f"{self!r}: left without having been entered; open it by a with block or enter_context")
 

@@ -578,3 +578,29 @@ def test_a_report_is_given_where_the_working_directory_is_gone(tmp_path, monkeyp
         tb.to_torch(np.zeros(3))
     gone.rmdir()
     assert "numpy -> torch" in seen.report()
+
+
+def test_a_block_is_left_while_another_thread_leaves_one_of_the_same_guard(monkeypatch, reversed_array):
+    """As threads meet without the GIL: the other leaves in the middle of the look for one's own block."""
+
+    class Met(_watch._Opened):
+        __hash__ = object.__hash__
+
+        def __eq__(self, other: object) -> bool:
+            if leaving:
+                leaving.pop()()
+            return self is other
+
+    monkeypatch.setattr(_watch, "_Opened", Met)
+    guard = tb.copy_guard("error")
+    first, last = contextvars.copy_context(), contextvars.copy_context()
+    leaving = [lambda: first.run(guard.__exit__)]
+    first.run(guard.__enter__)
+    with guard:
+        last.run(guard.__enter__)
+    for one in leaving:
+        one()
+    tb.to_torch(reversed_array)
+    with pytest.raises(tb.CopyRequiredError):
+        last.run(tb.to_torch, reversed_array)
+    last.run(guard.__exit__)
