@@ -6,6 +6,7 @@ import collections
 import dataclasses
 import functools
 import gc
+import sys
 import types
 import weakref
 from typing import Any
@@ -562,3 +563,17 @@ def test_classes_of_arrays_are_not_kept_without_end():
         del cls
     gc.collect()
     assert len(seen) < 300
+
+
+def test_a_class_may_be_registered_by_another_thread_while_a_tree_is_opened(monkeypatch):
+    class Registry(dict):
+        def items(self):
+            for item in super().items():
+                self["elsewhere", type("New", (), {})] = None  # as the other thread does between two looks
+                yield item
+
+    registry = types.ModuleType("optree.registry")
+    registry._NODETYPE_REGISTRY = Registry({("here", int): None, ("here", str): None})
+    monkeypatch.setitem(sys.modules, "optree.registry", registry)
+    kept = object()
+    assert tb.tree.to_torch([np.zeros(1), kept])[1] is kept

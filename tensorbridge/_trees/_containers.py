@@ -191,6 +191,7 @@ def _registered(cls: type) -> Kind | None:
 def _in_optree(cls: type) -> Any:
     """The entry of a class in optree's registry, in whatever namespace: nobody says here which one is meant."""
     known: dict[Any, Any] = getattr(loaded("optree.registry"), "_NODETYPE_REGISTRY", {})
+    known = known.copy()  # another thread may register a class
     return known.get(cls) or next((e for key, e in known.items() if type(key) is tuple and key[1] is cls), None)
 
 
