@@ -63,11 +63,11 @@ def hide_all() -> None:
     except AttributeError:
         unhidden.clear()
         return
+    compiling = asked  # first: to other threads, that none is left to be marked says that this is known
     with suppress(IndexError):  # none is left: another thread may take the last one
         while True:
             code, below = unhidden.pop()
             mark(code, strategy(skip, skip if below else default))
-    compiling = asked
 
 
 eager(hide_all)

@@ -100,6 +100,22 @@ def test_another_thread_may_take_the_last_mark(monkeypatch):
     assert len(_eager.unhidden) == 0
 
 
+def test_whether_compiled_code_calls_is_known_before_the_last_code_is_marked(monkeypatch):
+    """Another thread that finds none left to be marked asks at once."""
+    frames = torch._C._dynamo.eval_frame
+    mark, known = frames.set_code_exec_strategy, []
+
+    def marked(*args):
+        known.append(_eager.compiling is frames.get_eval_frame_callback)
+        mark(*args)
+
+    monkeypatch.setattr(frames, "set_code_exec_strategy", marked)
+    monkeypatch.setattr(_eager, "compiling", lambda: None)
+    monkeypatch.setattr(_eager, "unhidden", [((lambda: 1).__code__, True)])
+    _eager.hide_all()
+    assert known == [True]
+
+
 def listed_ahead(x):
     return list(tb.prefetch([x], device="cpu"))
 
