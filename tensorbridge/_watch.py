@@ -116,8 +116,9 @@ class copy_guard(ContextDecorator):
     context manager
         The innermost one decides. It holds for this thread and this async task; tasks and `prefetch` workers started
         inside inherit it, and keep it when they outlive the block; plain threads and child processes do not:
-        `asyncio.to_thread` does, ``loop.run_in_executor`` does not. In a generator, a block holds for the caller as
-        well until the generator has left it.
+        `asyncio.to_thread` does, ``loop.run_in_executor`` does not. (Where `sys.flags.thread_inherit_context` is set,
+        as from Python 3.14 on without the GIL, every thread that is started inside inherits it.) In a generator, a
+        block holds for the caller as well until the generator has left it.
 
     Raises
     ------
