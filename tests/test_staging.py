@@ -11,6 +11,7 @@ import threading
 import fake_frameworks
 import numpy as np
 import pytest
+from sources import eventually
 
 from tensorbridge import DeviceError
 from tensorbridge._cuda import _copiers, _lease, _staging, _streams
@@ -47,7 +48,8 @@ def block_with(machine, data):
 
 
 def is_whole(ring):
-    return len(ring._free) == ring._made <= SLOTS
+    """The thread that has read a slot gives it back, a moment after its bytes are there."""
+    return eventually(lambda: len(ring._free) == ring._made <= SLOTS)
 
 
 # The two ways
