@@ -20,7 +20,7 @@ IN_MEMORY = [name for name in ARRAYS if not name.startswith("python") and "empty
 
 def has_dtype(target: str, name: str) -> bool:
     """Whether `target` has the elements of this named array; dtypes are in the names."""
-    dtype = "int4" if name.endswith("int4") else name.partition("dtype-")[2]
+    dtype = next((rare for rare in ("int4", "complex32") if name.endswith(rare)), name.partition("dtype-")[2])
     return dtype in HAS[target] or not dtype
 
 
