@@ -45,7 +45,7 @@ NUMPY = Kernel("numpy")
 
 def kernel(now: Traits, dtype: str, order: str, here: Here) -> Kernel:
     """Whose kernel copies an array of kind `now`, which torch can view, to `dtype` and memory `order` on the host."""
-    if here.worker or not here.torch or now.size == "empty":
+    if here.worker or not here.torch or now.size == "empty" or faults(now):
         return NUMPY
     rounds = now.dtype == "float32" and dtype in _ROUNDED_ALIKE
     told = here.heard and dtype == "float16"  # NumPy has nothing to say of bfloat16

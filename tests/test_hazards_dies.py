@@ -109,6 +109,26 @@ wanted = np.repeat(a, 8).reshape(64, 8)
 OTHER_WIDTH = {"complex128": "complex64", "complex64": "complex128"}
 
 
+def test_torchs_threads_do_not_share_a_copy_that_faults():
+    make = """
+from tensorbridge import _convert
+_convert.has_threads = lambda: True  # as on a machine with idle cores
+store = np.zeros(16 * 80, "u1")
+start = -store.ctypes.data % 16 + 8
+a = store[start : start + 16 * 64].view("complex128")
+a[:] = np.arange(64) - 2j
+x = torch.from_numpy(a)[:, None].expand(64, 1 << 14)
+"""
+    ways = {
+        "copied to torch": "tb.to_torch(x, copy=True)",
+        "copied to numpy": "tb.to_numpy(x, copy=True)",
+        "into a tensor": "tb.to_torch(x, out=torch.empty(64, 1 << 14, dtype=torch.complex128))",
+        "into an array": "tb.to_numpy(x, out=np.empty((64, 1 << 14), 'complex128'))",
+        "in a tree": "tb.tree.to_torch([x], copy=True)[0]",
+    }
+    assert_survives({way: f"{make}assert np.array_equal(np.asarray({call})[:, 5], a)" for way, call in ways.items()})
+
+
 def test_read_only_pages_are_not_written_and_lent_pages_are_not_unmapped():
     """A write to a page mapped for reading, or a read of one that is gone, is SIGSEGV: pytorch#46741, numpy#18294."""
     folder = "folder = Path(tempfile.mkdtemp()); np.arange(4.0).tofile(folder / 'a')"
