@@ -52,7 +52,7 @@ def _performer(step: Step, before: Traits, want: Want) -> Callable[..., Any]:
     if op == Op.FILL:
         return _filler(before, step, want)
     if op == Op.STACK and before.origin:
-        write = _in_pieces if step.by == _engine.IN_PIECES else Tensor.copy_
+        write = _in_pieces if step.by == _engine.IN_PIECES else _written
         return lambda parts: parts.stacked(partial(_stacked_as, write), DTYPES[after.dtype])
     if step.by == _engine.IN_PIECES and op == Op.STACK:
         return lambda parts: parts.stacked(stacked_in_pieces)
@@ -107,8 +107,13 @@ def _stacked_as(write: Callable[[Tensor, Tensor], Tensor], tensors: list[Tensor]
     """Tensors of any dtypes, none of them in a graph, in one of `dtype`, each element written once."""
     out = torch.empty((len(tensors), *tensors[0].shape), dtype=dtype, device=tensors[0].device)
     for row, t in zip(out, tensors, strict=True):
-        write(row, t.resolve_conj().resolve_neg())  # marks that `copy_` loses where it casts
+        write(row, t)
     return out
+
+
+def _written(out: Tensor, t: Tensor) -> Tensor:
+    """`out.copy_(t)`, which loses marks where it casts."""
+    return out.copy_(t.resolve_conj().resolve_neg())
 
 
 def stacked_in_pieces(tensors: list[Tensor], out: Tensor | None = None) -> Tensor:
@@ -127,7 +132,7 @@ _GRAIN = 32768
 def _in_pieces(out: Tensor, t: Tensor) -> Tensor:
     """`out.copy_(t)`, without threads. `t` is cut across the axis on which its elements lie farthest apart."""
     if t.numel() < _GRAIN:
-        return out.copy_(t)
+        return _written(out, t)
     strides, longest = t.stride(), 0
     for axis, n in enumerate(t.shape):
         if n > 1 and (t.shape[longest] == 1 or strides[axis] > strides[longest]):
