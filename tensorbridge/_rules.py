@@ -175,7 +175,9 @@ def copy(steps: Steps, op: str, why: str, here: Here, *, cure: str = "", **chang
 def to_device(steps: Steps, receiver: str, where: Device, pinned: bool, cure: str = "") -> None:
     """One block over the bus, or to another device; torch packs a peer copy and a graph's on its own."""
     if steps.now.spacing != "dense" and (steps.now.device == CPU or receiver == "cupy") and not steps.now.graph:
-        steps.then(Op.PACK, "packed first, so that one block crosses the bus", by=steps.now.framework)
+        by_numpy = _engine.faults(steps.now) and _engine.numpy_may_copy(steps.now, steps.now.dtype)
+        by = "numpy" if by_numpy else steps.now.framework
+        steps.then(Op.PACK, "packed first, so that one block crosses the bus", by=by)
         pinned = False
     origin, road = steps.now.device, _roads.Road(_roads.PLAIN)
     if origin == CPU:

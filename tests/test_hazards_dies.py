@@ -109,6 +109,20 @@ wanted = np.repeat(a, 8).reshape(64, 8)
 OTHER_WIDTH = {"complex128": "complex64", "complex64": "complex128"}
 
 
+def test_what_is_packed_for_a_device_does_not_fault():
+    """The step before the bus is done here without a device."""
+    step = """
+from tensorbridge._adapters import performer
+store = np.zeros(16 * 80, "u1")
+start = -store.ctypes.data % 16 + 8
+x = torch.from_numpy(store[start : start + 16 * 64].view("complex128"))[:, None].expand(64, 8)
+share, pack, _ = tb.plan(x, "torch", device="cuda:0").steps
+packed = performer(pack, share.after, None)(x)
+assert packed.is_contiguous() and torch.equal(packed, torch.zeros(64, 8, dtype=torch.complex128))
+"""
+    assert_survives({"packed": step})
+
+
 def test_torchs_threads_do_not_share_a_copy_that_faults():
     make = """
 from tensorbridge import _convert

@@ -61,7 +61,8 @@ def _performer(step: Step, before: Traits, want: Want) -> Callable[..., Any]:
         return lambda t: _in_pieces(torch.empty_like(t, dtype=dtype, memory_format=packed), t)
     if op in (Op.CAST, Op.COPY) and before.framework == "numpy":
         return _array_copied(before, after)
-    if op in (Op.CAST, Op.COPY) and _engine.in_numpy_pages(before, after.dtype, step.by):
+    chosen = op in (Op.CAST, Op.COPY) or step.by == "numpy"
+    if chosen and _engine.in_numpy_pages(before, after.dtype, step.by):
         return _into_numpy_pages(before, after, step.by)
     if op == Op.CAST:
         dtype = DTYPES[after.dtype]
