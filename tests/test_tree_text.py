@@ -14,6 +14,8 @@ TEXTS = {
     "bytes": lambda: np.array([b"a", b"bc"]),
     "of any length": lambda: np.array(["a", "bc"], dtype=np.dtypes.StringDType()),
     "objects": lambda: np.array(["a", "bc"], dtype=object),
+    "objects, of NumPy's own": lambda: np.array([np.str_("a"), np.bytes_(b"bc")], dtype=object),
+    "mapped": lambda: np.array(["a", "bc"]).view(np.memmap),
     "objects, some missing": lambda: np.array([["a", None], [b"bc", "d"]], dtype=object),
     "empty": lambda: np.array([], dtype="U5"),
     "a single one": lambda: np.array("a"),

@@ -117,18 +117,15 @@ def is_array(x: Any) -> bool:
 
 
 TEXTUAL = frozenset("SUTO")  # the kinds of NumPy's dtypes whose elements are, or may be, text
+HOLD_TEXT: frozenset[type] = frozenset({np.ndarray, np.memmap})
 
 
 def is_text(x: Any) -> bool:
     """Whether the elements of a value are text, all of them: an array of NumPy that a tree keeps as it keeps text."""
-    if type(x) is not np.ndarray or x.dtype.kind not in TEXTUAL:
+    if type(x) not in HOLD_TEXT or x.dtype.kind not in TEXTUAL:
         return False
-    elements = set(map(type, x.flat)) if x.dtype.kind == "O" else _TEXT
-    return not elements.isdisjoint(_TEXT) and elements <= _TEXT_OR_NONE
-
-
-_TEXT: set[type] = {str, bytes}
-_TEXT_OR_NONE = {*_TEXT, type(None)}
+    elements = set(map(type, x.flat)) - {type(None)} if x.dtype.kind == "O" else {str}
+    return bool(elements) and all(issubclass(cls, (str, bytes)) for cls in elements)
 
 
 def may_hold_arrays(x: Any) -> bool:

@@ -9,12 +9,19 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
-import numpy as np
-
 from tensorbridge._errors import UnsupportedArrayError
-from tensorbridge._trees._containers import ARRAY, EXACT, OTHER, ROOT, TEXTUAL, Kind, is_text, kind_of, rebuilt
-
-_ndarray = np.ndarray
+from tensorbridge._trees._containers import (
+    ARRAY,
+    EXACT,
+    HOLD_TEXT,
+    OTHER,
+    ROOT,
+    TEXTUAL,
+    Kind,
+    is_text,
+    kind_of,
+    rebuilt,
+)
 
 
 class Frame:
@@ -166,8 +173,8 @@ def _inner(frame: Frame, leaves: list[Any], everything: bool) -> Sequence[tuple[
     frame.first = len(leaves)
     classes = set(map(type, children))
     texts: set[int] = set()
-    if _ndarray in classes:
-        arrays = children if len(classes) == 1 else [x for x in children if type(x) is _ndarray]
+    if not HOLD_TEXT.isdisjoint(classes):
+        arrays = children if len(classes) == 1 else [x for x in children if type(x) in HOLD_TEXT]
         if not TEXTUAL.isdisjoint([a.dtype.kind for a in arrays]):
             texts = set(map(id, filter(is_text, arrays)))
     if len(classes) == 1 and not texts:
