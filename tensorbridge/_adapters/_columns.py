@@ -79,7 +79,7 @@ def _table(x: Any, want: Want) -> tuple[Any, Want]:
     if len(kinds) > 1 and alike and len(becomes) == 1 and are_cast(dtypes, wanted := min(becomes)):
         dtype: Any = _dtypes.DTYPES[wanted].numpy
         joined = Joined(shape, dtype, lambda: stacked_as([*map(_arrow.made, parts)], 1, dtype=dtype), _CAST)
-        return joined, want._replace(dtype=wanted, casts=None)
+        return joined, want._replace(dtype=want.dtype or (None if becomes == dtypes else wanted), casts=None)
     if len(kinds) > 1:
         gets = want.gets if len(becomes) > 1 else str  # one that all would get is not what is in the way
         said = sorted({f"{name!r} {_said(dtype, gets)}{list(row) or ''}" for (dtype, row), name in kinds.items()})

@@ -102,6 +102,8 @@ def test_two_byte_orders_of_one_dtype_are_one_dtype():
     frame = pd.DataFrame({"a": np.arange(2, dtype=">f8"), "b": np.arange(2.0)})
     assert tb.to_torch(frame).tolist() == [[0, 0], [1, 1]]
     assert tb.to_torch(frame, dtype={"float64": "float32"}).tolist() == [[0, 0], [1, 1]]
+    with pytest.raises(tb.CopyRequiredError, match=r"^to_numpy\(copy=False\): table"):  # no dtype was asked for
+        tb.to_numpy(frame, copy=False)
 
 
 def test_an_imaginary_part_is_not_dropped_from_one_of_several():
