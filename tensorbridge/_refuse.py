@@ -212,18 +212,19 @@ def before(traits: Traits, want: Want, here: Here) -> Refusal | None:
                 f"{want.framework} has no {wanted}", "Convert x.view(torch.uint8), two elements a byte."
             )
         return Refusal(UnsupportedArrayError, f"{want.framework} has no {wanted}", f'Use dtype="{cure}"', cure)
+    if _dtypes.is_complex(source) and not _dtypes.is_complex(wanted):
+        cure = "numpy.real(x), or numpy.abs(x)" if traits.framework == "numpy list" else "x.real, or abs(x)"
+        return _unsupported(f"{source} to {wanted} would drop the imaginary part", f"Convert {cure}.")
     sides = {holder(traits, want, here), want.framework}
     if source != wanted and not any(_dtypes.can_cast(side, source, wanted) for side in sides):
         who = f"{CALLED[sides.pop()]} cannot" if len(sides) == 1 else "neither side can"
-        cure = f'Cast in two calls: to_{want.framework}(to_{want.framework}(x, dtype="float32"), dtype="{wanted}").'
+        via = "complex64" if _dtypes.is_complex(source) else "float32"
+        cure = f'Cast in two calls: to_{want.framework}(to_{want.framework}(x, dtype="{via}"), dtype="{wanted}").'
         if source == "float4_e2m1fn_x2":
             cure = "Convert x.view(torch.uint8), two elements a byte."
         elif wanted == "float4_e2m1fn_x2":
             cure = "Pack two elements a byte, as uint8, and view the tensor: t.view(torch.float4_e2m1fn_x2)."
         return _unsupported(f"{who} cast {source} to {wanted}", cure)
-    if _dtypes.is_complex(source) and not _dtypes.is_complex(wanted):
-        cure = "numpy.real(x), or numpy.abs(x)" if traits.framework == "numpy list" else "x.real, or abs(x)"
-        return _unsupported(f"{source} to {wanted} would drop the imaginary part", f"Convert {cure}.")
     target = want.device or traits.device
     if want.framework == "torch" and wanted in _LACKING.get(target.type, ()):
         cure = _CURE_DTYPE[wanted]

@@ -155,7 +155,7 @@ def expect(traits: Traits, want: Want, here: Here) -> Verdict:
     elif want.out is not None or pins or (is_list and cast):
         high = min(1 + is_list + cast + swapped + resolves + (not fits), 2 + is_list)
     elif cast and not casts(holder, source, target):
-        high += resolves or not fits  # what the receiver is to cast, it must be able to hold
+        high += resolves or swapped or not fits  # what the receiver is to cast, it must be able to hold
     high += askew + unseen
     low, high = low + exported, high + exported
     shares = not moves and not is_scalar and not exported

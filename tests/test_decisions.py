@@ -331,6 +331,14 @@ TWICE = {
     ("resolve", "fill"): "NumPy fills what torch has resolved",
     ("cast", "fill"): "NumPy fills what torch has cast",
 }
+if "complex32" not in HAS["numpy"]:  # an ml_dtypes before 0.6
+    TWICE |= {
+        ("pack", "cast"): "torch casts to complex32 what it can hold",
+        ("byteswap", "cast"): "torch casts to complex32 what it can hold",
+        ("pack", "fill"): "torch casts to complex32 what it can hold",
+        ("byteswap", "fill"): "torch casts to complex32 what it can hold",
+        ("stack", "cast", "fill"): "NumPy fills what torch has stacked, and cast from complex32",
+    }
 
 
 @pytest.mark.parametrize("source", ["numpy", "torch on the host", "foreign on the host", "numbers and lists"])

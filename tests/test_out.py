@@ -58,7 +58,7 @@ def test_out_is_filled_whatever_the_source_and_the_layout_of_out(name, target):
         resizable = None if target == "numpy" else out.untyped_storage().resizable()
         plan, refusal = attempt(lambda array=array, out=out: tb.plan(array, target, out=out))
         if refusal is not None:
-            assert re.search("imaginary|NumPy cannot cast", str(refusal)), kind
+            assert re.search("imaginary|NumPy cannot cast|numpy has no complex32", str(refusal)), kind
             continue
         assert CONVERT[target](array, out=out) is out, kind
         kept = numbers(out)
