@@ -80,8 +80,10 @@ def test_negative_strides_never_reach_torch():
 
 
 @pytest.mark.parametrize("name", ["complex128", "complex64"])
-def test_a_misaligned_element_that_is_read_many_times_is_left_to_numpy(name):
-    """torch 2.13 faults on it in `clone` and `copy_`: NumPy aligns complex numbers by their parts, torch as a whole."""
+def test_a_misaligned_element_that_is_read_many_times_is_left_to_numpy_or_copied_by_its_parts(name):
+    """torch 2.13 faults on it in `clone`, `copy_` and `stack`: NumPy aligns complex numbers by their parts, torch as a
+    whole.
+    """
     itemsize = np.dtype(name).itemsize
     make = f"""
 store = np.zeros({itemsize} * 80, "u1")
@@ -91,19 +93,37 @@ a[:] = np.arange(64) - 2j
 x = torch.from_numpy(a)[:, None].expand(64, 8)
 assert x.data_ptr() % {itemsize}
 wanted = np.repeat(a, 8).reshape(64, 8)
+g = x.detach().requires_grad_()
+filled = torch.empty(64, 8, dtype=torch.{name})
 """
     ways = {
         "copied to torch": "tb.to_torch(x, copy=True)",
         "copied to numpy": "tb.to_numpy(x, copy=True)",
         "writable": "tb.to_numpy(x, writable=True)",
-        "into a tensor": f"tb.to_torch(x, out=torch.empty(64, 8, dtype=torch.{name}))",
+        "into a tensor": "tb.to_torch(x, out=filled)",
         "into an array": f"tb.to_numpy(x, out=np.empty((64, 8), {name!r}))",
         "into a tensor of another width": f"tb.to_torch(x, out=torch.empty(64, 8, dtype=torch.{OTHER_WIDTH[name]}))",
         "cast": f"tb.to_torch(x, dtype={OTHER_WIDTH[name]!r})",
         "in a tree": "tb.tree.to_torch([x], copy=True)[0]",
         "shared": "tb.to_numpy(x)",
+        "in a list": "tb.to_torch([x, x])[1]",
+        "in a list to numpy": "tb.to_numpy([x, x])[1]",
+        "in a list of two dtypes": "tb.to_torch([torch.zeros(64, 8), x], dtype='complex128')[1]",
+        "in a list in a graph": "tb.to_torch([x, g])[1].detach()",
+        "collated": "tb.collate([x, x])[1]",
+        "collated in a graph": "tb.collate([{'a': g}, {'a': g}])['a'][1].detach()",
+        "in a graph": "tb.to_torch(g, copy=True).detach()",
+        "in a graph into a tensor": "tb.to_torch(g, out=filled).detach()",
     }
-    assert_survives({way: f"{make}assert np.array_equal(np.asarray({call}), wanted)" for way, call in ways.items()})
+    ways = {way: f"assert np.array_equal(np.asarray({call}), wanted)" for way, call in ways.items()}
+    ways["backward"] = """
+hooked = x.detach().requires_grad_()
+made = [tb.to_torch(hooked, copy=True), tb.collate([hooked, x])[0], tb.to_torch(hooked, out=filled.detach().clone())]
+for one in made:
+    (grad,) = torch.autograd.grad(one.real.sum() + 2 * one.imag.sum(), hooked)
+    assert torch.equal(grad, torch.full_like(grad, 1 + 2j))
+"""
+    assert_survives({way: make + code for way, code in ways.items()})
 
 
 OTHER_WIDTH = {"complex128": "complex64", "complex64": "complex128"}

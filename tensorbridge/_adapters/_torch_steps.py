@@ -68,7 +68,7 @@ def _performer(step: Step, before: Traits, want: Want) -> Callable[..., Any]:
         dtype = DTYPES[after.dtype]
         return lambda t: t.to(dtype, memory_format=packed)
     if op in (Op.COPY, Op.PACK):
-        return lambda t: t.clone(memory_format=packed)
+        return _by_parts if _engine.faults(before) else lambda t: t.clone(memory_format=packed)
     if op == Op.TO_DEVICE:
         return _torch_cuda.to_device(before, step, want)
     if op == Op.TO_HOST:
@@ -80,7 +80,7 @@ def _performer(step: Step, before: Traits, want: Want) -> Callable[..., Any]:
     return {
         Op.DETACH: lambda t: t.detach(),
         Op.RESOLVE: (lambda t: t.clone()) if before.lazy == "zero" else _resolved(before),
-        Op.PIN: lambda t: torch.empty_like(t, pin_memory=True).copy_(t),  # pin_memory() returns a pinned one as it is
+        Op.PIN: lambda t: torch.empty_like(t, pin_memory=True).copy_(_steady(t)),  # pin_memory() may do nothing
     }[op]
 
 
@@ -98,10 +98,10 @@ def _resolved(before: Traits) -> Callable[[Tensor], Tensor]:
     return lambda t: t.resolve_conj().resolve_neg()
 
 
-def stacked(tensors: list[Tensor]) -> Tensor:
+def stacked(tensors: list[Tensor], out: Tensor | None = None) -> Tensor:
     if not (tensors[0].is_cpu or tensors[0].is_cuda):
         tensors = [_true_sign(t) for t in tensors]
-    return torch.stack(tensors)
+    return torch.stack([_steady(t) for t in tensors] if tensors[0].dtype == torch.complex128 else tensors, out=out)
 
 
 def _stacked_as(write: Callable[[Tensor, Tensor], Tensor], tensors: list[Tensor], *, dtype: torch.dtype) -> Tensor:
@@ -114,7 +114,17 @@ def _stacked_as(write: Callable[[Tensor, Tensor], Tensor], tensors: list[Tensor]
 
 def _written(out: Tensor, t: Tensor) -> Tensor:
     """`out.copy_(t)`, which loses marks where it casts."""
-    return out.copy_(t.resolve_conj().resolve_neg())
+    return out.copy_(_steady(t.resolve_conj().resolve_neg()))
+
+
+def _steady(t: Tensor) -> Tensor:
+    """`t`, or a copy where torch's kernels may fault (`_engine.faults`)."""
+    return _by_parts(t) if t.dtype == torch.complex128 and t.is_cpu and 0 in t.stride() else t
+
+
+def _by_parts(t: Tensor) -> Tensor:
+    """`t.clone()`, of numbers that need not be aligned to more than their two parts are."""
+    return torch.view_as_complex(torch.view_as_real(t.resolve_conj()).clone(memory_format=torch.contiguous_format))
 
 
 def stacked_in_pieces(tensors: list[Tensor], out: Tensor | None = None) -> Tensor:
@@ -270,7 +280,7 @@ def _filler(before: Traits, step: Step, want: Want) -> Callable[..., Any]:
             return out
 
         return by_numpy
-    share = _from_numpy(before) if before.framework == "numpy" else as_it_is
+    share = _from_numpy(before) if before.framework == "numpy" else _by_parts if _engine.faults(before) else as_it_is
     fill: Any = _torch_cuda.filler(before, want) or (_in_pieces if step.by == _engine.IN_PIECES else Tensor.copy_)
     if want.out is not None and want.out.device.is_other and "neg" in want.out.lazy:
         fill = _fill_negative

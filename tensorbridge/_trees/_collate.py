@@ -350,16 +350,13 @@ def _converted(value: Any, asked: str) -> Tensor:
 
 def _stack(tensors: list[Tensor]) -> Tensor:
     torch: Any = sys.modules["torch"]
-    if not tensors[0].is_cpu:
-        adapter: Any = named("torch")
-        return adapter.stacked(tensors)  # type: ignore[no-any-return]
+    adapter: Any = named("torch")
     recorded = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
-    if _lanes._forward_ad._current_level >= 0 or recorded:
-        return torch.stack(tensors)  # type: ignore[no-any-return]
+    if not tensors[0].is_cpu or _lanes._forward_ad._current_level >= 0 or recorded:
+        return adapter.stacked(tensors)  # type: ignore[no-any-return]
     out = _empty((len(tensors), *tensors[0].shape), tensors[0].dtype)
-    if _convert.has_lost_threads():
-        return named("torch").stacked_in_pieces(tensors, out)  # type: ignore[no-any-return, attr-defined]
-    return torch.stack(tensors, out=out)  # type: ignore[no-any-return]
+    stack = adapter.stacked_in_pieces if _convert.has_lost_threads() else adapter.stacked
+    return stack(tensors, out)  # type: ignore[no-any-return]
 
 
 _ALIKE: dict[str, tuple[Callable[[Any], str], str]] = {
