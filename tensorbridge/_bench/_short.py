@@ -31,7 +31,12 @@ HEADLINE = (
         "torch.tensor, leaf by leaf",
         "from_numpy of a copy, leaf by leaf",
     ),
-    Line("dict of 5 arrays, shared", "B3 · dict of 5 arrays, shared with torch", "", "from_numpy, leaf by leaf"),
+    Line(
+        "dict of 5 arrays, shared",
+        "B3 · dict of 5 arrays, shared with torch",
+        "torch's default_convert",
+        "from_numpy, leaf by leaf",
+    ),
     Line(
         "64 samples of (3, 32, 32) and a label, collated",
         "B3 · 64 samples of (3, 32, 32) and a label, collated",

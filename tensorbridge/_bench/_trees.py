@@ -44,6 +44,10 @@ def nested(tree: dict[str, Any]) -> list[dict[str, Any]]:
     ]
 
 
+def few() -> dict[str, Any]:
+    return owned(dict(list(flat().items())[:5]))
+
+
 def leaves_of(tree: Any) -> list[Any]:
     if isinstance(tree, dict):
         return [leaf for value in tree.values() for leaf in leaves_of(value)]
@@ -85,7 +89,8 @@ def with_modules() -> dict[str, Any]:
 
     import tensorbridge as tb
 
-    return {"tree": tb.tree, "tb": tb, "torch": torch}
+    default_convert = import_module("torch.utils.data").default_convert
+    return {"tree": tb.tree, "tb": tb, "torch": torch, "default_convert": default_convert}
 
 
 COPIED = Goal("B3", ("torch.tensor, leaf by leaf",), "speed", 2.2)
@@ -115,6 +120,7 @@ def _rows(scope: Scope) -> list[Row]:
         names = with_modules() | {"x": owned(flat())}
         ways = (
             Way("tensorbridge", "tree.to_torch(x)", "bridge", SHARED),
+            Way("torch's default_convert", "default_convert(x)", "baseline", SHARED),
             Way("to_torch, leaf by leaf", "{k: tb.to_torch(v) for k, v in x.items()}", "bridge", SHARED),
             Way("from_numpy, leaf by leaf", "{k: torch.from_numpy(v) for k, v in x.items()}", "limit", SHARED),
         )
@@ -140,11 +146,33 @@ def _rows(scope: Scope) -> list[Row]:
         return Case(ways, names, tree_check(names["x"]))
 
     def small() -> Case:
-        names = with_modules() | {"x": owned(dict(list(flat().items())[:5]))}
+        names = with_modules() | {"x": few()}
         ways = (
             Way("tensorbridge", "tree.to_torch(x)", "bridge", SHARED),
+            Way("torch's default_convert", "default_convert(x)", "baseline", SHARED),
             Way("from_numpy, leaf by leaf", "{k: torch.from_numpy(v) for k, v in x.items()}", "limit", SHARED),
         )
+        return Case(ways, names, tree_check(names["x"], 5))
+
+    def small_cast() -> Case:
+        names = with_modules() | {"x": few()}
+        names["casts"] = {"real floating": "float16"}
+        ways = (
+            Way("tensorbridge", "tree.to_torch(x, dtype=casts)", "bridge", REUSED),
+            Way("torch's, leaf by leaf", "{k: torch.from_numpy(v).half() for k, v in x.items()}", "limit", REUSED),
+        )
+        return Case(ways, names, tree_check({k: v.astype("float16") for k, v in names["x"].items()}, 5))
+
+    def small_filled() -> Case:
+        names = with_modules() | {"x": few()}
+        names["w"] = {k: names["torch"].empty(v.shape) for k, v in names["x"].items()}
+        ways = (
+            Way("tensorbridge", "tree.to_torch(x, out=w)", "bridge", REUSED),
+            Way(
+                "torch's, leaf by leaf", "{k: w[k].copy_(torch.from_numpy(v)) for k, v in x.items()}", "limit", REUSED,
+                unlike="it writes some before another is refused, and asks of none whether it overlaps another",
+            ),
+        )  # fmt: skip
         return Case(ways, names, tree_check(names["x"], 5))
 
     def collated(count: int, shape: tuple[int, ...]) -> Case:
@@ -162,6 +190,8 @@ def _rows(scope: Scope) -> list[Row]:
         Row("flat dict, shared with NumPy", to_numpy),
         Row("list of dicts with tuples and dicts, shared with torch", deep),
         Row("dict of 5 arrays, shared with torch", small),
+        Row("dict of 5 arrays, cast by kind", small_cast),
+        Row("dict of 5 arrays, into tensors", small_filled),
         Row("64 samples of (3, 32, 32) and a label, collated", partial(collated, 64, (3, 32, 32))),
         Row("256 samples of (8,) and a label, collated", partial(collated, 256, (8,))),
     ]
