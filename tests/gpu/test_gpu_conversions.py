@@ -126,6 +126,31 @@ def test_out_on_the_device_is_filled_from_either_side(torch, cupy):
     assert cupy.asnumpy(c).tolist() == [5, 4, 3, 2, 1, 0]
 
 
+def test_lists_are_stacked_where_they_are(torch, cupy):
+    parts = [torch.arange(6.0, device="cuda").reshape(2, 3) + i for i in range(2)]
+    expected = np.stack([tb.to_numpy(part) for part in parts])
+    for made, wanted in ((tb.to_torch(parts), torch.Tensor), (tb.to_cupy(parts), cupy.ndarray)):
+        assert isinstance(made, wanted)
+        assert tb.describe(made).device == "cuda:0"
+        assert np.array_equal(tb.to_numpy(made), expected)
+    assert np.array_equal(tb.to_numpy(parts), expected)
+    assert np.array_equal(tb.to_numpy(tb.to_torch([tb.to_cupy(part) for part in parts])), expected)
+
+
+@pytest.mark.parametrize("casts", ["float64", {"real floating": "float64", "integral": "float64"}])
+def test_tensors_of_several_dtypes_are_cast_as_they_are_stacked(torch, casts):
+    parts = [torch.arange(6, device="cuda").to(dtype) for dtype in (torch.float32, torch.int16, torch.float16)]
+    made = tb.to_torch(parts, dtype=casts)
+    assert (made.device, made.dtype) == (parts[0].device, torch.float64)
+    assert np.array_equal(tb.to_numpy(made), np.stack([np.arange(6.0)] * 3))
+    plan = tb.plan(parts, "torch", dtype=casts)
+    assert [(step.op, step.kind) for step in plan.steps if step.kind] == [("stack", "d2d")]
+    marked = [torch.tensor([1 + 2j], device="cuda").conj(), torch.tensor([3j], device="cuda").conj().imag]
+    assert tb.to_torch(marked, dtype="complex128").tolist() == [[1 - 2j], [-3]]
+    with pytest.raises(tb.UnsupportedArrayError, match="different dtypes: float32, float64"):
+        tb.to_cupy([tb.to_cupy(parts[0]), tb.to_cupy(parts[0]).astype("float64")], dtype="float32")
+
+
 def test_a_description_names_the_device_and_the_stream(torch, cupy):
     stream = torch.cuda.Stream()
     with tb.use_stream(stream):
