@@ -19,6 +19,7 @@ from containers import CONTAINERS, KEPT, Converting, Derived, Items, Opaque, Reg
 
 import tensorbridge as tb
 from tensorbridge import tree
+from tensorbridge._trees import _containers
 
 
 def parts(x: Any) -> tuple[Any, list[Any]]:
@@ -577,3 +578,21 @@ def test_a_class_may_be_registered_by_another_thread_while_a_tree_is_opened(monk
     monkeypatch.setitem(sys.modules, "optree.registry", registry)
     kept = object()
     assert tb.tree.to_torch([np.zeros(1), kept])[1] is kept
+
+
+@pytest.mark.parametrize("make", [dict, types.SimpleNamespace])
+def test_no_value_comes_out_under_another_key_while_another_thread_changes_the_tree(make, monkeypatch):
+    node = make(a=np.zeros(1), b=np.ones(1), c=np.full(1, 2.0))
+    held = node if make is dict else vars(node)
+    before, kind = dict(held), _containers.kind_of(node)
+
+    def list_of(view):
+        made = list(view)
+        held["a"] = held.pop("a")  # as the other thread does between two looks
+        held[f"new {len(held)}"] = None
+        return made
+
+    monkeypatch.setattr(_containers, "list", list_of, raising=False)
+    children, keys = kind.open(node)
+    assert dict(zip(keys, children, strict=True)) == before
+    assert list(held) != list(before)

@@ -62,6 +62,7 @@ def _dot(node: Any, names: list[str], i: int) -> str:
 
 
 def _dict_open(node: Any) -> tuple[list[Any], list[Any]]:
+    node = node.copy()  # one moment: another thread may change it between the values and the keys
     return list(node.values()), list(node)
 
 
@@ -75,7 +76,7 @@ TUPLE = Kind(sequence_open, lambda node, _, children: tuple(children), at, exoti
 MAPPING = Kind(_mapping_open, _rebuild.mapping_build)
 CHAINMAP = Kind(lambda node: (list(node.maps), None), _rebuild.chainmap_build, lambda node, _, i: f".maps[{i}]")
 FIELDS = Kind(_fields_open, _rebuild.fields_build, _dot)
-NAMESPACE = FIELDS._replace(open=lambda node: (list(vars(node).values()), list(vars(node))))
+NAMESPACE = FIELDS._replace(open=lambda node: _dict_open(vars(node)))
 ROOT = Kind(
     lambda node: ([node], None), lambda node, _, children: children[0], lambda node, _, i: "batch", exotic=False
 )
