@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import subprocess
 import sys
 
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from tensorbridge._autograd import _graph
 from tensorbridge._autograd._graph import Edge, Node, Saved, autograd_graph
 from tensorbridge._errors import GraphError, UnsupportedArrayError
 
@@ -180,6 +182,22 @@ def test_none_of_the_code_of_the_callers_variables_runs():
     by_name, by_place = kept
     graph = autograd_graph(by_name["weight"] * by_place[0])
     assert leaves(graph) == ["by_name['weight']", "by_place[0]"]
+
+
+def test_what_another_thread_fills_meanwhile_is_named_as_far_as_it_was_read(monkeypatch):
+    class Trainer:
+        def graph(self):
+            return autograd_graph(self.first * table["a"] * w)
+
+    def taken(items, number):
+        for item in itertools.islice(items, number):
+            table[len(table)] = trainer.__dict__[f"new{len(table)}"] = None  # as that thread does between two looks
+            yield item
+
+    w, table, trainer = torch.ones(2, requires_grad=True), {"a": torch.ones(2, requires_grad=True)}, Trainer()
+    trainer.first = torch.ones(2, requires_grad=True)
+    monkeypatch.setattr(_graph, "islice", taken)
+    assert set(leaves(trainer.graph())) == {"self.first", "table['a']", "w"}
 
 
 def test_a_leaf_that_nobody_names_has_no_name():

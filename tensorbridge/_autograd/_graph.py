@@ -322,7 +322,10 @@ def _items(torch: Any, name: str, value: Any) -> list[tuple[str, Any]]:
         items = ((f"{name}[{number}]", item) for number, item in enumerate(stored(value)))
     elif name == "self" and not issubclass(kind, torch.nn.Module):
         items = ((f"self.{key}", item) for key, item in getattr(value, "__dict__", {}).items())
-    return list(islice(items, 1000))
+    found: list[tuple[str, Any]] = []
+    with contextlib.suppress(RuntimeError):  # another thread changes the dict: a name more or less
+        found.extend(islice(items, 1000))
+    return found
 
 
 def _variables(frame: FrameType) -> list[tuple[str, object]]:
