@@ -129,6 +129,18 @@ for one in made:
 OTHER_WIDTH = {"complex128": "complex64", "complex64": "complex128"}
 
 
+@pytest.mark.parametrize("name", ["float64", "float32", "float16", "bfloat16"])
+def test_a_misaligned_real_number_that_is_read_many_times_stays_in_its_graph(name):
+    """torch reads it wherever it lies; it has no parts."""
+    t = torch.frombuffer(bytearray(65), dtype=getattr(torch, name), offset=1, count=4)
+    x = t[:1].expand(9).requires_grad_()
+    assert x.data_ptr() % x.element_size()
+    for made in (tb.to_torch(x, copy=True), tb.to_torch(x, out=torch.ones(9, dtype=x.dtype)), tb.to_torch([x, x])[1]):
+        (grad,) = torch.autograd.grad(made.sum(), x)
+        assert torch.equal(made, torch.zeros(9, dtype=x.dtype))
+        assert torch.equal(grad, torch.ones(9, dtype=x.dtype))
+
+
 def test_what_is_packed_for_a_device_does_not_fault():
     """The step before the bus is done here without a device."""
     step = """
