@@ -126,6 +126,37 @@ for one in made:
     assert_survives({way: make + code for way, code in ways.items()})
 
 
+@pytest.mark.parametrize("index", ["3", "3:4", "3:4, None"])
+def test_one_misaligned_complex_number_is_copied(index):
+    """To torch 2.13 its axes have stride 0, as broadcast ones have, and it faults there in the same way."""
+    make = f"""
+store = np.zeros(16 * 9, "u1")
+start = -store.ctypes.data % 16 + 8
+a = store[start : start + 16 * 8].view("complex128")
+a[:] = np.arange(8) - 2j
+x, wanted = torch.from_numpy(a)[{index}], a[{index}].copy()
+assert x.data_ptr() % 16 == 8
+g = x.detach().requires_grad_()
+"""
+    ways = {
+        "copied": "tb.to_torch(x, copy=True)",
+        "copied to numpy": "tb.to_numpy(x, copy=True)",
+        "cast": "tb.to_torch(x, dtype='complex64')",
+        "into a tensor": "tb.to_torch(x, out=torch.empty(x.shape, dtype=x.dtype))",
+        "into a tensor of another width": "tb.to_torch(x, out=torch.empty(x.shape, dtype=torch.complex64))",
+        "into an array": "tb.to_numpy(x, out=np.empty(x.shape, complex))",
+        "in a tree": "tb.tree.to_torch([x], copy=True)[0]",
+        "in a tree again": "[tb.tree.to_torch([x], copy=True) for _ in range(3)][2][0]",
+        "in a list": "tb.to_torch([x, x])[1]",
+        "in a list of two dtypes": "tb.to_torch([torch.zeros(x.shape), x], dtype='complex128')[1]",
+        "collated": "tb.collate([x, x])[1]",
+        "in a graph": "tb.to_torch(g, copy=True).detach()",
+        "in a graph into a tensor": "tb.to_torch(g, out=torch.empty(x.shape, dtype=x.dtype)).detach()",
+        "in a list in a graph": "tb.to_torch([x, g])[1].detach()",
+    }
+    assert_survives({way: f"{make}assert np.array_equal({call}, wanted)" for way, call in ways.items()})
+
+
 OTHER_WIDTH = {"complex128": "complex64", "complex64": "complex128"}
 
 

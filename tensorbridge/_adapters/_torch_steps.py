@@ -119,7 +119,9 @@ def _written(out: Tensor, t: Tensor) -> Tensor:
 
 def _steady(t: Tensor) -> Tensor:
     """`t`, or a copy where torch's kernels may fault (`_engine.faults`)."""
-    return _by_parts(t) if t.dtype == torch.complex128 and t.is_cpu and 0 in t.stride() else t
+    if t.dtype != torch.complex128 or not t.is_cpu or not (0 in t.stride() or t.numel() == 1):
+        return t
+    return _by_parts(t) if t.data_ptr() % t.element_size() else t
 
 
 def _by_parts(t: Tensor) -> Tensor:
